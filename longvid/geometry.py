@@ -1,0 +1,59 @@
+"""The grid of a video VAE: how frames become latents, and pixels become tokens.
+
+All of it holds within one shot. A shot's first latent holds one frame and every later one holds `temporal` frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longvid.errors import InputError
+
+
+@dataclass(frozen=True)
+class LatentGrid:
+    """Compression of the VAE (frames and pixels a latent cell) and the transformer's patch (latents, rows, columns)."""
+
+    temporal: int = 4
+    spatial: int = 8
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        assert self.temporal >= 1 and self.spatial >= 1 and min(self.patch) >= 1
+        assert self.patch[0] == 1, "a token belongs to one latent, for each latent has its own prompt and timestep"
+
+    def num_latents(self, num_frames: int) -> int:
+        """Latents that hold `num_frames` frames: 1 + ceil((n - 1) / temporal), and 0 for none."""
+        assert num_frames >= 0
+        return 1 + -(-(num_frames - 1) // self.temporal) if num_frames else 0
+
+    def num_frames(self, num_latents: int) -> int:
+        """Frames that `num_latents` latents decode to: 1 + (n - 1) * temporal, and 0 for none."""
+        assert num_latents >= 0
+        return 1 + (num_latents - 1) * self.temporal if num_latents else 0
+
+    def latent_of(self, frame: int) -> int:
+        """The latent that holds a frame."""
+        return self.num_latents(frame + 1) - 1
+
+    def frames_of(self, latent: int) -> range:
+        """The frames that a latent holds."""
+        return range(self.num_frames(latent), self.num_frames(latent + 1))
+
+    def latent_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in latent cells. Raises InputError for a size in pixels that is off the grid."""
+        _, rows, columns = self.patch
+        for name, pixels, patch in (("width", width, columns), ("height", height, rows)):
+            unit = self.spatial * patch
+            if pixels < unit or pixels % unit:
+                below = pixels // unit * unit
+                nearest = f"{below} and {below + unit} are" if below > 0 else f"{unit} is"
+                grid = f"the {name} must be a multiple of {unit} for this model"
+                raise InputError(f"size {width} x {height}: {grid}; {nearest} nearest")
+        return width // self.spatial, height // self.spatial
+
+    def tokens_per_latent(self, width: int, height: int) -> int:
+        """Tokens that the transformer sees for one latent of a film of this size in pixels."""
+        _, rows, columns = self.patch
+        latent_width, latent_height = self.latent_size(width, height)
+        return (latent_width // columns) * (latent_height // rows)

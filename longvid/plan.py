@@ -1,0 +1,278 @@
+"""The plan: which latents each chunk owns and sees, which prompts they follow, and which noise they start from.
+
+Pure arithmetic over the script, linear in the length of the film. A shot is a run of scenes without a cut between them,
+and nothing crosses a cut: frames and latents count within a shot, unless a comment says "in the film".
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+from longvid.errors import InputError
+from longvid.geometry import LatentGrid
+from longvid.script import MAX_HOURS, Scene, Script, blend_frames
+from longvid.settings import QueueSettings, Settings
+
+INDEPENDENT_NOISE = 1_000_000_007
+"""Noise keys above this are those of single chunks; those below are shots."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan must know of a model. Its positions end at `max_latents`; fps and size (pixels) are its defaults."""
+
+    name: str
+    family: str
+    grid: LatentGrid
+    latent_channels: int
+    num_layers: int
+    fps: float
+    width: int
+    height: int
+    per_token_timesteps: bool
+    max_latents: int
+    vocabulary: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBlend:
+    """What a latent's cross-attention returns: (1 - weight) CA(a) + weight CA(b). Ids index `Plan.prompts`."""
+
+    a: int
+    b: int
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A span of latents that is denoised as one unit.
+
+    `index` is its place in the film and its order of admission; `start` is its first own latent. `prompts` covers the
+    left context, then its own latents. Own latent f starts from draw `noise[f]` of the base that `noise_key` names.
+    """
+
+    index: int
+    shot: int
+    start: int
+    num_latents: int
+    num_left: int
+    num_right: int
+    prompts: tuple[PromptBlend, ...]
+    noise: tuple[int, ...]
+    noise_key: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A run of scenes with its own timeline of latents; trimmed to `num_frames` after decoding."""
+
+    index: int
+    first_chunk: int
+    num_chunks: int
+    num_latents: int
+    num_frames: int
+    first_frame: int  # in the film
+
+
+@dataclass(frozen=True)
+class SceneSpan:
+    """Where a scene lies in the film, and its prompt's id. `line` is that of the storyboard."""
+
+    prompt: int
+    first_frame: int  # in the film
+    num_frames: int
+    shot: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A film as data. `negatives[i]` goes with `prompts[i]`; the pairs are unique."""
+
+    shots: tuple[Shot, ...]
+    chunks: tuple[Chunk, ...]
+    scenes: tuple[SceneSpan, ...]
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    fps: float
+    width: int
+    height: int
+    num_frames: int
+    seed: int
+
+
+def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
+    """Lay a script out for a model. Raises InputError where the script or the settings ask for what cannot be."""
+    fps = script.fps or facts.fps
+    width, height = script.size or (facts.width, facts.height)
+    try:
+        facts.grid.latent_size(width, height)
+    except InputError as error:
+        raise InputError(f"{script.place(script.size_line)}: {error}") from None
+    prompts = {pair: i for i, pair in enumerate(dict.fromkeys((s.prompt, s.negative) for s in script.scenes))}
+    spans = _scene_spans(script, fps, prompts)
+    num_frames = spans[-1].first_frame + spans[-1].num_frames
+    if num_frames > MAX_HOURS * 3600 * fps:
+        raise InputError(
+            f"{script.path}: the film is {num_frames / fps / 3600:.1f} hours long; {MAX_HOURS} is the most"
+        )
+    shots: list[Shot] = []
+    chunks: list[Chunk] = []
+    for _, members in groupby(zip(spans, script.scenes, strict=True), key=lambda member: member[0].shot):
+        timeline = _Timeline(script, facts.grid, fps)
+        for span, scene in members:
+            timeline.add(span, scene)
+        new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings)
+        _check_limit(new_chunks, settings, facts, script.place(timeline.spans[0].line))
+        shots.append(timeline.shot(len(shots), len(chunks), len(new_chunks)))
+        chunks += new_chunks
+    return Plan(
+        shots=tuple(shots),
+        chunks=tuple(chunks),
+        scenes=tuple(spans),
+        prompts=tuple(prompt for prompt, _ in prompts),
+        negatives=tuple(negative for _, negative in prompts),
+        fps=fps,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        seed=script.seed,
+    )
+
+
+def _scene_spans(script: Script, fps: float, prompts: dict[tuple[str, str], int]) -> list[SceneSpan]:
+    spans: list[SceneSpan] = []
+    first_frame, shot = 0, -1
+    for scene in script.scenes:
+        num_frames = scene.duration.frames(fps)
+        shot += scene.transition.kind == "cut"
+        spans.append(SceneSpan(prompts[scene.prompt, scene.negative], first_frame, num_frames, shot, scene.line))
+        first_frame += num_frames
+    return spans
+
+
+@dataclass
+class _Timeline:
+    """The latents of one shot while its scenes are laid out: each latent's prompt and seed."""
+
+    script: Script
+    grid: LatentGrid
+    fps: float
+    spans: list[SceneSpan] = field(default_factory=list)
+    prompts: list[PromptBlend] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+    def add(self, span: SceneSpan, scene: Scene) -> None:
+        """Give the scene the latents whose first frame it holds; those of its blend come first."""
+        self.spans.append(span)
+        first_frame = span.first_frame - self.spans[0].first_frame
+        # The latents that `n` frames fill are as many as the latents that begin before frame n.
+        end = self.grid.num_latents(first_frame + span.num_frames)
+        count = end - len(self.prompts)
+        if count == 0:
+            raise InputError(
+                f"{self.script.place(span.line)}: {span.num_frames} frames are too few for a scene without a cut, for a"
+                f" latent holds {self.grid.temporal}: make it longer, or cut"
+            )
+        plain = PromptBlend(span.prompt, span.prompt)
+        if scene.transition.kind == "blend":
+            blend_end = first_frame + blend_frames(self.script, scene, self.fps)
+            num_blended = max(1, self.grid.num_latents(blend_end) - len(self.prompts))
+            self.prompts += _blend(self.prompts[-1].b, span.prompt, num_blended)
+        self.prompts += [plain] * (end - len(self.prompts))
+        # A scene without a seed goes on with the one before it: only a cut or a new seed changes the noise.
+        inherited = self.seeds[-1] if self.seeds else self.script.seed
+        self.seeds += [inherited if scene.seed is None else scene.seed] * count
+
+    def shot(self, index: int, first_chunk: int, num_chunks: int) -> Shot:
+        return Shot(
+            index=index,
+            first_chunk=first_chunk,
+            num_chunks=num_chunks,
+            num_latents=len(self.prompts),
+            num_frames=sum(span.num_frames for span in self.spans),
+            first_frame=self.spans[0].first_frame,
+        )
+
+
+def _blend(old: int, new: int, num_latents: int) -> list[PromptBlend]:
+    if old == new:
+        return [PromptBlend(new, new)] * num_latents
+    return [PromptBlend(old, new, (j + 1) / (num_latents + 1)) for j in range(num_latents)]
+
+
+def _shot_chunks(timeline: _Timeline, shot: int, first_chunk: int, settings: Settings) -> list[Chunk]:
+    sizes = _chunk_sizes(len(timeline.prompts), settings)
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    noises = _noise(sizes, [timeline.seeds[start] for start in starts], (shot, first_chunk), settings)
+    context = settings.queue.context_latents
+    chunks = []
+    for k, (start, size, (noise_key, noise)) in enumerate(zip(starts, sizes, noises, strict=True)):
+        num_left = context if k > 0 else 0  # only a shot's last chunk can be shorter than the context
+        num_right = min(context, sizes[k + 1]) if k + 1 < len(sizes) else 0
+        prompts = tuple(timeline.prompts[start - num_left : start + size])
+        chunks.append(Chunk(first_chunk + k, shot, start, size, num_left, num_right, prompts, noise, noise_key))
+    return chunks
+
+
+def _chunk_sizes(num_latents: int, settings: Settings) -> list[int]:
+    """DualParal's spans: the first chunk has no left context, and owns that many latents more."""
+    if settings.schedule == "sequential":
+        return [num_latents]
+    size = settings.queue.chunk_latents
+    first = min(num_latents, size + settings.queue.context_latents)
+    num_full, rest = divmod(num_latents - first, size)
+    return [first] + [size] * num_full + [rest] * (rest > 0)
+
+
+def _check_limit(chunks: list[Chunk], settings: Settings, facts: ModelFacts, place: str) -> None:
+    for chunk in chunks:
+        seen = chunk.num_left + chunk.num_latents + chunk.num_right
+        if seen <= facts.max_latents:
+            continue
+        limit = f"{facts.name} takes at most {facts.max_latents} latents at once"
+        if settings.schedule == "sequential":
+            raise InputError(
+                f"{place}: {limit}, and this shot has {seen}: use schedule=queue, or shorten or cut the shot"
+            )
+        parts = f"{chunk.num_left} + {chunk.num_latents} + {chunk.num_right} = {seen}"
+        raise InputError(f"{limit}, and a chunk sees {parts}: reduce queue.chunk_latents or queue.context_latents")
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+
+_Noise = tuple[tuple[int, int], tuple[int, ...]]
+"""A chunk's noise key and the draws of its latents."""
+
+
+def _noise(sizes: list[int], seeds: list[int], where: tuple[int, int], settings: Settings) -> Iterator[_Noise]:
+    """The noise of a shot's chunks, whose seeds are given; `where` is the shot and its first chunk in the film."""
+    shot, first_chunk = where
+    if settings.schedule == "sequential":
+        yield (seeds[0], shot), tuple(range(sizes[0]))
+    elif settings.queue.noise == "coordinated":
+        yield from _coordinated_noise(sizes, seeds, shot, settings.queue)
+    else:
+        for k, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
+            yield (seed, INDEPENDENT_NOISE + first_chunk + k), tuple(range(size))
+
+
+def _coordinated_noise(sizes: list[int], seeds: list[int], shot: int, queue: QueueSettings) -> Iterator[_Noise]:
+    """DualParal's noise: every chunk reuses the shot's draws, shuffled, but none of its left neighbour's last ones."""
+    own, context = queue.chunk_latents, queue.context_latents
+    template: tuple[int, ...] = ()
+    for k, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
+        if k == 0 or seed != seeds[k - 1]:
+            template = tuple(range(own + context))
+        else:
+            template = template[own:] + tuple(template[j] for j in _shuffled(own, f"{seed}:{k}"))
+        yield (seed, shot), template[:size] if k == 0 else template[context:][:size]
+
+
+def _shuffled(count: int, key: str) -> list[int]:
+    # Python keeps `random()` of a seed for ever; it may change `shuffle`.
+    rng = random.Random(key)
+    return sorted(range(count), key=lambda _: rng.random())

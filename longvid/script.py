@@ -1,0 +1,208 @@
+"""The storyboard: what a user asks for, read from YAML and validated."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from longvid.document import Document, Section, nearest, parse_document, read_document, show, validate
+from longvid.errors import InputError
+
+MAX_HOURS = 24
+MAX_FPS = 240
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of film in seconds or frames."""
+
+    value: float
+    unit: Literal["s", "f"]
+
+    def frames(self, fps: float) -> int:
+        """The nearest whole number of frames, at least one."""
+        return max(1, math.floor(self.value * (fps if self.unit == "s" else 1) + 0.5))
+
+    def __str__(self) -> str:
+        return f"{self.value:.10g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Transition:
+    """How a scene begins: at once (`cut`, a new shot), or from the scene before (`blend`, over 1 s unless said)."""
+
+    kind: Literal["cut", "blend"] = "cut"
+    over: Duration | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "blend" and self.over is None:
+            object.__setattr__(self, "over", Duration(1, "s"))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A stretch of film with one prompt; `prompt` has the storyboard's style appended already."""
+
+    prompt: str
+    duration: Duration
+    transition: Transition = Transition()
+    seed: int | None = None
+    negative: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Script:
+    """A whole storyboard. What is None comes from the model. `path` names the file in messages."""
+
+    scenes: tuple[Scene, ...]
+    seed: int = 0
+    title: str | None = None
+    fps: float | None = None
+    size: tuple[int, int] | None = None
+    path: str = "storyboard"
+    size_line: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scenes:
+            raise InputError(f"{self.path}: a storyboard needs at least one scene")
+        if self.scenes[0].transition.kind != "cut":
+            place = self.place(self.scenes[0].line)
+            raise InputError(f"{place}: the first scene has none before it to blend from; leave its transition out")
+
+    def place(self, line: int) -> str:
+        """`story.yaml:12`, or the file alone where there is no line."""
+        return f"{self.path}:{line}" if line else self.path
+
+
+def load_script(path: str | Path) -> Script:
+    """Read a storyboard file. Raises InputError with file and line."""
+    return _build(read_document(Path(path)))
+
+
+def parse_script(text: str | bytes, name: str) -> Script:
+    """Parse a storyboard; `name` stands for the file in messages. Raises InputError with `name` and line."""
+    return _build(parse_document(text, name))
+
+
+def blend_frames(script: Script, scene: Scene, fps: float) -> int:
+    """Frames of the blend that a scene begins with. Raises InputError where it is longer than its scene."""
+    over, whole = scene.transition.over, scene.duration
+    assert over is not None, "only a blend has a length"
+    if over.frames(fps) > whole.frames(fps):
+        raise InputError(f"{script.place(scene.line)}: the blend over {over} is longer than its scene of {whole}")
+    return over.frames(fps)
+
+
+# ----------------------------------------------------------------------------------------------------- the YAML's shape
+
+_DURATION = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?")
+
+
+def _parse_duration(value: Any) -> Any:
+    if isinstance(value, Duration):
+        return value
+    text = value if isinstance(value, str) else ""
+    if re.fullmatch("[0-9]{1,12}f", text):
+        duration, longest = Duration(int(text[:-1]), "f"), MAX_HOURS * 3600 * MAX_FPS
+    elif 0 < len(text) <= 32 and (match := _DURATION.fullmatch(text)):
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        duration, longest = Duration(hours * 3600 + minutes * 60 + seconds, "s"), MAX_HOURS * 3600
+    else:
+        raise ValueError(f"must be a duration like 12s, 1m30s or 480f, not {show(value)}")
+    if duration.value <= 0:
+        raise ValueError(f"must be longer than zero, not {text}")
+    if duration.value > longest:
+        raise ValueError(f"must be at most {MAX_HOURS} hours, not {text}")
+    return duration
+
+
+def _parse_transition(value: Any) -> Any:
+    kind = value.get("kind") if isinstance(value, dict) else value
+    if kind == "share":
+        raise ValueError("`share` is not there yet; use cut or blend")
+    if isinstance(value, str):
+        if value not in ("cut", "blend"):
+            raise ValueError(f"unknown kind {show(value)}: {nearest(value, ('cut', 'blend'))}")
+        return {"kind": value}
+    return value
+
+
+def _one_line(value: Any) -> Any:
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
+_Text = Annotated[str, BeforeValidator(_one_line), Field(max_length=MAX_PROMPT_CHARACTERS)]
+_Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+_Side = Annotated[int, Field(ge=16, le=8192)]
+_Length = Annotated[Duration, BeforeValidator(_parse_duration)]
+
+
+class _TransitionYaml(Section):
+    kind: Literal["cut", "blend"]
+    over: _Length | None = None
+
+    @field_validator("over")
+    @classmethod
+    def _only_blends_take_time(cls, over: Duration | None, info: Any) -> Duration | None:
+        if over is not None and info.data.get("kind") == "cut":
+            raise ValueError("a cut takes no time; only a blend has `over`")
+        return over
+
+
+class _SceneYaml(Section):
+    prompt: Annotated[_Text, Field(min_length=1)]
+    duration: _Length = Field(alias="for")
+    transition: Annotated[_TransitionYaml, BeforeValidator(_parse_transition)] = _TransitionYaml(kind="cut")
+    seed: _Seed | None = None
+    negative: _Text | None = None
+
+
+class _StoryYaml(Section):
+    title: str | None = None
+    seed: _Seed = 0
+    style: _Text = ""
+    negative: _Text = ""
+    fps: Annotated[float, Field(ge=1, le=MAX_FPS)] | None = None
+    size: Annotated[list[_Side], Field(min_length=2, max_length=2)] | None = None
+    scenes: Annotated[list[_SceneYaml], Field(min_length=1)]
+
+
+def _build(document: Document) -> Script:
+    if document.data is None:
+        raise InputError(f"{document.name}:1: the storyboard is empty; it needs `scenes`")
+    story = validate(_StoryYaml, document)
+    script = Script(
+        scenes=tuple(_scene(story, i, document.line(("scenes", i))) for i in range(len(story.scenes))),
+        seed=story.seed,
+        title=story.title,
+        fps=story.fps,
+        size=(story.size[0], story.size[1]) if story.size else None,
+        path=document.name,
+        size_line=document.line(("size",)),
+    )
+    for scene in script.scenes:
+        over = scene.transition.over
+        # Seconds against frames needs a frame rate; where only the model knows it, the plan checks.
+        if over and (script.fps or over.unit == scene.duration.unit):
+            blend_frames(script, scene, script.fps or float(MAX_FPS))
+    return script
+
+
+def _scene(story: _StoryYaml, index: int, line: int) -> Scene:
+    scene = story.scenes[index]
+    return Scene(
+        prompt=f"{scene.prompt} {story.style}".strip(),
+        duration=scene.duration,
+        transition=Transition(scene.transition.kind, scene.transition.over),
+        seed=scene.seed,
+        negative=story.negative if scene.negative is None else scene.negative,
+        line=line,
+    )

@@ -1,0 +1,112 @@
+"""Settings: everything about a render that is not the story. Read from presets and `--set`, validated once, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from longvid.document import Document, Section, nearest, parse_document, parse_scalar, read_document, validate
+from longvid.errors import InputError
+
+
+class ModelSettings(Section):
+    """Which model: `mini`, a directory, or the name of a repository on the Hugging Face hub."""
+
+    path: Annotated[str, Field(min_length=1)] = "mini"
+
+
+class SamplerSettings(Section):
+    """How noise becomes latents. `auto` and None mean what the checkpoint's own scheduler says."""
+
+    solver: Literal["auto", "euler", "unipc"] = "auto"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 8
+    shift: Annotated[float, Field(gt=0, le=100)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
+
+
+class QueueSettings(Section):
+    """The queue schedule: latents a chunk owns, latents it sees of each neighbour, and at which noise level."""
+
+    chunk_latents: Annotated[int, Field(ge=1, le=1024)] = 6
+    context_latents: Annotated[int, Field(ge=0, le=1024)] = 2
+    left: Literal["recompute"] = "recompute"
+    left_level: Literal["same", "fresher"] = "fresher"
+    noise: Literal["coordinated", "independent"] = "coordinated"
+
+    @field_validator("context_latents")
+    @classmethod
+    def _context_fits_a_chunk(cls, context: int, info: ValidationInfo) -> int:
+        chunk = info.data.get("chunk_latents", context)
+        if context > chunk:
+            raise ValueError(f"must be at most chunk_latents ({chunk}), not {context}")
+        return context
+
+
+class OutputSettings(Section):
+    """The film's file: codec, quality, integer upscaling, seconds a segment; whether the working directory stays."""
+
+    codec: Literal["h264"] = "h264"
+    crf: Annotated[int, Field(ge=0, le=51)] = 18
+    scale: Annotated[int, Field(ge=1, le=16)] = 1
+    segment_s: Annotated[float, Field(ge=0.1, le=60)] = 2.0
+    keep_state: bool = False
+
+
+class RuntimeSettings(Section):
+    """The machine: device, the dtype of weights and activations, and threads a rank (0: torch decides)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+
+
+class Settings(Section):
+    """All settings of a render, section by section."""
+
+    model: ModelSettings = ModelSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    schedule: Literal["queue", "sequential"] = "queue"
+    queue: QueueSettings = QueueSettings()
+    output: OutputSettings = OutputSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+
+def load_settings(preset: str | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a preset (a name, or a YAML file's path; None: the defaults) and overrides like `sampler.steps=4`.
+
+    Raises InputError that names the preset's file and line, or the override.
+    """
+    document = Document("settings", {}) if preset is None else _read_preset(preset)
+    for override in overrides:
+        keys, equals, value = override.partition("=")
+        option = f"--set {override}"
+        if not equals or not all(keys.split(".")):
+            raise InputError(f"{option}: must look like section.key=value")
+        document.set(tuple(keys.split(".")), parse_scalar(value), option)
+    return validate(Settings, document)
+
+
+def preset_names() -> list[str]:
+    """The presets that come with longvid."""
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files("longvid.configs").iterdir() if file.name.endswith(".yaml")
+    )
+
+
+def _read_preset(preset: str) -> Document:
+    if preset in preset_names():
+        resource = files("longvid.configs") / f"{preset}.yaml"
+        document = parse_document(resource.read_bytes(), f"{preset}.yaml")
+    elif "/" in preset or preset.endswith((".yaml", ".yml")):
+        document = read_document(Path(preset))
+    else:
+        raise InputError(f"--preset {preset}: no such preset, {nearest(preset, preset_names())}")
+    if document.data is None:  # comments alone
+        return Document(document.name, {})
+    if not isinstance(document.data, dict):
+        raise InputError(f"{document.place(())}: must be a mapping of sections")
+    return document

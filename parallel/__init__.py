@@ -1,0 +1,1 @@
+"""Who does what, when: schedules, their verification, and the executor that carries them out."""
