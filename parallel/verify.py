@@ -1,0 +1,222 @@
+"""Check a schedule before it runs: a simulation that derives anew what every action must find, and a picture.
+
+Nothing is shared with schedule.py but the Actions themselves. The simulation keeps the values that are live and
+how far each chunk has come. It refuses a read of a value that is not there or not the right one; work done
+twice, out of order or never; and a value that outlives its last reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from longvid.parallel.schedule import (
+    Action,
+    Admit,
+    DropKv,
+    DropLatents,
+    Finish,
+    Forward,
+    KvVersion,
+    LatentVersion,
+    LeftLevel,
+    Step,
+)
+from longvid.plan import Chunk
+
+
+class ScheduleError(AssertionError):
+    """The schedule is wrong: its message holds the action and what was expected."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a schedule costs: work done, and the most values that are live at once (counted in versions, not bytes)."""
+
+    num_units: int
+    num_rounds: int
+    max_live_latents: int
+    max_live_kv: int
+
+
+def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, left_level: LeftLevel) -> Report:
+    """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
+    simulation = _Simulation(chunks, steps, left_level)
+    action: Action | str = "empty schedule"
+    try:
+        for action in actions:
+            simulation.apply(action)
+        action = f"end, after {action}"
+        simulation.close()
+    except ScheduleError as error:
+        raise ScheduleError(f"{str(action).strip()}: {error}") from None
+    return simulation.report()
+
+
+def grid(actions: Iterable[Action]) -> str:
+    """A picture of rounds by chunks: the step that each chunk takes, and which chunks finish."""
+    steps: dict[int, dict[int, int]] = {}
+    finished: dict[int, list[str]] = {}
+    for action in actions:
+        match action:
+            case Forward(round=n, chunk=i, step=k):
+                steps.setdefault(n, {})[i] = k
+            case Finish(round=n, latents=latents):
+                finished.setdefault(n, []).append(f"c{latents.chunk}")
+    num_chunks = 1 + max((i for row in steps.values() for i in row), default=-1)
+    width = max(4, len(str(num_chunks)) + 2)
+    lines = ["round" + "".join(f"{f'c{i}':>{width}}" for i in range(num_chunks))]
+    for n, row in steps.items():
+        cells = "".join(f"{row.get(i, '.'):>{width}}" for i in range(num_chunks))
+        ends = f"   finish {' '.join(finished[n])}" if n in finished else ""
+        lines.append(f"{n:>5}{cells}{ends}")
+    return "\n".join(lines)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ScheduleError(message)
+
+
+@dataclass
+class _Simulation:
+    """The state of a run: live values, and how far each chunk in flight has come."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    left_level: LeftLevel
+
+    latents: set[LatentVersion] = field(default_factory=set)
+    kv: dict[KvVersion, tuple[int, int]] = field(default_factory=dict)  # the unit that stored it
+    unread_kv: set[KvVersion] = field(default_factory=set)
+    entered: dict[int, int] = field(default_factory=dict)  # the round in which each chunk in flight was admitted
+    taken: dict[int, int] = field(default_factory=dict)  # steps taken by each chunk in flight
+    velocity: set[int] = field(default_factory=set)  # chunks whose forward waits for its step
+
+    num_admitted: int = 0
+    num_finished: int = 0
+    num_units: int = 0
+    num_rounds: int = 0
+    round: int = -1
+    turn: int = 0  # chunks from this one on had their turn in this round
+    max_live_latents: int = 0
+    max_live_kv: int = 0
+
+    def apply(self, action: Action) -> None:
+        _require(action.round >= self.round, f"comes after round {self.round}")
+        if action.round > self.round:
+            self.end_round()
+            self.round, self.turn = action.round, len(self.chunks)
+            self.num_rounds += 1
+        match action:
+            case Admit():
+                self.admit(action)
+            case Forward():
+                self.forward(action)
+            case Step():
+                self.step(action)
+            case Finish():
+                self.finish(action)
+            case DropLatents(latents=latents):
+                self.require_latents(latents)
+                self.latents.remove(latents)
+            case DropKv(kv=kv):
+                _require(kv in self.kv, f"{kv} is not live")
+                _require(kv not in self.unread_kv, f"{kv} was stored and never read")
+                del self.kv[kv]
+        self.max_live_latents = max(self.max_live_latents, len(self.latents))
+        self.max_live_kv = max(self.max_live_kv, len(self.kv))
+
+    def admit(self, action: Admit) -> None:
+        i = action.chunk
+        _require(i == self.num_admitted < len(self.chunks), f"chunk {self.num_admitted} of {len(self.chunks)} is next")
+        self.num_admitted += 1
+        self.entered[i], self.taken[i] = action.round, 0
+        self.latents.add(LatentVersion(i, 0))
+
+    def forward(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        self.require_turn(i, k, action.round)
+        self.require_taken(i, k)
+        _require(i < self.turn, f"chunk {self.turn} had its turn in this round: the order is newest first")
+        self.turn = i
+        self.require_latents(LatentVersion(i, k))
+        self.require_left(action)
+        self.require_right(action)
+        if action.store:
+            _require(action.store == KvVersion(i, action.round), f"stores its own K/V of round {action.round}")
+            self.kv[action.store] = (i, k)
+            self.unread_kv.add(action.store)
+        self.velocity.add(i)
+        self.num_units += 1
+
+    def require_left(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        if self.chunks[i].num_left == 0:
+            _require(action.left is None, "has no left context")
+            return
+        expected = LatentVersion(i - 1, {"same": k, "fresher": min(k + 1, self.steps)}[self.left_level])
+        _require(action.left == expected, f"the left context is {expected}")
+        self.require_latents(expected)
+
+    def require_right(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        if self.chunks[i].num_right == 0 or k == 0:  # at step 0 the right neighbour has not entered yet
+            _require(action.right is None, "has no right context")
+            return
+        expected = KvVersion(i + 1, action.round)
+        _require(action.right == expected, f"the right context is {expected}")
+        _require(self.kv.get(expected) == (i + 1, k - 1), f"the right context is K/V of step {k - 1}")
+        self.unread_kv.discard(expected)
+
+    def step(self, action: Step) -> None:
+        i, k = action.chunk, action.step
+        self.require_turn(i, k, action.round)
+        self.require_taken(i, k)
+        _require(i in self.velocity, f"the forward of step {k} was not done")
+        self.require_latents(LatentVersion(i, k))
+        self.velocity.remove(i)
+        self.taken[i] = k + 1
+        self.latents.add(LatentVersion(i, k + 1))
+
+    def finish(self, action: Finish) -> None:
+        i = action.latents.chunk
+        _require(i == self.num_finished, f"chunk {self.num_finished} finishes next")
+        _require(action.latents.version == self.steps, f"chunk {i} finishes after {self.steps} steps")
+        self.require_turn(i, self.steps - 1, action.round)
+        self.require_taken(i, self.steps)
+        self.require_latents(action.latents)
+        self.num_finished += 1
+        del self.entered[i], self.taken[i]
+
+    def require_turn(self, i: int, k: int, n: int) -> None:
+        _require(i in self.entered, f"chunk {i} is not in flight")
+        _require(n == self.entered[i] + k, f"step {k} of chunk {i} belongs to round {self.entered[i] + k}")
+
+    def require_taken(self, i: int, steps: int) -> None:
+        _require(self.taken[i] == steps, f"chunk {i} has taken {self.taken[i]} steps")
+
+    def require_latents(self, latents: LatentVersion) -> None:
+        _require(latents in self.latents, f"{latents} is not live")
+
+    def end_round(self) -> None:
+        """Between rounds no K/V lives, and only those latents that are still to be read."""
+        idle = [*map(str, self.kv), *(str(latents) for latents in self.latents if not self.will_be_read(latents))]
+        _require(not idle, f"{', '.join(sorted(idle))} should have been dropped in round {self.round}")
+
+    def will_be_read(self, latents: LatentVersion) -> bool:
+        """By its own chunk, which stands at it, or by the right neighbour, which has not come to that step."""
+        neighbour = latents.chunk + 1
+        if self.taken.get(latents.chunk) == latents.version:
+            return True
+        if neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
+            return False
+        taken = self.taken.get(neighbour, 0 if neighbour >= self.num_admitted else self.steps)
+        return taken <= latents.version - (self.left_level == "fresher") < self.steps
+
+    def close(self) -> None:
+        _require(self.num_finished == len(self.chunks), f"{self.num_finished} of {len(self.chunks)} chunks finished")
+        self.end_round()
+
+    def report(self) -> Report:
+        return Report(self.num_units, self.num_rounds, self.max_live_latents, self.max_live_kv)
