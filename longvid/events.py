@@ -1,0 +1,55 @@
+"""What a render reports while it runs: typed events, for a callback or a progress bar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Started:
+    """Planning is done and denoising begins."""
+
+    num_frames: int
+    num_chunks: int
+    num_rounds: int
+    width: int
+    height: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """One pass over the queue: ``units`` chunks took one step each. ``round`` counts from 1."""
+
+    round: int
+    num_rounds: int
+    units: int
+
+
+@dataclass(frozen=True)
+class ChunkDone:
+    """A chunk's frames are decoded. ``chunk`` counts from 1; ``frames_done`` are the film's so far."""
+
+    chunk: int
+    num_chunks: int
+    frames_done: int
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know although the work goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class FilmDone:
+    """The film is complete at ``path``."""
+
+    path: Path
+    num_frames: int
+    seconds: float
+
+
+Event = Started | RoundDone | ChunkDone | Notice | FilmDone

@@ -1,0 +1,132 @@
+"""Attention processors for Wan layers in a queue: neighbour K/V, and text that is computed once.
+
+Shapes: B = 1, L input tokens, R right-neighbour tokens, N text columns, H heads, D of a head.
+A Wan layer hands its ``rotary_emb`` and ``encoder_hidden_states`` on to its processors unread: the
+contexts below travel in their place, and no layer is changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longvid.kernels.dense import attend
+
+LayerKv = tuple[Tensor, Tensor]
+"""Keys (normed, not rotated) and values of some tokens in one layer, each [1, tokens, H, D]."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, [1, tokens, 1, D]."""
+
+
+@dataclass(frozen=True)
+class SelfContext:
+    """What self-attention needs besides its input: one a forward pass and guidance branch.
+
+    ``rope`` covers the L input tokens and then the R tokens of the right neighbour. K/V of the
+    input tokens ``store`` are appended to ``stored``, a layer each: keys before RoPE, because the
+    neighbour reads them at another position (DualParal).
+    """
+
+    rope: Rope
+    right: list[LayerKv] | None = None
+    store: slice | None = None
+    stored: list[LayerKv] = field(default_factory=list)
+
+
+class QueueSelfAttention:
+    """Self-attention of one layer over the input tokens and the right neighbour's K/V."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(self, attn: Any, hidden: Tensor, _text: None, _mask: None, context: SelfContext) -> Tensor:
+        length = hidden.shape[1]
+        shape = (1, length, attn.heads, -1)
+        query = attn.norm_q(attn.to_q(hidden)).view(shape)
+        key = attn.norm_k(attn.to_k(hidden)).view(shape)
+        value = attn.to_v(hidden).view(shape)
+        if context.store is not None:
+            context.stored.append((key[:, context.store].clone(), value[:, context.store].clone()))
+        if context.right is not None:
+            right_key, right_value = context.right[self.layer]
+            key, value = torch.cat([key, right_key], 1), torch.cat([value, right_value], 1)
+        cos, sin = context.rope
+        query = rotate(query, (cos[:, :length], sin[:, :length]))
+        out = attend(query, rotate(key, context.rope), value)
+        return _project_out(attn, out)
+
+
+@dataclass(frozen=True)
+class TextKv:
+    """One prompt's K/V in every layer. ``bias`` [1, 1, 1, N]: 0, and log n for the padding column."""
+
+    layers: list[LayerKv]
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """Input tokens that attend one prompt, or two: (1 - weight) · a + weight · b."""
+
+    tokens: slice
+    first: TextKv
+    second: TextKv | None = None
+    weight: float = 0.0
+
+
+class SceneTextAttention:
+    """Cross-attention of one layer in which each latent attends its own scene's prompt."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(self, attn: Any, hidden: Tensor, spans: list[TextSpan], *_: None) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
+        parts = []
+        for span in spans:
+            out = self._attend(query[:, span.tokens], span.first)
+            if span.second is not None:
+                # Outputs are blended, not embeddings: two prompts' tokens do not line up.
+                out = torch.lerp(out, self._attend(query[:, span.tokens], span.second), span.weight)
+            parts.append(out)
+        return _project_out(attn, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+
+    def _attend(self, query: Tensor, text: TextKv) -> Tensor:
+        key, value = text.layers[self.layer]
+        return attend(query, key, value, text.bias)
+
+
+def text_kv(blocks: Any, states: Tensor, columns: int) -> TextKv:
+    """K/V of one prompt in every layer, from its projected text states.
+
+    ``states`` [n + 1, width] holds n tokens and one padding column, which stands for the
+    ``columns - n`` identical ones that the stock pipeline feeds: one column with bias log(columns - n)
+    in the softmax is exactly as many equal columns.
+    """
+    padding = columns - (states.shape[0] - 1)
+    if padding == 0:
+        states = states[:-1]
+    layers = []
+    for block in blocks:
+        attn = block.attn2
+        shape = (1, states.shape[0], attn.heads, -1)
+        layers.append((attn.norm_k(attn.to_k(states)).view(shape), attn.to_v(states).view(shape)))
+    bias = torch.zeros(states.shape[0], dtype=states.dtype, device=states.device)
+    if padding:
+        bias[-1] = torch.tensor(float(padding)).log()
+    return TextKv(layers, bias.view(1, 1, 1, -1))
+
+
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    """Interleaved rotary embedding, in the arithmetic of the stock processor."""
+    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
+    first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BLHD)
+
+
+def _project_out(attn: Any, out_BLHD: Tensor) -> Tensor:
+    projected: Tensor = attn.to_out[0](out_BLHD.flatten(2))
+    return projected
