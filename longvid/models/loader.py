@@ -150,7 +150,9 @@ def facts_of(name: str) -> ModelFacts:
 
 def _facts(name: str, extra: Mapping[str, Any], transformer: Any, vae: Any, index: Mapping[str, Any]) -> ModelFacts:
     patch = tuple(transformer["patch_size"])
-    grid = LatentGrid(vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), (patch[0], patch[1], patch[2]))
+    grid = LatentGrid(
+        vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), (patch[0], patch[1], patch[2])
+    )
     words = extra.get("vocabulary")
     return ModelFacts(
         name=name,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from longvid.engine import Engine
 from longvid.models.wan import WanStage
-from longvid.models.wan_vae import WanStreamDecoder, to_uint8
+from longvid.models.wan_vae import WanStreamDecoder, to_uint8, use_onednn
 from longvid.parallel.executor import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
@@ -69,6 +69,15 @@ def test_streamed_decode_is_bit_equal_to_the_whole_decode(euler_checkpoint: Path
         whole = to_uint8(vae.decode(scaled).sample[0])
     assert streamed.shape == (21, 48, 32, 3)
     assert torch.equal(streamed, whole)
+
+
+def test_onednn_convolutions_decode_as_the_stock_ones_do(euler_checkpoint: Path) -> None:
+    stock, ours = (diffusers.AutoencoderKLWan.from_pretrained(euler_checkpoint / "vae").eval() for _ in range(2))
+    use_onednn(ours.decoder)
+    latents = torch.randn(1, 4, 3, 6, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = stock.decode(latents).sample - ours.decode(latents).sample
+    assert difference.abs().max() <= 1e-5
 
 
 def unit_of(num_latents: int, timesteps: list[float], blends: list[PromptBlend], latents: torch.Tensor) -> Unit:

@@ -1,0 +1,144 @@
+"""``longvid train dit``: first latents for looks, then windows with staircases of noise for motion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from longvid.training.dit import WindowText, block_forward, make_dit, make_optimizers, window_text, window_velocity
+from longvid.training.latents import LatentSet, WindowBatch, draw_windows
+from longvid.training.levels import Span, draw_levels, shift_levels
+from longvid.training.loop import Ema, LoopSettings, Run, finite_or_stop
+from longvid.training.text import tokenize
+
+IMAGE = Span(0, 1, 0)
+MAX_CAPTION_TOKENS = 18
+
+
+@dataclass(frozen=True)
+class DitSettings:
+    """Sizes of a DiT training. ``image_steps`` come first; then windows, with some images among them."""
+
+    loop: LoopSettings
+    image_steps: int = 1000
+    image_batch: int = 256
+    image_share: float = 0.1
+    chunk_latents: int = 6
+    context_latents: int = 2
+    shift: float = 5.0
+    compile_blocks: bool = True
+
+
+@dataclass(frozen=True)
+class World:
+    """What the DiT learns from: encoded images and clips, and the (frozen) text encoder."""
+
+    images: LatentSet
+    clips: LatentSet
+    tokenizer: PreTrainedTokenizerFast
+    encoder: UMT5EncoderModel
+
+
+def draw_span(rng: np.random.Generator, settings: DitSettings) -> tuple[Span, int]:
+    """A window's division and its first latent: at the start of a shot, or in its midst."""
+    own, context = settings.chunk_latents, settings.context_latents
+    right = context if rng.random() < 0.75 else 0
+    if rng.random() < 0.5:
+        return Span(0, own + context, right), 0
+    return Span(context, own, right), 1
+
+
+def encode_captions(world: World, captions: list[str], index: Tensor) -> WindowText:
+    """Text of a batch, with a constant number of columns so that compiled code is reused."""
+    unique = sorted(set(captions))
+    place = {caption: i for i, caption in enumerate(unique)}
+    ids, mask = tokenize(world.tokenizer, unique)
+    with torch.no_grad():
+        states = world.encoder(ids, mask).last_hidden_state
+    spare = MAX_CAPTION_TOKENS - mask.shape[1]
+    assert spare >= 0, f"a caption has more than {MAX_CAPTION_TOKENS} tokens: {max(unique, key=len)!r}"
+    states = torch.nn.functional.pad(states, (0, 0, 0, spare))
+    mask = torch.nn.functional.pad(mask, (0, spare))
+    rows = torch.tensor([place[caption] for caption in captions])
+    return window_text(states[rows], mask[rows], index)
+
+
+def window_loss(
+    dit: WanTransformer3DModel,
+    world: World,
+    batch: WindowBatch,
+    sigma: Tensor,
+    generator: torch.Generator,
+    run_block: Any = block_forward,
+) -> Tensor:
+    """Rectified flow: mean squared error of the velocity eps - x0, each latent at its own level."""
+    text = encode_captions(world, batch.captions, batch.index)
+    noise = torch.randn(batch.clean.shape, generator=generator)
+    level = sigma[:, None, :, None, None]
+    noisy = (1 - level) * batch.clean + level * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = window_velocity(dit, noisy, sigma, text, run_block)
+    return (velocity.float() - (noise - batch.clean)).square().mean()
+
+
+def draw_training_batch(
+    rng: np.random.Generator, step: int, world: World, settings: DitSettings
+) -> tuple[str, WindowBatch, Tensor]:
+    """What step ``step`` trains on: its kind, the windows, and their levels [B, F]."""
+    if step < settings.image_steps or rng.random() < settings.image_share:
+        kind, span, first, data, size = "image", IMAGE, 0, world.images, settings.image_batch
+        levels = rng.random((size, 1))
+    else:
+        (span, first), data, size = draw_span(rng, settings), world.clips, settings.loop.batch
+        kind, levels = "window", draw_levels(rng, size, span)
+    max_captions = size if kind == "image" else size * 3 // 2
+    batch = draw_windows(data, rng, batch=size, num_latents=span.num_latents, first=first, max_captions=max_captions)
+    return kind, batch, torch.from_numpy(shift_levels(levels, settings.shift)).float()
+
+
+def train_dit(
+    folder: Path,
+    settings: DitSettings,
+    world: World,
+    on_log: Callable[[dict[str, float | str]], None] = lambda _: None,
+) -> WanTransformer3DModel:
+    """Train, or go on training, in ``folder``; returns the model with averaged weights."""
+    loop = settings.loop
+    dit = make_dit(loop.seed)
+    run_block = block_forward
+    if settings.compile_blocks:
+        torch._dynamo.config.recompile_limit = 64
+        run_block = torch.compile(block_forward, dynamic=False)
+    ema = Ema(dit, loop.ema_decay)
+    muon, adamw = make_optimizers(dit, loop.lr)
+    run = Run(folder, loop, {"kind": "dit"})
+    parts = {"dit": dit, "ema": ema, "muon": muon, "adamw": adamw}
+    run.load(parts)
+    sums: dict[str, list[float]] = {}
+    for step in run.steps(parts, [muon, adamw]):
+        rng = np.random.default_rng((loop.seed, 5, step))
+        generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + step)
+        kind, batch, sigma = draw_training_batch(rng, step, world, settings)
+        loss = window_loss(dit, world, batch, sigma, generator, run_block)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), loop.grad_clip)
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(dit, step)
+        sums.setdefault(kind, []).append(finite_or_stop(loss, step))
+        if step % loop.log_every == 0:
+            values = {name: float(np.mean(losses)) for name, losses in sums.items()}
+            run.log(**values)
+            on_log({"step": step, **values})
+            sums = {}
+    ema.copy_to(dit)
+    return dit
