@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+
 from longvid.engine import Engine
 from longvid.models.wan import WanStage
 from longvid.models.wan_vae import WanStreamDecoder, to_uint8, use_onednn
@@ -85,7 +86,7 @@ def unit_of(num_latents: int, timesteps: list[float], blends: list[PromptBlend],
     return Unit(chunk, 0, latents, torch.tensor(timesteps), None, None)
 
 
-@pytest.fixture()
+@pytest.fixture
 def stage(euler_checkpoint: Path) -> WanStage:
     dit = diffusers.WanTransformer3DModel.from_pretrained(euler_checkpoint / "transformer")
     return WanStage(dit)

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longvid.training.dit import DIT_CONFIG, make_dit, window_text, window_velocity
 from longvid.training.levels import Span, draw_levels, shift_levels
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+
 from longvid.errors import InputError
 from longvid.training.loop import Ema, LoopSettings, Run, lr_share
 from longvid.training.muon import Muon, orthogonalise
@@ -50,7 +52,7 @@ def test_a_run_with_another_seed_is_refused(tmp_path: Path) -> None:
 def test_the_learning_rate_warms_up_and_decays() -> None:
     shares = [lr_share(step, replace(SETTINGS, steps=100, warmup=10)) for step in range(100)]
     assert shares[0] == pytest.approx(0.1) and shares[40] == 1 and shares[99] < 0.06
-    assert all(a >= b for a, b in zip(shares[70:], shares[71:], strict=False))
+    assert all(a >= b for a, b in pairwise(shares[70:]))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
