@@ -14,7 +14,7 @@ from longvid.errors import InputError
 
 
 class ModelSettings(Section):
-    """Which model: `mini`, a directory, or the name of a repository on the Hugging Face hub."""
+    """Which model: `mini`, or the directory of a diffusers pipeline."""
 
     path: Annotated[str, Field(min_length=1)] = "mini"
 

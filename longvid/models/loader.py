@@ -90,6 +90,8 @@ def check_pipeline(root: Path, index: Mapping[str, Any]) -> None:
     """Only pipelines that the engine runs. Raises InputError for another."""
     if index.get("_class_name") != "WanPipeline":
         raise InputError(f"{root / 'model_index.json'}: expected a WanPipeline, got {index.get('_class_name')!r}")
+    if index.get("transformer_2", [None])[0] is not None:
+        raise InputError(f"{root}: has two transformers (Wan 2.2 A14B), which longvid cannot run yet")
 
 
 def check_weights(root: Path) -> None:

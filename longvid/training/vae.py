@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class VaeSettings:
     num_frames: int = 17
     kl_weight: float = 5e-4
     mse_weight: float = 2.0
+    decoder_only: bool = False
+    """Go on with the decoder alone: latents stay what they are, so a DiT that was trained on them stays right."""
     compile_norms: bool = True
 
 
@@ -73,6 +76,8 @@ def train_vae(folder: Path, settings: VaeSettings, on_log: Callable[[dict[str, f
     run = Run(folder, loop, {"kind": "vae", "config": VAE_CONFIG})
     parts = {"vae": vae, "ema": ema, "muon": muon, "adamw": adamw}
     run.load(parts)
+    if settings.decoder_only:
+        freeze_encoder(vae, ema)
     for step in run.steps(parts, [muon, adamw]):
         rng = np.random.default_rng((loop.seed, 1, step))
         torch.manual_seed(loop.seed * 1_000_003 + step)
@@ -88,7 +93,10 @@ def train_vae(folder: Path, settings: VaeSettings, on_log: Callable[[dict[str, f
             run.log(**values)
             on_log({"step": step, **values})
     ema.copy_to(vae)
-    set_latent_statistics(vae, loop.seed, settings)
+    if settings.decoder_only:
+        vae.register_to_config(**_latent_statistics(folder / "vae"))
+    else:
+        set_latent_statistics(vae, loop.seed, settings)
     vae.save_pretrained(folder / "vae", safe_serialization=True)
 
 
@@ -98,6 +106,20 @@ def start_nearly_deterministic(vae: AutoencoderKLWan) -> None:
     channels = vae.config.z_dim
     vae.quant_conv.weight[channels:] *= 0.1
     vae.quant_conv.bias[channels:] = -6.0
+
+
+@torch.no_grad()
+def freeze_encoder(vae: AutoencoderKLWan, ema: Ema) -> None:
+    """Fix the encoder at its averaged weights: those made the latents."""
+    for name, param in vae.named_parameters():
+        if name.startswith(("encoder.", "quant_conv.")):
+            param.copy_(ema.weights[name])
+            param.requires_grad_(False)
+
+
+def _latent_statistics(folder: Path) -> dict[str, list[float]]:
+    config = json.loads((folder / "config.json").read_text())
+    return {name: config[name] for name in ("latents_mean", "latents_std")}
 
 
 def compile_norms(vae: AutoencoderKLWan) -> None:
