@@ -34,7 +34,14 @@ class DitSettings:
     chunk_latents: int = 6
     context_latents: int = 2
     shift: float = 5.0
+    guidance: float = 2.0
+    """Guidance that the model learns to give in one pass, from ``guided_from`` of the steps on; 1 is none."""
+    guided_from: float = 0.65
     compile_blocks: bool = True
+
+    def pull(self, step: int) -> float:
+        """Weight of the guidance term at a step: 1 - 1/guidance."""
+        return 1 - 1 / self.guidance if step >= self.guided_from * self.loop.steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,22 +78,41 @@ def encode_captions(world: World, captions: list[str], index: Tensor) -> WindowT
     return window_text(states[rows], mask[rows], index)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """How a batch is judged: the compiled block to run, and how far guidance pulls the target."""
+
+    run_block: Any = block_forward
+    pull: float = 0.0
+
+
 def window_loss(
     dit: WanTransformer3DModel,
     world: World,
     batch: WindowBatch,
     sigma: Tensor,
     generator: torch.Generator,
-    run_block: Any = block_forward,
+    objective: Objective = Objective(),
 ) -> Tensor:
-    """Rectified flow: mean squared error of the velocity eps - x0, each latent at its own level."""
+    """Rectified flow: mean squared error of the velocity eps - x0, each latent at its own level.
+
+    With a pull w, the target is moved by w·(v - v_null), both of the model itself: where that is at rest,
+    v = v_null + (v_data - v_null) / (1 - w), so one pass gives what guidance of 1 / (1 - w) gave in two
+    ("model guidance", Tang et al., 2025, arXiv 2502.12154).
+    """
     text = encode_captions(world, batch.captions, batch.index)
     noise = torch.randn(batch.clean.shape, generator=generator)
     level = sigma[:, None, :, None, None]
     noisy = (1 - level) * batch.clean + level * noise
+    target = noise - batch.clean
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = window_velocity(dit, noisy, sigma, text, run_block)
-    return (velocity.float() - (noise - batch.clean)).square().mean()
+        velocity = window_velocity(dit, noisy, sigma, text, objective.run_block)
+        if objective.pull:
+            null = encode_captions(world, [""] * len(batch.captions), batch.index)
+            with torch.no_grad():
+                unguided = window_velocity(dit, noisy, sigma, null, objective.run_block)
+            target = target + objective.pull * (velocity.detach().float() - unguided.float())
+    return (velocity.float() - target).square().mean()
 
 
 def draw_training_batch(
@@ -127,7 +153,7 @@ def train_dit(
         rng = np.random.default_rng((loop.seed, 5, step))
         generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + step)
         kind, batch, sigma = draw_training_batch(rng, step, world, settings)
-        loss = window_loss(dit, world, batch, sigma, generator, run_block)
+        loss = window_loss(dit, world, batch, sigma, generator, Objective(run_block, settings.pull(step)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), loop.grad_clip)
         for optimizer in (muon, adamw):

@@ -1,0 +1,1 @@
+"""Benchmarks: longvid beside others on the same work, each side in a process of its own."""

@@ -1,0 +1,253 @@
+"""The command line: options to calls, results to text or JSON, errors to exit codes. It loads torch only to use it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from longvid.errors import Interrupted, LongvidError, RuntimeFailure
+
+
+class _Commands(TyperGroup):
+    """Ends what a user can meet with one message and its exit code; any other error is a bug and keeps its trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LongvidError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted", Interrupted.exit_code)
+        except (MemoryError, OSError, RuntimeError) as error:
+            message = _machine_failure(error)
+            if message is None:
+                raise
+            _fail(message, RuntimeFailure.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"longvid: {'' if code == Interrupted.exit_code else 'error: '}{message}", err=True)
+    raise typer.Exit(code)
+
+
+def _machine_failure(error: Exception) -> str | None:
+    """What to say of an error that is the machine's: no memory, no disk. None for others."""
+    if isinstance(error, OSError):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"the disk is full: {error.filename or error.strerror}" if is_full else None
+    # torch has a class for CUDA alone; on a CPU only the text says it.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        return "out of memory: use a smaller size, runtime.dtype=bfloat16, or fewer queue.chunk_latents"
+    return None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Films of any length from a storyboard, with video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure longvid beside others on the same work.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
+Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
+Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def render(
+    story: Story,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILM.mp4", help="The film to write.")],
+    model: Model = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+) -> None:
+    """Render a storyboard to a film.
+
+    While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4.
+    """
+    from longvid.script import load_script
+
+    _settings(model, preset, overrides)  # what is wrong is told before torch is loaded
+    script = load_script(story)
+
+    from rich.console import Console
+
+    from longvid.progress import show_progress
+
+    with show_progress(Console(stderr=True)) as on_event:
+        from longvid.engine import Engine
+
+        engine = Engine.load(preset=preset, overrides=_overrides(model, overrides))
+        engine.render(script, output, on_event)
+
+
+@app.command()
+def plan(
+    story: Story,
+    model: Model = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Show which chunk takes which step in which round.")] = False,
+) -> None:
+    """Show what a render will do and hold. Loads no weights."""
+    with _json_alone():
+        from longvid.overview import Overview
+        from longvid.plan import make_plan
+        from longvid.script import load_script
+
+        settings, script = _settings(model, preset, overrides), load_script(story)
+
+        from longvid.models.loader import facts_of
+
+        facts = facts_of(settings.model.path)
+        overview = Overview.of(make_plan(script, settings, facts), settings, facts)
+        picture = overview.grid() if grid else None
+    if as_json:
+        _print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})
+    else:
+        typer.echo(overview.as_text() + (f"\n\n{picture}" if picture else ""))
+
+
+@app.command()
+def measure(
+    film: Annotated[Path, typer.Argument(metavar="FILM", help="The film to measure.")],
+    script: Annotated[
+        Path | None, typer.Option(metavar="STORY", help="Its storyboard: judge each scene by its prompt, and seams.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="Another film, to tell how near this one is to it.")
+    ] = None,
+    model: Model = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a film: what its scenes show, how steady it is, how near it is to another.
+
+    With a storyboard, give the model and the settings that the film was rendered with: they say where chunks meet.
+    """
+    with _json_alone():
+        settings = _settings(model, preset, overrides)
+
+        from longvid.measure import as_text, measure_render
+        from longvid.metrics.film import measure_film
+        from longvid.script import load_script
+
+        if script is None:
+            result = measure_film(film, None, reference)
+        else:
+            result = measure_render(film, load_script(script), settings, reference)
+    _show(result, as_text(result), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine has, and what longvid will use of it."""
+    with _json_alone():
+        from longvid.doctor import as_text, examine
+
+        facts = examine()
+    _show(facts, as_text(facts), as_json)
+
+
+@bench_app.command("film")
+def bench_film(
+    model: Annotated[str, typer.Option(help="mini, or the folder of a diffusers WanPipeline.")] = "mini",
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 60.0,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")] = 0,
+    skip_10min: Annotated[bool, typer.Option("--skip-10min", help="Leave out the film ten times as long.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time stock diffusers and longvid on the same film, each in a process of its own."""
+    with _json_alone():
+        from longvid.bench import film
+
+        bench = film.FilmBench(model, seconds, steps, dtype, threads)
+        result = film.bench_film(bench, with_10min=not skip_10min, say=lambda line: typer.echo(line, err=True))
+    _show(result, film.as_text(result), as_json)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"longvid {version('longvid')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """The console script: exit codes 0, 2 (wrong input), 3 (the machine failed), 130 (interrupted)."""
+    # A service manager's stop is a Ctrl-C: it must leave a film that plays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _quiet_libraries()
+    app(prog_name="longvid")
+
+
+def _quiet_libraries() -> None:
+    """Keep the model libraries' warnings and progress bars, which are for their developers, off the terminal."""
+    # They read these when they are imported; a user's own choice stays.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _overrides(model: str | None, overrides: list[str] | None) -> list[str]:
+    return [*(overrides or []), *([f"model.path={model}"] if model is not None else [])]
+
+
+def _settings(model: str | None, preset: str | None, overrides: list[str] | None) -> Any:
+    from longvid.settings import load_settings
+
+    return load_settings(preset, _overrides(model, overrides))
+
+
+@contextlib.contextmanager
+def _json_alone() -> Iterator[None]:
+    """Send what libraries print to stderr: stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _show(result: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(text)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    # NaN is not JSON, so a measure that has no value must be None.
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))

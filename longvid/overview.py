@@ -1,0 +1,119 @@
+"""The overview that `longvid plan` prints: what a render will do and hold, from the plan and its schedule alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby, takewhile
+from typing import Any
+
+from longvid.parallel.schedule import Action, queue_schedule, sequential_schedule
+from longvid.parallel.verify import Report, grid, simulate
+from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
+from longvid.settings import Settings
+
+GRID_ROUNDS = 24
+"""The picture of the schedule grows with the square of the rounds, and soon repeats itself."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A plan, and the report of its schedule's simulation."""
+
+    plan: Plan
+    settings: Settings
+    facts: ModelFacts
+    report: Report
+
+    @classmethod
+    def of(cls, plan: Plan, settings: Settings, facts: ModelFacts) -> Overview:
+        """Simulate the plan's whole schedule; an error in it is ours (ScheduleError)."""
+        steps, left_level = settings.sampler.steps, settings.queue.left_level
+        return cls(plan, settings, facts, simulate(_schedule(plan, settings), plan.chunks, steps, left_level))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""
+        plan, report = self.plan, self.report
+        return {
+            "model": self.facts.name,
+            "width": plan.width,
+            "height": plan.height,
+            "fps": plan.fps,
+            "frames": plan.num_frames,
+            "seconds": plan.num_frames / plan.fps,
+            "schedule": self.settings.schedule,
+            "steps": self.settings.sampler.steps,
+            "chunks": len(plan.chunks),
+            "rounds": report.num_rounds,
+            "units": report.num_units,
+            "tokens_per_latent": self.tokens_per_latent,
+            "max_unit_latents": self.max_unit_latents,
+            "max_unit_tokens": self.max_unit_latents * self.tokens_per_latent,
+            "max_live_latents": report.max_live_latents,
+            "max_live_kv": report.max_live_kv,
+            "latents_mb": self.latents_mb,
+            "shots": [
+                {**asdict(shot), "scenes": [self._scene(scene) for scene in scenes]} for shot, scenes in self._shots()
+            ],
+        }
+
+    def as_text(self) -> str:
+        """The same for people."""
+        plan, report, steps, chunks = self.plan, self.report, self.settings.sampler.steps, len(self.plan.chunks)
+        size, tokens = f"{plan.width} x {plan.height}", self.tokens_per_latent
+        work = f"{chunks} chunks × {steps} steps = {report.num_units} units in {report.num_rounds} rounds"
+        live = f"{report.max_live_latents} chunks' latents ({self.latents_mb:.1f} MB), K/V of {report.max_live_kv}"
+        lines = [
+            f"film      {_seconds(plan, plan.num_frames)}, {plan.num_frames} frames of {size} at {plan.fps:g} fps",
+            f"model     {self.facts.name}: {self.facts.num_layers} layers, {tokens} tokens a latent",
+            f"schedule  {self.settings.schedule}: {work}",
+            f"a unit    at most {self.max_unit_latents} latents with context, {self.max_unit_latents * tokens} tokens",
+            f"at once   at most {live}",
+        ]
+        for shot, scenes in self._shots():
+            lines.append(f"shot {shot.index}    {shot.num_latents} latents in {shot.num_chunks} chunks")
+            lines += [
+                f"  frame {scene.first_frame:>6}  {_seconds(plan, scene.num_frames):>7}  {plan.prompts[scene.prompt]}"
+                for scene in scenes
+            ]
+        return "\n".join(lines)
+
+    def grid(self) -> str:
+        """Rounds by chunks with the step that each takes; for a long film, its beginning."""
+        actions = _schedule(self.plan, self.settings)
+        if self.report.num_rounds <= GRID_ROUNDS:
+            return grid(actions)
+        beginning = grid(takewhile(lambda action: action.round < GRID_ROUNDS, actions))
+        return f"{beginning}\nand so on, to round {self.report.num_rounds - 1}"
+
+    @property
+    def tokens_per_latent(self) -> int:
+        return self.facts.grid.tokens_per_latent(self.plan.width, self.plan.height)
+
+    @property
+    def max_unit_latents(self) -> int:
+        return max(chunk.num_left + chunk.num_latents + chunk.num_right for chunk in self.plan.chunks)
+
+    @property
+    def latents_mb(self) -> float:
+        width, height = self.facts.grid.latent_size(self.plan.width, self.plan.height)
+        largest = max(chunk.num_latents for chunk in self.plan.chunks)
+        return self.report.max_live_latents * largest * self.facts.latent_channels * width * height * 4 / 1e6
+
+    def _shots(self) -> Iterator[tuple[Shot, list[SceneSpan]]]:
+        scenes = groupby(self.plan.scenes, key=lambda scene: scene.shot)
+        for shot, (_, members) in zip(self.plan.shots, scenes, strict=True):
+            yield shot, list(members)
+
+    def _scene(self, scene: SceneSpan) -> dict[str, Any]:
+        return {**asdict(scene), "prompt": self.plan.prompts[scene.prompt]}
+
+
+def _schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
+    if settings.schedule == "sequential":
+        return sequential_schedule(plan.chunks, settings.sampler.steps)
+    return queue_schedule(plan.chunks, settings.sampler.steps, settings.queue.left_level)
+
+
+def _seconds(plan: Plan, num_frames: int) -> str:
+    return f"{num_frames / plan.fps:.1f} s"
