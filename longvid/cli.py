@@ -63,6 +63,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure longvid beside others on the same work.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+train_app = typer.Typer(help="Train the parts of a model of the drawn world, on this machine.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
 
 Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
 Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
@@ -86,9 +88,12 @@ def render(
     While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4.
     """
     from longvid.script import load_script
+    from longvid.writer import check_path
 
-    _settings(model, preset, overrides)  # what is wrong is told before torch is loaded
+    # What is wrong is told before torch is loaded.
+    _settings(model, preset, overrides)
     script = load_script(story)
+    check_path(output)
 
     from rich.console import Console
 
@@ -118,7 +123,7 @@ def plan(
 
         settings, script = _settings(model, preset, overrides), load_script(story)
 
-        from longvid.models.loader import facts_of
+        from longvid.models.facts import facts_of
 
         facts = facts_of(settings.model.path)
         overview = Overview.of(make_plan(script, settings, facts), settings, facts)
@@ -188,6 +193,66 @@ def bench_film(
         bench = film.FilmBench(model, seconds, steps, dtype, threads)
         result = film.bench_film(bench, with_10min=not skip_10min, say=lambda line: typer.echo(line, err=True))
     _show(result, film.as_text(result), as_json)
+
+
+Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]
+Seed = Annotated[int, typer.Option(min=0)]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")]
+
+
+@train_app.command("vae")
+def train_vae(
+    out: Folder,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch: Annotated[int, typer.Option(min=1)] = 6,
+    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Refine a trained VAE's decoder; its latents stay what they are.")
+    ] = False,
+) -> None:
+    """Train the video VAE. Ctrl-C saves; the same command goes on."""
+    with _training("vae", steps) as on_log:
+        from longvid.training.recipe import run_vae, vae_settings
+
+        settings = vae_settings(steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, decoder_only=decoder_only)
+        done = run_vae(out, settings, on_log)
+    typer.echo(f"the VAE is in {done}")
+
+
+@train_app.command("dit")
+def train_dit(
+    out: Folder,
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    batch: Annotated[int, typer.Option(min=2)] = 48,
+    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 8192,
+    images: Annotated[int, typer.Option(min=1, help="First frames to encode and learn from.")] = 24576,
+) -> None:
+    """Train text encoder and video model on the VAE in DIR. Ctrl-C saves; the same command goes on."""
+    with _training("dit", steps) as on_log:
+        from longvid.training.recipe import dit_recipe, run_dit
+
+        recipe = dit_recipe(steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, clips=clips, images=images)
+        done = run_dit(out, recipe, on_log)
+    typer.echo(f"the model is in {done}")
+
+
+@contextlib.contextmanager
+def _training(kind: str, steps: int) -> Iterator[Any]:
+    """A callback that shows a training's log; an interruption is told with how to go on."""
+    from rich.console import Console
+
+    from longvid.progress import show_training
+
+    try:
+        with show_training(Console(stderr=True), kind, steps) as on_log:
+            yield on_log
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the run is saved, and the same command goes on with it") from None
 
 
 def _print_version(wanted: bool) -> None:

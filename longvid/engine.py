@@ -21,7 +21,7 @@ from longvid.models.wan import WanStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.noise import chunk_noise
 from longvid.parallel.executor import Executor, Finished
-from longvid.parallel.schedule import Action, Step, queue_schedule, sequential_schedule
+from longvid.parallel.schedule import Step, make_schedule
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
@@ -117,7 +117,7 @@ class Engine:
         self._stage.set_prompts(states[: len(plan.prompts)], states[len(plan.prompts) :])
         executor = Executor(self._stage, self._sampler, self._noise(plan), self.facts)
         rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event)
-        yield from executor.run(self._schedule(plan), plan, rounds.on_unit)
+        yield from executor.run(make_schedule(plan, self.settings), plan, rounds.on_unit)
 
     def _stream(self, plan: Plan, on_event: OnEvent) -> Iterator[Frames]:
         for text in self._notices(plan):
@@ -145,12 +145,6 @@ class Engine:
 
     def _frames_until(self, chunk: Chunk) -> int:
         return self.facts.grid.num_frames(chunk.start + chunk.num_latents)
-
-    def _schedule(self, plan: Plan) -> Iterator[Action]:
-        steps = self._sampler.num_steps
-        if self.settings.schedule == "sequential":
-            return sequential_schedule(plan.chunks, steps)
-        return queue_schedule(plan.chunks, steps, self.settings.queue.left_level)
 
     def _noise(self, plan: Plan) -> Callable[[Chunk], Tensor]:
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
@@ -192,14 +186,22 @@ class _RoundCounter:
 
     def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent) -> None:
         self._num_rounds = _num_rounds(plan, steps, settings)
+        self._num_units = len(plan.chunks) * steps
         self._on_event = on_event
-        self._round, self._units = 0, 0
+        self._round, self._in_round, self._done = 0, 0, 0
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
-            self._on_event(RoundDone(self._round + 1, self._num_rounds, self._units))
-            self._round, self._units = unit.round, 0
-        self._units += 1
+            self._end_round()
+            self._round = unit.round
+        self._in_round += 1
+        self._done += 1
+        if self._done == self._num_units:
+            self._end_round()
+
+    def _end_round(self) -> None:
+        self._on_event(RoundDone(self._round + 1, self._num_rounds, self._in_round, self._done, self._num_units))
+        self._in_round = 0
 
 
 def _what_is_left(writer: FilmWriter, path: str | Path) -> str:

@@ -20,11 +20,16 @@ class Started:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """One pass over the queue: ``units`` chunks took one step each. ``round`` counts from 1."""
+    """One pass over the queue: ``units`` chunks took one step each. ``round`` counts from 1.
+
+    ``units_done`` of ``num_units`` is the share of the work that is done: rounds differ in length.
+    """
 
     round: int
     num_rounds: int
     units: int
+    units_done: int
+    num_units: int
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
-from longvid.parallel.schedule import Action, queue_schedule, sequential_schedule
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings
@@ -29,7 +29,7 @@ class Overview:
     def of(cls, plan: Plan, settings: Settings, facts: ModelFacts) -> Overview:
         """Simulate the plan's whole schedule; an error in it is ours (ScheduleError)."""
         steps, left_level = settings.sampler.steps, settings.queue.left_level
-        return cls(plan, settings, facts, simulate(_schedule(plan, settings), plan.chunks, steps, left_level))
+        return cls(plan, settings, facts, simulate(make_schedule(plan, settings), plan.chunks, steps, left_level))
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""
@@ -80,7 +80,7 @@ class Overview:
 
     def grid(self) -> str:
         """Rounds by chunks with the step that each takes; for a long film, its beginning."""
-        actions = _schedule(self.plan, self.settings)
+        actions = make_schedule(self.plan, self.settings)
         if self.report.num_rounds <= GRID_ROUNDS:
             return grid(actions)
         beginning = grid(takewhile(lambda action: action.round < GRID_ROUNDS, actions))
@@ -107,12 +107,6 @@ class Overview:
 
     def _scene(self, scene: SceneSpan) -> dict[str, Any]:
         return {**asdict(scene), "prompt": self.plan.prompts[scene.prompt]}
-
-
-def _schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
-    if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps)
-    return queue_schedule(plan.chunks, settings.sampler.steps, settings.queue.left_level)
 
 
 def _seconds(plan: Plan, num_frames: int) -> str:

@@ -29,6 +29,7 @@ class Tally:
     plan: Started | None = None
     began: float = 0.0
     round: int = 0
+    num_units: int = 0
     chunk: int = 0
     frames_done: int = 0
     _ends: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_ROUNDS + 1))
@@ -41,7 +42,8 @@ class Tally:
                 self._ends.append((0, self.began))
             case RoundDone():
                 self.round = event.round
-                self._ends.append((event.round, self.clock()))
+                self._ends.append((event.units_done, self.clock()))
+                self.num_units = event.num_units
             case ChunkDone():
                 self.chunk, self.frames_done = event.chunk, event.frames_done
             case _:
@@ -53,12 +55,15 @@ class Tally:
         return self.frames_done / elapsed if self.frames_done and elapsed > 0 else None
 
     def left_s(self) -> float | None:
-        """Seconds until the last round ends, by the pace of the latest rounds; None before the first has ended."""
-        if self.plan is None or len(self._ends) < 2:
+        """Seconds until the last round ends, by the pace of the latest rounds; None before the first has ended.
+
+        Paced by units, not by rounds: rounds are short while the queue fills and empties.
+        """
+        if len(self._ends) < 2:
             return None
         (first, began), (last, ended) = self._ends[0], self._ends[-1]
-        round_s = (ended - began) / (last - first)
-        return max(0.0, ended + round_s * (self.plan.num_rounds - last) - self.clock())
+        unit_s = (ended - began) / (last - first)
+        return max(0.0, ended + unit_s * (self.num_units - last) - self.clock())
 
     def status(self) -> str:
         """One line, such as `round 12/49, chunk 4/42, film 5.8/62.0 s, 21.3 frames/s, 0:39 left`."""
@@ -152,3 +157,23 @@ def _line(event: Started | Notice | FilmDone) -> str:
 def _print(console: Console, line: str) -> None:
     # Prompts and paths may hold what looks like rich's markup.
     console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def show_training(console: Console, kind: str, steps: int) -> Iterator[Callable[[dict[str, float | str]], None]]:
+    """A callback for a training's log: a bar with the latest values on a terminal, and plain lines elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[values]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
+        task = progress.add_task(f"train {kind}", total=steps, values="")
+
+        def show(log: dict[str, float | str]) -> None:
+            values = [
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in log.items()
+            ]
+            if console.is_interactive:
+                done = 0 if "stage" in log else float(log["step"])
+                progress.update(task, completed=done, values=", ".join(values))
+            else:
+                _print(console, ", ".join(values))
+
+        yield show

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from longvid.plan import Chunk
+from longvid.plan import Chunk, Plan
+from longvid.settings import Settings
 
 LeftLevel = Literal["same", "fresher"]
 
@@ -124,6 +125,13 @@ class DropKv:
 
 
 Action = Admit | Forward | Step | Finish | DropLatents | DropKv
+
+
+def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
+    """The schedule that the settings ask for."""
+    if settings.schedule == "sequential":
+        return sequential_schedule(plan.chunks, settings.sampler.steps)
+    return queue_schedule(plan.chunks, settings.sampler.steps, settings.queue.left_level)
 
 
 def queue_schedule(chunks: Sequence[Chunk], steps: int, left_level: LeftLevel) -> Iterator[Action]:

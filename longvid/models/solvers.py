@@ -57,7 +57,7 @@ def make_sampler(scheduler: Any, settings: SamplerSettings) -> Sampler:
     is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config.get("use_flow_sigmas")
     if not is_flow:
         raise InputError(f"model: its scheduler {type(scheduler).__name__} is not a flow-matching one")
-    own_shift: float = config.get("shift", config.get("flow_shift", 1.0))
+    own_shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     shift = own_shift if settings.shift is None else settings.shift
     if solver == "unipc":
         kept = config if isinstance(scheduler, UniPCMultistepScheduler) else {}

@@ -108,7 +108,8 @@ class WanStage:
         hidden = (self.dit.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         out = self.dit.proj_out(hidden).view(unit.chunk.num_latents, *grid, 2, 2, -1)
         channels = out.shape[-1]
-        return out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
+        velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
+        return velocity
 
     def _modulation(self, timesteps: list[float], per_latent: int) -> tuple[Tensor, Tensor]:
         """Time embedding [1, L or 1, D] and modulation [1, L, 6, D], or [1, 6, D] when all levels are equal."""

@@ -29,6 +29,8 @@ DIT_CONFIG = {
     "cross_attn_norm": True,
     "rope_max_seq_len": 1024,
 }
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, [1, tokens, 1, head]."""
 TEXT_COLUMNS = 512
 """Stock pipelines pad every prompt to 512 zero columns and do not mask them: training must see them."""
 
@@ -59,7 +61,7 @@ def window_text(states: Tensor, mask: Tensor, index: Tensor) -> WindowText:
 class SelfAttention:
     """Attention processor over a whole window; every token sees every token."""
 
-    def __call__(self, attn: WanAttention, hidden_states: Tensor, _context: None, _mask: None, rope: Tensor) -> Tensor:
+    def __call__(self, attn: WanAttention, hidden_states: Tensor, _context: None, _mask: None, rope: Rope) -> Tensor:
         batch, length, _ = hidden_states.shape
         shape = (batch, length, attn.heads, -1)
         query = rotate(attn.norm_q(attn.to_q(hidden_states)).view(shape), rope)
@@ -67,7 +69,8 @@ class SelfAttention:
         value = attn.to_v(hidden_states).view(shape)
         q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
         out = attend(q, k, v)
-        return attn.to_out[0](out.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
 
 
 class TextAttention:
@@ -78,14 +81,15 @@ class TextAttention:
         num_latents = text.index.shape[1]
         query = attn.norm_q(attn.to_q(hidden_states))
         query = query.view(batch * num_latents, length // num_latents, attn.heads, -1)
-        captions, columns, _ = text.states.shape
+        captions, columns = text.states.shape[:2]
         shape = (captions, columns, attn.heads, -1)
         key = attn.norm_k(attn.to_k(text.states)).view(shape)
         value = attn.to_v(text.states).view(shape)
         index = text.index.flatten()
         q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key[index], value[index]))
         out = attend(q, k, v, text.bias[index][:, None, None])
-        return attn.to_out[0](out.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,10 +97,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    out: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    return out
 
 
-def rotate(x_BLHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Interleaved rotary embedding, as the stock processor applies it."""
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
@@ -136,9 +141,7 @@ def _ignore_padding(dit: WanTransformer3DModel) -> None:
         torch.nn.init.normal_(block.attn2.to_q.weight, std=0.06)
 
 
-def block_forward(
-    block: Any, hidden_BFSD: Tensor, text: WindowText, modulation_BF6D: Tensor, rope: tuple[Tensor, Tensor]
-) -> Tensor:
+def block_forward(block: Any, hidden_BFSD: Tensor, text: WindowText, modulation_BF6D: Tensor, rope: Rope) -> Tensor:
     """A stock block's forward with one modulation a latent: the stock one takes one a token, 16 times as much."""
     table = (block.scale_shift_table + modulation_BF6D.float()).unsqueeze(3)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unbind(2)
@@ -173,7 +176,8 @@ def window_velocity(
     shift, scale = (dit.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).unsqueeze(3).unbind(2)
     out = dit.proj_out(dit.norm_out(hidden) * (1 + scale) + shift)
     out = out.view(batch, num_latents, height // 2, width // 2, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5)
-    return out.reshape(batch, -1, num_latents, height, width)
+    velocity: Tensor = out.reshape(batch, -1, num_latents, height, width)
+    return velocity
 
 
 def make_optimizers(dit: WanTransformer3DModel, lr: float) -> tuple[Muon, torch.optim.AdamW]:

@@ -67,7 +67,8 @@ def _encode(vae: AutoencoderKLWan, clips: list[world.Clip]) -> NDArray[np.float1
     pixels = to_pixels(np.stack([clip.frames for clip in clips])).to(torch.bfloat16)
     mean = vae.encode(pixels).latent_dist.mode().float()
     latents = (mean - channels(vae.config.latents_mean)) / channels(vae.config.latents_std)
-    return latents.transpose(1, 2).numpy().astype(np.float16)
+    encoded: NDArray[np.float16] = latents.transpose(1, 2).numpy().astype(np.float16)
+    return encoded
 
 
 def channels(values: list[float]) -> Tensor:

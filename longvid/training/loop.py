@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from longvid.errors import InputError
+
+OnLog = Callable[[dict[str, float | str]], None]
+"""Receives what a training logs: its step, and values or the name of a stage."""
 
 
 @dataclass(frozen=True)

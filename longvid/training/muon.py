@@ -29,7 +29,8 @@ def orthogonalise(updates_NRC: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(updates_NRC.dtype)
+    out: Tensor = (x.mT if tall else x).to(updates_NRC.dtype)
+    return out
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,7 +52,8 @@ class Muon(torch.optim.Optimizer):
                 self._step_shape(shape, params, group)
 
     def _step_shape(self, shape: tuple[int, int], params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        grads = [param.grad for param in params]
+        weights: list[Tensor] = list(params)
+        grads = [param.grad for param in params if param.grad is not None]
         buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
@@ -59,13 +61,16 @@ class Muon(torch.optim.Optimizer):
         # An orthogonal [R, C] has entries of rms 1/sqrt(max(R, C)); AdamW's updates have about 0.2.
         scale = 0.2 * max(shape) ** 0.5
         updates = orthogonalise(stacked).mul_(-group["lr"] * scale)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, [u.reshape(p.shape) for u, p in zip(updates, params, strict=True)])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)])
 
 
-def split_parameters(module: nn.Module, is_hidden: Callable[[str, nn.Parameter], bool]) -> tuple[Any, Any]:
+def split_parameters(
+    module: nn.Module, is_hidden: Callable[[str, nn.Parameter], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters that Muon should take, and the others (for AdamW)."""
-    hidden, others = [], []
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, param in module.named_parameters():
         if param.requires_grad:
             (hidden if param.ndim >= 2 and is_hidden(name, param) else others).append(param)

@@ -7,7 +7,6 @@ engine and stock diffusers load.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +17,13 @@ from transformers import UMT5EncoderModel
 from longvid.errors import InputError
 from longvid.training.export import export_pipeline
 from longvid.training.latents import encode_world, load_latents
-from longvid.training.loop import LoopSettings
+from longvid.training.loop import LoopSettings, OnLog
 from longvid.training.text import AttributeReader, make_text_encoder, make_tokenizer, teach_text_encoder
 from longvid.training.train_dit import DitSettings, World, train_dit
 from longvid.training.vae import VaeSettings, compile_norms, train_vae
 
 CLIP_FRAMES = 41
 """11 latents: a window of 10 fits at the start of a shot, and one latent later."""
-
-OnLog = Callable[[dict[str, float | str]], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class DitRecipe:
 
 def run_vae(folder: Path, settings: VaeSettings, on_log: OnLog) -> Path:
     """Train the VAE in ``folder``; returns the directory of the finished one."""
+    if settings.decoder_only and not (folder / "vae" / "config.json").exists():
+        raise InputError(f"{folder / 'vae'}: there is no trained VAE to refine")
     train_vae(folder, settings, on_log)
     return folder / "vae"
 
@@ -99,9 +98,12 @@ def _encode(folder: Path, recipe: DitRecipe, on_log: OnLog) -> None:
         )
 
 
-def vae_settings(*, steps: int, batch: int, lr: float, seed: int, threads: int) -> VaeSettings:
-    """The VAE recipe with the figures that a user may change."""
-    return VaeSettings(LoopSettings(steps=steps, lr=lr, batch=batch, seed=seed, threads=threads, save_every=50))
+def vae_settings(
+    *, steps: int, batch: int, lr: float, seed: int, threads: int, decoder_only: bool = False
+) -> VaeSettings:
+    """The VAE recipe with the figures that a user may change; refinement weighs squared error more, for PSNR."""
+    loop = LoopSettings(steps=steps, lr=lr, batch=batch, seed=seed, threads=threads, save_every=50)
+    return VaeSettings(loop, decoder_only=decoder_only, mse_weight=8.0 if decoder_only else 2.0)
 
 
 def dit_recipe(*, steps: int, batch: int, lr: float, seed: int, threads: int, clips: int, images: int) -> DitRecipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from longvid.training.dit import WindowText, block_forward, make_dit, make_optimizers, window_text, window_velocity
 from longvid.training.latents import LatentSet, WindowBatch, draw_windows
 from longvid.training.levels import Span, draw_levels, shift_levels
-from longvid.training.loop import Ema, LoopSettings, Run, finite_or_stop
+from longvid.training.loop import Ema, LoopSettings, OnLog, Run, finite_or_stop
 from longvid.training.text import tokenize
 
 IMAGE = Span(0, 1, 0)
@@ -134,7 +133,7 @@ def train_dit(
     folder: Path,
     settings: DitSettings,
     world: World,
-    on_log: Callable[[dict[str, float | str]], None] = lambda _: None,
+    on_log: OnLog = lambda _: None,
 ) -> WanTransformer3DModel:
     """Train, or go on training, in ``folder``; returns the model with averaged weights."""
     loop = settings.loop
@@ -162,7 +161,7 @@ def train_dit(
         ema.update(dit, step)
         sums.setdefault(kind, []).append(finite_or_stop(loss, step))
         if step % loop.log_every == 0:
-            values = {name: float(np.mean(losses)) for name, losses in sums.items()}
+            values: dict[str, float | str] = {name: float(np.mean(losses)) for name, losses in sums.items()}
             run.log(**values)
             on_log({"step": step, **values})
             sums = {}

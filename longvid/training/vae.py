@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longvid.training import world
-from longvid.training.loop import Ema, LoopSettings, Run, finite_or_stop
+from longvid.training.loop import Ema, LoopSettings, OnLog, Run, finite_or_stop
 from longvid.training.muon import Muon, split_parameters
 
 VAE_CONFIG = {
@@ -61,7 +60,7 @@ def draw_batch(rng: np.random.Generator, batch: int, num_frames: int, side: int)
     return to_pixels(np.stack(clips))
 
 
-def train_vae(folder: Path, settings: VaeSettings, on_log: Callable[[dict[str, float]], None] = lambda _: None) -> None:
+def train_vae(folder: Path, settings: VaeSettings, on_log: OnLog = lambda _: None) -> None:
     """Train, or go on training, in ``folder``; the averaged VAE is saved in ``folder/vae`` at the end."""
     loop = settings.loop
     torch.manual_seed(loop.seed)
@@ -89,7 +88,7 @@ def train_vae(folder: Path, settings: VaeSettings, on_log: Callable[[dict[str, f
             optimizer.zero_grad(set_to_none=True)
         ema.update(vae, step)
         if step % loop.log_every == 0:
-            values = {"loss": finite_or_stop(loss, step), "psnr": psnr(error)}
+            values: dict[str, float | str] = {"loss": finite_or_stop(loss, step), "psnr": psnr(error)}
             run.log(**values)
             on_log({"step": step, **values})
     ema.copy_to(vae)

@@ -194,17 +194,19 @@ def _start(rng: np.random.Generator, motion: str, velocity: FloatArray) -> tuple
 def signed_distance(shape: str, dx: FloatArray, dy: FloatArray, radius: FloatArray) -> FloatArray:
     """Signed distance (negative inside) of a shape with an outer radius, centred at the origin."""
     if shape == "circle":
-        return np.hypot(dx, dy) - radius
-    if shape == "ring":
-        return np.abs(np.hypot(dx, dy) - radius * 0.74) - radius * 0.26
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.86
-    if shape == "diamond":
-        return (np.abs(dx) + np.abs(dy) - radius * 1.15) * np.float32(math.sqrt(0.5))
-    if shape == "triangle":
-        slope = np.float32(math.cos(math.pi / 6)) * np.abs(dx) - np.float32(0.5) * dy
-        return np.maximum(slope - radius * 0.5, dy - radius * 0.5)
-    raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "ring":
+        distance = np.abs(np.hypot(dx, dy) - radius * 0.74) - radius * 0.26
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.86
+    elif shape == "diamond":
+        distance = (np.abs(dx) + np.abs(dy) - radius * 1.15) * math.sqrt(0.5)
+    elif shape == "triangle":
+        slope = math.cos(math.pi / 6) * np.abs(dx) - 0.5 * dy
+        distance = np.maximum(slope - radius * 0.5, dy - radius * 0.5)
+    else:
+        raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
+    return distance.astype(np.float32)
 
 
 def _background(look: Look, side: int) -> FloatArray:
@@ -221,14 +223,13 @@ def draw(looks: list[Look], weights_TK: FloatArray, track: Track, side: int) -> 
     """Draw frames, uint8 [T, side, side, 3]; ``weights_TK`` mixes the looks in each frame."""
     num_frames = weights_TK.shape[0]
     centres = track.positions()[:, :, None, None]
-    axis = (np.arange(side, dtype=np.float32) + 0.5) / side
-    dx = (axis[None, None, :] - centres[:, 0] + 0.5) % 1.0 - 0.5
-    dy = (axis[None, :, None] - centres[:, 1] + 0.5) % 1.0 - 0.5
-    radius = weights_TK @ np.asarray([SIZES[look.size] for look in looks], np.float32)
+    axis = ((np.arange(side, dtype=np.float32) + 0.5) / side).astype(np.float32)
+    dx: FloatArray = (axis[None, None, :] - centres[:, 0] + 0.5) % 1.0 - 0.5
+    dy: FloatArray = (axis[None, :, None] - centres[:, 1] + 0.5) % 1.0 - 0.5
+    radius: FloatArray = weights_TK @ np.asarray([SIZES[look.size] for look in looks], np.float32)
     distance = np.zeros((num_frames, side, side), np.float32)
     for i, look in enumerate(looks):
-        weight = weights_TK[:, i, None, None]
-        distance += weight * signed_distance(look.shape, dx, dy, radius[:, None, None])
+        distance += weights_TK[:, i, None, None] * signed_distance(look.shape, dx, dy, radius[:, None, None])
     cover = np.clip(0.5 - distance * side, 0, 1)[..., None]
     colour = weights_TK @ np.asarray([PALETTE[look.colour] for look in looks], np.float32)
     if len(looks) == 1:

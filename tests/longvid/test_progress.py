@@ -23,13 +23,18 @@ class FakeClock:
         return self.now
 
 
+def round_done(n):
+    """Round n of 27, counted from 1: the queue fills, runs full with 8 chunks, and empties."""
+    units = [min(i, 8, 28 - i) for i in range(1, 28)]
+    return RoundDone(n, 27, units[n - 1], sum(units[:n]), sum(units))
+
+
 def render(show, clock, round_s):
-    """The events of a render whose rounds take `round_s` seconds; the last round is not announced."""
+    """The events of a render whose rounds take `round_s` seconds; 20 chunks of 8 steps."""
     show(Started(480, 20, 27, 64, 48, 16.0))
     for n in range(1, 28):
         clock.now += round_s
-        if n < 27:
-            show(RoundDone(n, 27, min(n, 8)))
+        show(round_done(n))
         if n >= 8:
             show(ChunkDone(n - 7, 20, (n - 7) * 24))
     show(FilmDone(Path("film.mp4"), 480, 27 * round_s))
@@ -52,7 +57,7 @@ def test_a_quick_render_says_only_when_it_starts_and_ends() -> None:
 def test_plain_lines_come_at_most_every_few_seconds() -> None:
     between = lines_of(round_s=1.0).splitlines()[1:-1]
     assert 27 / LINE_EVERY_S - 1 <= len(between) <= 27 / LINE_EVERY_S
-    assert between[2] == "round 15/27, chunk 7/20, film 10.5/30.0 s, 11.2 frames/s, 0:12 left"
+    assert between[2] == "round 15/27, chunk 7/20, film 10.5/30.0 s, 11.2 frames/s, 0:08 left"
 
 
 def test_plain_lines_have_no_control_characters_and_do_not_wrap() -> None:
@@ -87,9 +92,9 @@ def test_the_bar_fits_a_terminal_of_80_columns() -> None:
     with show_progress(console, clock) as show:
         show(STARTED)
         clock.now += 2
-        show(RoundDone(10, 27, 8))
+        show(round_done(10))
         show(ChunkDone(3, 20, 72))
-    assert "round 10/27, chunk 3/20, film 4.5/30.0 s, 36.0 frames/s, 0:03 left" in file.getvalue()
+    assert "round 10/27, chunk 3/20, film 4.5/30.0 s, 36.0 frames/s, 0:04 left" in file.getvalue()
 
 
 def test_time_left_follows_the_pace_of_the_latest_rounds() -> None:
@@ -99,8 +104,9 @@ def test_time_left_follows_the_pace_of_the_latest_rounds() -> None:
     tally.add(STARTED)
     for n in range(1, 13):
         clock.now += 1.0 if n <= 3 else 3.0
-        tally.add(RoundDone(n, 27, 8))
-    assert tally.left_s() == pytest.approx(15 * 3.0)
+        tally.add(round_done(n))
+    units_of_the_latest_8_rounds, units_left = 5 + 6 + 7 + 5 * 8, 160 - 36 - 4 * 8
+    assert tally.left_s() == pytest.approx(units_left * 8 * 3.0 / units_of_the_latest_8_rounds)
     clock.now += 100
     assert tally.left_s() == 0
 
