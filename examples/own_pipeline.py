@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers import WanPipeline
 
 from longvid import Engine
-from longvid.models.loader import find_model
+from longvid.models.facts import find_model
 
 STORY = Path(__file__).with_name("two_scenes.yaml")
 

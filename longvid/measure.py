@@ -8,7 +8,7 @@ from typing import Any
 from longvid.errors import InputError
 from longvid.metrics.film import measure_film
 from longvid.metrics.reader import FilmReader
-from longvid.models.loader import facts_of
+from longvid.models.facts import facts_of
 from longvid.plan import ModelFacts, Plan, make_plan
 from longvid.script import Script
 from longvid.settings import Settings

@@ -1,0 +1,185 @@
+"""The film on disk: segments and a playlist that plays while the film renders, and the joined MP4 at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from longvid.errors import InputError, RuntimeFailure
+from longvid.hls import Playlist, write_whole
+from longvid.segments import SegmentEncoder, frame_rate, join_segments
+from longvid.settings import OutputSettings
+
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FilmWriter:
+    """Writes a film as it is rendered. Memory holds one segment, whatever the film's length.
+
+    While it renders, `folder` (`film.mp4.longvid/`) holds the segments and `playlist`; what an interrupted render left
+    there is overwritten. `finish` joins the segments to `path`, which takes the film's room on the disk once more.
+    Leaving the context without `finish` keeps segments and playlist, playable.
+
+    `width` and `height` are those of the frames that come, before `output.scale`. Raises InputError for a path that
+    cannot be written and for odd sizes, RuntimeFailure for a disk that fails or is full.
+    """
+
+    def __init__(self, path: str | Path, *, width: int, height: int, fps: float, output: OutputSettings) -> None:
+        self.path = Path(path)
+        self.folder = self.path.with_name(f"{self.path.name}.longvid")
+        self.rate = frame_rate(fps)
+        self.frames_written = 0
+        """Frames in complete segments."""
+        self._size, self._output = (width, height), output
+        self._segment_frames = max(1, round(output.segment_s * self.rate))
+        self._segments: list[str] = []
+        self._encoder: SegmentEncoder | None = None
+        self._closed = False
+        _check_size(width * output.scale, height * output.scale)
+        self.playlist = self._open_folder()
+
+    def append(self, frames: NDArray[np.uint8]) -> tuple[Path, ...]:
+        """Write frames, uint8 [n, height, width, 3]. Returns the segments that they completed."""
+        width, height = self._size
+        assert not self._closed, "the film is finished"
+        assert frames.dtype == np.uint8 and frames.shape[1:] == (height, width, 3), (frames.dtype, frames.shape)
+        first_new = len(self._segments)
+        with self._disk():
+            for frame in frames:
+                self._encode(frame)
+        return tuple(self.folder / name for name in self._segments[first_new:])
+
+    def finish(self) -> Path:
+        """Join the segments to the film and remove them, unless the settings keep them. Returns the film's path."""
+        self.close()
+        self._join(self.path)
+        if not self._output.keep_state:
+            self._remove_folder()
+        return self.path
+
+    def partial(self) -> Path | None:
+        """Join what there is to `film.partial.mp4` and return its path; None where not even one frame came."""
+        self.close()
+        if not self._segments:
+            return None
+        target = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self._join(target)
+        return target
+
+    def close(self) -> None:
+        """End the open segment and the playlist. No frames can follow."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._disk():
+            self._end_segment()
+            self._playlist.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # The error on its way out says what went wrong; a full disk would only fail a second time here.
+        with contextlib.suppress(RuntimeFailure) if error else contextlib.nullcontext():
+            self.close()
+
+    def _encode(self, frame: NDArray[np.uint8]) -> None:
+        encoder = self._encoder or SegmentEncoder(
+            self._size, self.rate, start=self.frames_written, crf=self._output.crf, scale=self._output.scale
+        )
+        self._encoder = None  # Ctrl-C inside `push` may cost the segment a packet: then it must not be used
+        encoder.push(frame)
+        self._encoder = encoder
+        if encoder.num_frames == self._segment_frames:
+            self._end_segment()
+
+    def _end_segment(self) -> None:
+        # Forgotten first: an encoder can end only once, even when the disk is full.
+        encoder, self._encoder = self._encoder, None
+        if encoder is None:
+            return
+        name = f"seg_{len(self._segments):05d}.ts"
+        write_whole(self.folder / name, encoder.finish())
+        self._segments.append(name)
+        self.frames_written += encoder.num_frames
+        self._playlist.append(name, encoder.num_frames / self.rate)
+
+    def _join(self, target: Path) -> None:
+        temporary = self.folder / "film.tmp"
+        try:
+            with self._disk():
+                num_frames = join_segments((self.folder / name for name in self._segments), self.rate, temporary)
+                if num_frames != self.frames_written:
+                    raise RuntimeFailure(
+                        f"{self.folder}: segments hold {num_frames} frames, but {self.frames_written} were written"
+                    )
+                temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _open_folder(self) -> Path:
+        playlist = self.folder / "film.m3u8"
+        try:
+            check_path(self.path)
+            self.folder.mkdir(exist_ok=True)
+            self._remove_files()
+            self._playlist = Playlist(playlist, self._segment_frames / self.rate)
+        except OSError as error:
+            if error.errno in _OUT_OF_SPACE:
+                raise self._failure(error) from error
+            raise InputError(f"{self.path}: cannot write there: {error.strerror}") from error
+        return playlist
+
+    def _remove_folder(self) -> None:
+        # The film is complete: leftovers are no reason to fail, and files of others are not ours to remove.
+        with contextlib.suppress(OSError):
+            self._remove_files()
+            self.folder.rmdir()
+
+    def _remove_files(self) -> None:
+        for pattern in ("seg_*.ts", "film.m3u8", "*.tmp"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> RuntimeFailure:
+        reason = getattr(error, "strerror", None) or str(error)
+        full = getattr(error, "errno", None) in _OUT_OF_SPACE
+        return RuntimeFailure(
+            f"{self.path}: {'the disk is full' if full else 'cannot write the film'}: {reason}; "
+            f"{self.frames_written} frames are safe in {self.folder}"
+        )
+
+
+def _check_size(width: int, height: int) -> None:
+    if width % 2 or height % 2:
+        raise InputError(
+            f"a film of {width} x {height} pixels: H.264 in yuv420p needs an even width and height; set output.scale=2"
+        )
+
+
+def check_path(path: Path) -> None:
+    """Refuse a film's path that cannot be right, with an InputError: this costs nothing, loading a model does."""
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"{path}: the film's name must end in .mp4")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}")
