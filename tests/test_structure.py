@@ -21,9 +21,9 @@ LEVELS = {
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint",
     5: "engine doctor",
     6: "launch",
-    7: "cli __main__ progress overview measure",
+    7: "cli __main__ progress overview",
 }
-BESIDE = "training metrics bench"
+BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""
 
 LEVEL_OF = {f"longvid.{name}": level for level, names in LEVELS.items() for name in names.split()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from longvid.engine import Engine
-from longvid.metrics.adherence import expected, read_clip, score
+from longvid.measure import measure_render
+from longvid.metrics.adherence import read_clip, score
 from longvid.script import Duration, Scene, Script
 from longvid.training import world
 from longvid.training.vae import held_out_psnr, to_pixels
@@ -68,22 +71,26 @@ def _reconstructions(engine: Engine, count: int) -> Iterable[tuple[world.Look, N
         yield look, out.permute(1, 2, 3, 0).numpy()
 
 
-def _long_films(engine: Engine, count: int) -> dict[str, float]:
-    """Joint adherence in each quarter of films of 20 chunks of one scene."""
+def _long_films(engine: Engine, count: int) -> dict[str, Any]:
+    """Films of 20 chunks of one scene: joint adherence in each quarter, seams, and how many loop."""
     queue = engine.settings.queue
-    num_latents = 20 * queue.chunk_latents + queue.context_latents
-    num_frames = engine.facts.grid.num_frames(num_latents)
+    num_frames = engine.facts.grid.num_frames(20 * queue.chunk_latents + queue.context_latents)
     rng = np.random.default_rng(77)
-    quarters: list[list[bool]] = [[], [], [], []]
-    for seed in range(count):
-        look = world.sample_look(rng)
-        frames = render_look(engine, look, 1000 + seed, num_frames)
-        wanted = expected(world.caption(look))
-        for i, part in enumerate(np.array_split(frames, 4)):
-            for clip in np.array_split(part, max(1, len(part) // CLIP_FRAMES)):
-                got = score(read_clip(clip), wanted)
-                quarters[i].append(all(got[name] for name in world.ATTRIBUTES))
-    return {f"joint_quarter_{i + 1}": float(np.mean(values)) for i, values in enumerate(quarters)}
+    films = []
+    with TemporaryDirectory() as folder:
+        for seed in range(count):
+            look = world.sample_look(rng)
+            story = Script((Scene(world.caption(look), Duration(num_frames, "f")),), seed=1000 + seed)
+            path = engine.render(story, Path(folder) / "film.mp4")
+            films.append(measure_render(path, story, engine.settings, None))
+    quarters = np.array([film["joint_adherence_quarters"] for film in films], float)
+    return {
+        "films": count,
+        "frames": num_frames,
+        "joint_by_quarter": [round(float(value), 4) for value in np.nanmean(quarters, axis=0)],
+        "seam_ratio_median": float(np.median([film["seam_ratio"] for film in films if film["seam_ratio"]])),
+        "loops": sum(bool(film["loop"] and film["loop"]["found"]) for film in films),
+    }
 
 
 def as_markdown(result: dict[str, Any]) -> str:

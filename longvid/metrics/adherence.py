@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from longvid.metrics.images import shrink
 from longvid.metrics.matte import FloatArray, Matte, count_pieces, find_object, sample
-from longvid.metrics.shapes import read_shapes
+from longvid.metrics.shapes import fit_shapes
 from longvid.metrics.track import Motion, centres, read_motion
 from longvid.training import world
 
+MIN_IOU = 0.6
+"""Best overlap with a drawn shape under which an object has none."""
 _WORKING_SIDE = 64
 """Frames are averaged down to between this and twice this side before they are read."""
 _SHAPE_FRAMES = 16
@@ -110,8 +112,8 @@ def _nearest_colours(colour_T3: FloatArray) -> list[str | None]:
 
 def _shape_and_size(matte: Matte, centres_T2: FloatArray) -> tuple[_Vote, _Vote]:
     frames = sample(np.flatnonzero(np.isfinite(centres_T2[:, 0])), _SHAPE_FRAMES)
-    shapes, radii = read_shapes(matte.cover_THW[frames], centres_T2[frames])
-    shape = _vote(shapes)
+    overlaps, radii = fit_shapes(matte.cover_THW[frames], centres_T2[frames])
+    shape = _vote(world.SHAPES[row.argmax()] if row.max() >= MIN_IOU else None for row in overlaps)
     if shape[0] is None:
         return shape, (None, 0.0)
     names = list(world.SIZES)

@@ -14,8 +14,6 @@ import numpy as np
 from longvid.metrics.matte import FloatArray
 from longvid.training import world
 
-MIN_IOU = 0.6
-"""Best overlap under which an object has no shape."""
 ROUNDINGS = {"circle": (0.0,), "ring": (0.0, 0.12, 0.24)}
 """How far a shape is taken towards a circle; at 0.32 nothing is left of a ring's hole."""
 _USUAL_ROUNDINGS = (0.0, 0.3, 0.6)
@@ -23,20 +21,19 @@ _CONTRAST = 3.0
 """Edges are compared steepened by this, so that where they run counts for more than how soft they are."""
 
 
-def read_shapes(cover_THW: FloatArray, centres_T2: FloatArray) -> tuple[list[str | None], FloatArray]:
-    """The shape in each frame, None where no shape fits, and the radius that each shape would have there.
+def fit_shapes(cover_THW: FloatArray, centres_T2: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """How well each drawn shape overlaps the object, from 0 to 1, and the radius that it would have, in sides.
 
-    Takes covers [T, side, side] and centres (x, y) in [0, 1) of frames that all show the object. Radii are float32
-    [T, number of shapes], as shares of the side.
+    Takes covers [T, side, side] and centres (x, y) in [0, 1) of frames that all show the object. Returns two float32
+    [T, number of shapes], in the order of `world.SHAPES`.
     """
     side = cover_THW.shape[1]
     crops, offsets = _cut_out(cover_THW, centres_T2)
     areas = np.maximum(crops.sum(axis=(1, 2)), 1.0)
     steep = _steepen(crops)
     overlaps = np.stack([_best_overlap(shape, steep, offsets, areas) for shape in world.SHAPES], axis=1)
-    names = [world.SHAPES[row.argmax()] if row.max() >= MIN_IOU else None for row in overlaps]
     radii = np.sqrt(areas[:, None] / np.array([_unit_area(shape, 0.0) for shape in world.SHAPES])) / side
-    return names, radii.astype(np.float32)
+    return overlaps, radii.astype(np.float32)
 
 
 def _cut_out(cover_THW: FloatArray, centres_T2: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -86,9 +86,8 @@ class Seams:
         if self._last:
             change = mean_change(moment.image, self._last[-1].image)
             self._first_order.add(section, change, index in self._borders)
-        if (
-            len(self._last) == 2 and index not in self._borders
-        ):  # centred before a border, it would count that one twice
+        # The bend before a border has the border in it, too: it is neither one nor elsewhere.
+        if len(self._last) == 2 and index not in self._borders:
             a, b = (m.image.astype(np.int16) for m in self._last)
             bend = float(np.abs(a - 2 * b + moment.image).mean())
             self._second_order.add(section, bend, index - 1 in self._borders)

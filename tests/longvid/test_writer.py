@@ -286,6 +286,7 @@ def test_a_disk_that_fills_up_while_rendering_leaves_what_was_safe(tiny_disk: Pa
     assert not path.exists()
     assert len(decode(writer.folder / "seg_00000.ts")) == 8
     listed, _ = _segments(writer.playlist)
+    assert not list(writer.folder.glob("*.tmp"))
     assert writer.frames_written - 8 * len(listed) in (0, 8)  # the playlist itself may be what did not fit
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import av
 import numpy as np
 import pytest
 
@@ -184,6 +185,15 @@ def test_a_film_that_is_cut_off_is_refused(film, tmp_path, share):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError, match=r"cut\.mp4"):
+        measure_film(cut)
+
+
+def test_a_film_that_is_cut_off_between_two_frames_is_refused(film, tmp_path):
+    with av.open(str(film)) as container:
+        end = [packet.pos for packet in container.demux(video=0)][100]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(film.read_bytes()[:end])
+    with pytest.raises(InputError, match="holds 100 of 226 frames"):
         measure_film(cut)
 
 

@@ -58,6 +58,13 @@ def test_a_kink_in_smooth_motion_shows_in_the_second_difference_alone():
     assert measured(Seams([19]), moments(flat(levels)))["second_ratio"] == pytest.approx(4 / 0.25)
 
 
+def test_bends_beside_a_border_are_not_elsewhere():
+    """Jumps every third frame bend the film at their border and before it; only the bend after it is elsewhere."""
+    levels = np.cumsum([1 + 3 * (i % 3 == 0) for i in range(60)])
+    seams = measured(Seams(range(3, 60, 3)), moments(flat(levels)))
+    assert seams["second_ratio"] == pytest.approx(3 / 0.25)
+
+
 def test_sections_of_different_pace_do_not_make_seams_and_cuts_are_none():
     fast, slow = noise(60, 30), noise(60, 3, seed=1)
     film = moments(np.concatenate([slow, fast + 90]), lambda index: int(index >= 60))
