@@ -51,7 +51,7 @@ class Return:
         if period_frames is None:
             return True
         off = abs(self.lag_frames - period_frames * max(1, round(self.lag_frames / period_frames)))
-        return off > max(2.0, 0.02 * self.lag_frames)  # the period is read from pixels
+        return off > max(2.0, 0.05 * period_frames)  # the period is read from pixels
 
 
 class LoopDetector:

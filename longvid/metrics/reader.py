@@ -9,12 +9,9 @@ from typing import Self
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from longvid.errors import InputError
-
-_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class FilmReader:
@@ -39,7 +36,7 @@ class FilmReader:
         count = 0
         try:
             for frame in self._container.decode(self._stream):
-                yield np.asarray(frame.reformat(format="rgb24", interpolation=_EXACT).to_ndarray(), np.uint8)
+                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
                 count += 1
         except av.FFmpegError as error:
             raise InputError(f"{self.path}: is damaged after frame {count}: {error.strerror}") from error

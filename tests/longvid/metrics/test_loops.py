@@ -55,6 +55,13 @@ def test_a_film_that_starts_anew_with_every_chunk_is_a_loop(chunk):
     assert found.is_loop(50.0)
 
 
+def test_a_loop_of_several_periods_with_a_jump_is_a_loop():
+    frames = np.tile(moving(130), (4, 1, 1, 1))  # 2.6 periods of 50 frames
+    found = returns(frames)[0]
+    assert found.lag_frames == 130
+    assert found.is_loop(50.0)
+
+
 def test_noise_on_a_loop_does_not_hide_it():
     frames = moving(300, restart_every=24)
     noisy = np.clip(frames + np.random.default_rng(0).normal(0, 6, frames.shape), 0, 255).astype(np.uint8)
