@@ -35,7 +35,7 @@ def test_stock_diffusers_generates_what_the_engine_generates_at_once() -> None:
     engine = Engine.load("mini", overrides=["schedule=sequential", "sampler.steps=4"])
     plan = engine.plan(parse_script("scenes:\n  - {prompt: a large red circle moving left, for: 21f}\n", "s"))
     (finished,) = engine.denoise(plan)
-    pipeline = WanPipeline.from_pretrained(MINI)
+    pipeline = WanPipeline.from_pretrained(MINI, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     (theirs,) = pipeline(
         prompt=plan.prompts[0],
