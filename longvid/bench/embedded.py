@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from longvid.engine import Engine
 from longvid.measure import measure_render
 from longvid.metrics.adherence import read_clip, score
+from longvid.models.wan_vae import to_uint8
 from longvid.script import Duration, Scene, Script
 from longvid.training import world
 from longvid.training.vae import held_out_psnr, to_pixels
@@ -66,9 +67,8 @@ def _reconstructions(engine: Engine, count: int) -> Iterable[tuple[world.Look, N
         frames = world.make_clip(rng, CLIP_FRAMES, side, looks=[look]).frames
         with torch.no_grad():
             pixels = to_pixels(frames[None]).to(vae.dtype)
-            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0].float()
-        out = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        yield look, out.permute(1, 2, 3, 0).numpy()
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
+        yield look, to_uint8(decoded).numpy()
 
 
 def _long_films(engine: Engine, count: int) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
+from longvid.models.wan import TEXT_COLUMNS
+from longvid.models.wan_attention import Rope, rotate
 from longvid.training.muon import Muon, split_parameters
 
 DIT_CONFIG = {
@@ -29,10 +31,6 @@ DIT_CONFIG = {
     "cross_attn_norm": True,
     "rope_max_seq_len": 1024,
 }
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, [1, tokens, 1, head]."""
-TEXT_COLUMNS = 512
-"""Stock pipelines pad every prompt to 512 zero columns and do not mask them: training must see them."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         scores = scores + bias
     out: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
     return out
-
-
-def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    """Interleaved rotary embedding, as the stock processor applies it."""
-    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
-    first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BLHD)
 
 
 def make_dit(seed: int) -> WanTransformer3DModel:
