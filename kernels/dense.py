@@ -1,15 +1,75 @@
-"""Dense attention: the one place that chooses which library kernel runs it."""
+"""Dense attention: the one place that chooses which library kernel runs it.
+
+Shapes: B batch, L queries, T keys, H heads, D of a head.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Partial = tuple[Tensor, Tensor]
+"""Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
 
-def attend(q_BSHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias_BHST: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(D) + bias) v, in the dtype of the inputs; [B, S, H, D].
 
-    ``bias`` broadcasts to [B, H, S, T]; -inf hides a column, log n makes a column count n times.
+def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias_BHLT: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D) + bias) v, in the dtype of the inputs; [B, L, H, D].
+
+    ``bias`` broadcasts to [B, H, L, T]; -inf hides a column, log n makes a column count n times.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTHD, v_BTHD))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHST).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHLT).transpose(1, 2)
+
+
+def attend_lse(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
+    """softmax(q kᵀ / sqrt(D)) v in the dtype of the inputs, and log sum exp(q kᵀ / sqrt(D)), natural, fp32 [B, L, H].
+
+    Without keys the output is 0 and the logarithm -inf, which `merge_partials` takes as nothing.
+    """
+    if q_BLHD.numel() == 0 or k_BTHD.numel() == 0:  # the CPU kernel ends the process on these
+        return torch.zeros_like(q_BLHD), q_BLHD.new_full(q_BLHD.shape[:3], -math.inf, dtype=torch.float32)
+    if q_BLHD.device.type == "cpu":
+        return _torch_flash(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q_BLHD, k_BTHD, v_BTHD)
+    if _suits_cuda_flash(q_BLHD):
+        if _has_flash_attn():
+            return _flash_attn(q_BLHD, k_BTHD, v_BTHD)
+        return _torch_flash(torch.ops.aten._scaled_dot_product_flash_attention, q_BLHD, k_BTHD, v_BTHD)
+    return attend_lse_exact(q_BLHD, k_BTHD, v_BTHD)
+
+
+def attend_lse_exact(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
+    """`attend_lse` as it reads: in fp32 or better, with all scores in memory."""
+    wide = torch.promote_types(q_BLHD.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q_BLHD, k_BTHD, v_BTHD))
+    scores_BHLT = torch.einsum("blhd,bthd->bhlt", q, k) / math.sqrt(q.shape[-1])
+    out = torch.einsum("bhlt,bthd->blhd", scores_BHLT.softmax(-1), v)
+    return out.type_as(q_BLHD), scores_BHLT.logsumexp(-1).transpose(1, 2).float()
+
+
+def _torch_flash(kernel: torch._ops.OpOverloadPacket, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
+    out_BHLD, lse_BHL = kernel(q, k, v)[:2]
+    return out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2).float()
+
+
+def _flash_attn(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
+    from flash_attn import flash_attn_func
+
+    # Without dropout it returns the LSE under this flag, and no probabilities.
+    out, lse_BHL, _ = flash_attn_func(q_BLHD, k_BTHD, v_BTHD, return_attn_probs=True)
+    return out, lse_BHL.transpose(1, 2)
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def _suits_cuda_flash(q: Tensor) -> bool:
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.device.type == "cuda" and is_half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longvid.errors import InputError, Interrupted
+from longvid.errors import InputError, Interrupted, LongvidError
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
-from longvid.models.loader import Checkpoint, checkpoint_of, load_checkpoint
+from longvid.launch.env import rank_of
+from longvid.models.costs import measure_costs
+from longvid.models.loader import Checkpoint, ModelPart, checkpoint_of, open_checkpoint
 from longvid.models.prompts import encode_prompts, unknown_words
 from longvid.models.solvers import make_sampler
 from longvid.models.wan import WanStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.noise import chunk_noise
+from longvid.parallel.comm import broadcast, connect, gather
 from longvid.parallel.executor import Executor, Finished
-from longvid.parallel.schedule import Step, make_schedule
+from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
+from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
+from longvid.parallel.schedule import QueueRules, Step, make_schedule
+from longvid.parallel.sequence import make_sequence
+from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
+from longvid.trace import Trace, summary, summary_text, write_trace
 from longvid.writer import FilmWriter
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
+T = TypeVar("T")
+
+
+@dataclass
+class _Tools:
+    """What goes along with one render."""
+
+    trace: Trace | None = None
 
 
 def ignore_event(event: Event) -> None:
@@ -36,14 +55,27 @@ def ignore_event(event: Event) -> None:
 
 
 class Engine:
-    """A loaded model that renders storyboards, one after the other."""
+    """A loaded model that renders storyboards, one after the other.
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.settings = settings
+    Under a launcher (torchrun, ``longvid render --ranks``) there is an engine on every rank, and all make the same
+    calls. The *leader* (rank 0) reads storyboards, yields frames and writes films; on the others ``stream`` yields
+    nothing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, mesh: Mesh) -> None:
+        self.settings, self.mesh = settings, mesh
         self.device = pick_device(settings)
-        self._checkpoint = checkpoint
-        self._stage = WanStage(checkpoint.transformer, settings.sampler.guidance)
-        self._decoder = WanStreamDecoder(checkpoint.vae)
+        self.facts: ModelFacts = checkpoint.facts
+        """What planning needs to know of the model: sizes, native frame rate, limits."""
+        self.costs: Costs | None = None
+        """Measured where layers are split over stages."""
+        dtype = getattr(torch, settings.runtime.dtype)
+        if mesh.is_leader:
+            self._tokenizer, self._encoder = checkpoint.load_text(dtype, self.device)
+            self.vae = checkpoint.load_vae(dtype, self.device)
+            """The video VAE; on the leader alone."""
+            self._decoder = WanStreamDecoder(self.vae)
+        self._stage = self._load_stage(checkpoint, dtype)
         self._sampler = make_sampler(checkpoint.scheduler, settings.sampler)
 
     @classmethod
@@ -59,28 +91,59 @@ class Engine:
         ``model`` is a known name (``mini``), a directory in diffusers' format, or a loaded
         ``WanPipeline``, whose transformer the engine then takes over; None: what the settings say.
         ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line.
-        Raises InputError for an unknown or damaged model and for wrong settings.
+        Raises InputError for an unknown or damaged model, for wrong settings, and for a mesh that does not fit.
         """
         if isinstance(model, str | Path):
             overrides = [*overrides, f"model.path={model}"]
         settings = load_settings(preset, overrides)
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
-        if model is not None and not isinstance(model, str | Path):
-            return cls(checkpoint_of(model), settings)
-        dtype = getattr(torch, settings.runtime.dtype)
-        checkpoint = load_checkpoint(settings.model.path, dtype=dtype, device=pick_device(settings))
-        return cls(checkpoint, settings)
+        is_pipeline = model is not None and not isinstance(model, str | Path)
+        checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
+        return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
 
-    @property
-    def facts(self) -> ModelFacts:
-        """What planning needs to know of the model: sizes, native frame rate, limits."""
-        return self._checkpoint.facts
+    def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> WanStage:
+        """This rank's layers, dealt out by what they cost."""
+        mesh, layers = self.mesh, range(checkpoint.facts.num_layers)
+        if mesh.topology.stage > 1:
+            measured = measure_costs(checkpoint, self._decoder, self.settings, self.device) if mesh.is_leader else None
+            self.costs = broadcast(measured)
+            assert self.costs is not None
+            layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
+        part = ModelPart(layers, mesh.is_first, mesh.is_last)
+        branches = _branches(self.settings)
+        return WanStage(
+            checkpoint.load_layers(part, dtype, self.device),
+            branches=branches if mesh.topology.guidance == 1 else [branches[mesh.place.guidance]],
+            is_first=mesh.is_first,
+            is_last=mesh.is_last,
+            sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
+        )
 
     def plan(self, story: str | Path | Script) -> Plan:
         """The plan of a storyboard (a path, or a loaded Script): shots, chunks, prompts, noise keys."""
-        script = story if isinstance(story, Script) else load_script(story)
-        return make_plan(script, self.settings, self.facts)
+
+        def read() -> Plan:
+            script = story if isinstance(story, Script) else load_script(story)
+            return make_plan(script, self.settings, self.facts)
+
+        return self._on_leader(read)
+
+    def _on_leader(self, work: Callable[[], T]) -> T:
+        """What the leader makes, on every rank; and what it raises of our errors."""
+        if self.mesh.topology.num_ranks == 1:
+            return work()
+        result: T | LongvidError | None = None
+        if self.mesh.is_leader:
+            try:
+                result = work()
+            except LongvidError as error:
+                result = error
+        result = broadcast(result)
+        if isinstance(result, LongvidError):
+            raise result
+        assert result is not None
+        return result
 
     def stream(self, story: str | Path | Script, on_event: OnEvent = ignore_event) -> Iterator[Frames]:
         """Render, and yield the film's frames as chunks finish: uint8 [T, height, width, 3], in order.
@@ -88,44 +151,100 @@ class Engine:
         Raises InputError for a wrong storyboard before any work, RuntimeFailure for latents that are
         not finite. Close the iterator to stop early.
         """
-        return self._stream(self.plan(story), on_event)
+        return self._stream(self.plan(story), on_event, _Tools())
 
-    def render(self, story: str | Path | Script, path: str | Path, on_event: OnEvent = ignore_event) -> Path:
+    def render(
+        self,
+        story: str | Path | Script,
+        path: str | Path,
+        on_event: OnEvent = ignore_event,
+        *,
+        trace: str | Path | None = None,
+    ) -> Path:
         """Render a storyboard to an H.264 film at ``path`` (.mp4) and return the path.
 
-        While it runs, ``PATH.longvid/film.m3u8`` plays what is finished. Raises Interrupted on
-        Ctrl-C, after saving what is finished as a film of its own.
+        While it runs, ``PATH.longvid/film.m3u8`` plays what is finished. ``trace`` is a file for a Perfetto trace of
+        every rank's work. Raises Interrupted on Ctrl-C, after saving what is finished as a film of its own.
         """
         started = time.monotonic()
         plan = self.plan(story)
+        tools = _Tools(trace=Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank)) if trace else None)
+        film = self._write(plan, Path(path), on_event, tools)
+        if trace:
+            self._write_trace(Path(trace), tools, plan, on_event)
+        if self.mesh.is_leader:
+            on_event(FilmDone(film, plan.num_frames, time.monotonic() - started))
+        return film
+
+    def _write(self, plan: Plan, path: Path, on_event: OnEvent, tools: _Tools) -> Path:
+        if not self.mesh.is_leader:
+            for _ in self._stream(plan, on_event, tools):
+                """The leader writes."""
+            return path
         output = self.settings.output
         with FilmWriter(path, width=plan.width, height=plan.height, fps=plan.fps, output=output) as writer:
             try:
-                for frames in self._stream(plan, on_event):
+                for frames in self._stream(plan, on_event, tools):
                     writer.append(frames)
-                film = writer.finish()
+                return writer.finish()
             except KeyboardInterrupt:
                 raise Interrupted(_what_is_left(writer, path)) from None
-        on_event(FilmDone(film, plan.num_frames, time.monotonic() - started))
-        return film
 
-    def denoise(self, plan: Plan, on_event: OnEvent = ignore_event) -> Iterator[Finished]:
-        """Run the plan's schedule; yields each chunk's finished latents fp32 [C, F, h, w] in film order."""
-        states = encode_prompts(
-            self._checkpoint.tokenizer, self._checkpoint.text_encoder, [*plan.prompts, *plan.negatives]
+    def _write_trace(self, path: Path, tools: _Tools, plan: Plan, on_event: OnEvent) -> None:
+        traces = [tools.trace] if self.mesh.topology.num_ranks == 1 else gather(tools.trace)
+        if self.mesh.is_leader:
+            write_trace(path, traces)
+            on_event(Notice(summary_text(summary(traces), self.predicted_bubble(plan))))
+
+    def predicted_bubble(self, plan: Plan) -> float | None:
+        """The share of the ranks' time without work, by a rehearsal with measured costs; None on a single stage."""
+        if self.costs is None:
+            return None
+        topology = self.mesh.topology
+        bounds = split_layers(self.costs, topology.stage)
+        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps)
+        buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
+        return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost).bubble
+
+    def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
+        """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
+        tools = tools or _Tools()
+        self._set_prompts(plan)
+        topology, buffers = self.mesh.topology, self.settings.mesh.buffers
+        if self.mesh.is_leader and topology.num_ranks > 1:
+            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
+        width, height = self.facts.grid.latent_size(plan.width, plan.height)
+        executor = Executor(
+            self._stage,
+            self._sampler,
+            self._noise(plan),
+            self.facts,
+            (height, width),
+            guidance=self.settings.sampler.guidance,
+            mesh=self.mesh,
+            buffers=buffers,
+            on_action=tools.trace.on_action if tools.trace else None,
         )
-        self._stage.set_prompts(states[: len(plan.prompts)], states[len(plan.prompts) :])
-        executor = Executor(self._stage, self._sampler, self._noise(plan), self.facts)
         rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event)
         yield from executor.run(make_schedule(plan, self.settings), plan, rounds.on_unit)
 
-    def _stream(self, plan: Plan, on_event: OnEvent) -> Iterator[Frames]:
-        for text in self._notices(plan):
-            on_event(Notice(text))
-        num_rounds = _num_rounds(plan, self._sampler.num_steps, self.settings)
-        on_event(Started(plan.num_frames, len(plan.chunks), num_rounds, plan.width, plan.height, plan.fps))
-        for finished in self.denoise(plan, on_event):
+    def _set_prompts(self, plan: Plan) -> None:
+        texts = [*plan.prompts, *(plan.negatives if len(_branches(self.settings)) == 2 else ())]
+        states = self._on_leader(lambda: encode_prompts(self._tokenizer, self._encoder, texts))
+        states = [state.to(self.device) for state in states]
+        self._stage.set_prompts(states[: len(plan.prompts)], states[len(plan.prompts) :])
+
+    def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Iterator[Frames]:
+        if self.mesh.is_leader:
+            for text in self._notices(plan):
+                on_event(Notice(text))
+            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
+            on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
+        for finished in self.denoise(plan, on_event, tools):
+            began = time.monotonic_ns()
             frames = self.decode(plan, finished)
+            if tools.trace:
+                tools.trace.add("decode", f"c{finished.chunk.index}", began, time.monotonic_ns())
             shot = plan.shots[finished.chunk.shot]
             done = shot.first_frame + min(self._frames_until(finished.chunk), shot.num_frames)
             yield frames
@@ -175,17 +294,30 @@ def pick_device(settings: Settings) -> torch.device:
     return torch.device(wanted)
 
 
-def _num_rounds(plan: Plan, steps: int, settings: Settings) -> int:
-    if settings.schedule == "sequential":
-        return len(plan.chunks) * steps
-    return len(plan.chunks) + steps - 1
+def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
+    """This process's place among the ranks that a launcher started; a lone one without a launcher."""
+    environment = rank_of(os.environ)
+    num_ranks = environment.world_size if environment else 1
+    topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+    if num_ranks == 1 or environment is None:
+        return lone_mesh()
+    device, timeout = pick_device(settings), settings.runtime.timeout_s
+    if device.type == "cuda":
+        torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
+    connect(device, timeout)
+    return make_mesh(topology, environment.rank, device, timeout)
+
+
+def _branches(settings: Settings) -> list[int]:
+    """0 follows the prompts, 1 the negatives."""
+    return [0] if settings.sampler.guidance == 1.0 else [0, 1]
 
 
 class _RoundCounter:
     """Turns units into one event a round."""
 
     def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent) -> None:
-        self._num_rounds = _num_rounds(plan, steps, settings)
+        self._num_rounds = QueueRules.of(settings).num_rounds(len(plan.chunks), steps)
         self._num_units = len(plan.chunks) * steps
         self._on_event = on_event
         self._round, self._in_round, self._done = 0, 0, 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
-from longvid.parallel.schedule import make_schedule
+from longvid.parallel.schedule import QueueRules, make_schedule
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings
@@ -28,8 +28,8 @@ class Overview:
     @classmethod
     def of(cls, plan: Plan, settings: Settings, facts: ModelFacts) -> Overview:
         """Simulate the plan's whole schedule; an error in it is ours (ScheduleError)."""
-        steps, left_level = settings.sampler.steps, settings.queue.left_level
-        return cls(plan, settings, facts, simulate(make_schedule(plan, settings), plan.chunks, steps, left_level))
+        actions, rules = make_schedule(plan, settings), QueueRules.of(settings)
+        return cls(plan, settings, facts, simulate(actions, plan.chunks, settings.sampler.steps, rules))
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""

@@ -35,6 +35,7 @@ class ModelFacts:
     per_token_timesteps: bool
     max_latents: int
     vocabulary: frozenset[str] | None = None
+    num_heads: int = 1
 
 
 @dataclass(frozen=True, slots=True)

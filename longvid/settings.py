@@ -33,8 +33,9 @@ class QueueSettings(Section):
 
     chunk_latents: Annotated[int, Field(ge=1, le=1024)] = 6
     context_latents: Annotated[int, Field(ge=0, le=1024)] = 2
-    left: Literal["recompute"] = "recompute"
+    left: Literal["recompute", "cached"] = "recompute"
     left_level: Literal["same", "fresher"] = "fresher"
+    gap: Annotated[int, Field(ge=1, le=1000)] = 1
     noise: Literal["coordinated", "independent"] = "coordinated"
 
     @field_validator("context_latents")
@@ -44,6 +45,34 @@ class QueueSettings(Section):
         if context > chunk:
             raise ValueError(f"must be at most chunk_latents ({chunk}), not {context}")
         return context
+
+
+Axis = Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
+
+
+class MeshSettings(Section):
+    """How ranks are spread: films x layers x chunks x guidance branches x tokens. `auto` decides by the film.
+
+    `ring` is the part of `seq` that passes K/V around in a ring; the rest exchanges heads (Ulysses). `buffers` is how
+    many messages a rank may have under way to another.
+    """
+
+    replica: Axis = "auto"
+    stage: Axis = "auto"
+    chunk: Axis = "auto"
+    guidance: Axis = "auto"
+    seq: Axis = "auto"
+    ring: Annotated[int, Field(ge=1, le=1024)] = 1
+    buffers: Annotated[int, Field(ge=1, le=64)] = 2
+
+
+SequenceBackend = Literal["longvid", "deepspeed", "xfuser"]
+
+
+class SequenceSettings(Section):
+    """Whose code spreads a unit's tokens over `mesh.seq`: ours, DeepSpeed-Ulysses (no ring), or xfuser's USP (CUDA)."""
+
+    backend: SequenceBackend = "longvid"
 
 
 class OutputSettings(Section):
@@ -57,11 +86,15 @@ class OutputSettings(Section):
 
 
 class RuntimeSettings(Section):
-    """The machine: device, the dtype of weights and activations, and threads a rank (0: torch decides)."""
+    """The machine: device, the dtype of weights and activations, and threads a rank (0: torch decides).
+
+    `timeout_s` is how long one rank may wait for another.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
 
 
 class Settings(Section):
@@ -71,6 +104,8 @@ class Settings(Section):
     sampler: SamplerSettings = SamplerSettings()
     schedule: Literal["queue", "sequential"] = "queue"
     queue: QueueSettings = QueueSettings()
+    mesh: MeshSettings = MeshSettings()
+    sequence: SequenceSettings = SequenceSettings()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 

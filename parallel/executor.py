@@ -1,4 +1,4 @@
-"""The executor: carries out a schedule on one stage. It does no schedule arithmetic and knows no model.
+"""The executor: carries out one rank's program. It does no schedule arithmetic and knows no model.
 
 What lives is what the actions made and have not dropped yet, so memory is bounded by the chunks in flight and not by
 the film. Latents are never written in place: another chunk may still read that version as its left context.
@@ -6,14 +6,31 @@ the film. Latents are never written in place: another chunk may still read that 
 
 from __future__ import annotations
 
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 
 from longvid.errors import RuntimeFailure
+from longvid.parallel.comm import Header, Incoming
+from longvid.parallel.mesh import Mesh, lone_mesh
+from longvid.parallel.pipeline import (
+    SAVE_NOTICE,
+    Boundary,
+    Hidden,
+    Message,
+    RankAction,
+    Receive,
+    SaveLatents,
+    Send,
+    Velocity,
+    rank_program,
+)
 from longvid.parallel.schedule import (
     Action,
     Admit,
@@ -26,7 +43,10 @@ from longvid.parallel.schedule import (
     Step,
 )
 from longvid.plan import Chunk, ModelFacts, Plan
-from longvid.sampler import Sampler, Solver
+from longvid.sampler import Sampler, Solver, guide
+
+LOOK_AHEAD = 32
+"""Actions that are read ahead of the one at hand, to post their receives."""
 
 KvSpan = object
 """K/V of all layers of a stage for a span of latents: only the stage that made it looks inside."""
@@ -34,27 +54,36 @@ KvSpan = object
 
 @dataclass(frozen=True)
 class Unit:
-    """One pass of a chunk through all layers. Legend: C channels, F = num_left + num_latents, h and w of a latent.
+    """One pass of a chunk through a stage. Legend: C channels, F latents that enter as tokens, h and w of a latent.
 
-    `latents` fp32 [C, F, h, w], left context first, to be read only; `timesteps` fp32 [F], one for each latent;
-    `right` is the right neighbour's K/V or None; `store_kv` says of which latents (as indices into F) the
-    prediction must return K/V.
+    F is the chunk's own latents, behind the left context where that is recomputed. `timesteps` fp32 [F], one for each
+    latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others `hidden`, as the stage
+    before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents (as indices into F)
+    K/V must be returned.
     """
 
     chunk: Chunk
     step: int
-    latents: Tensor
     timesteps: Tensor
-    right: KvSpan | None
-    store_kv: slice | None
+    latent_size: tuple[int, int]
+    latents: Tensor | None = None
+    hidden: Tensor | None = None
+    left: KvSpan | None = None
+    right: KvSpan | None = None
+    store: tuple[slice, ...] = ()
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """`velocity` fp32 [C, num_latents, h, w] of the own latents, guidance applied; `kv` where the unit asked for it."""
+class Output:
+    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_latents, h, w] of the own latents on the last
+    stage, and `hidden` [branches, tokens, E] on the others; `kv` for each span of `Unit.store`.
 
-    velocity: Tensor
-    kv: KvSpan | None = None
+    A branch is a prompt's or its negative's; with guidance over two ranks each has one of them.
+    """
+
+    hidden: Tensor | None = None
+    velocity: Tensor | None = None
+    kv: tuple[KvSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,90 +95,209 @@ class Finished:
 
 
 class Stage(Protocol):
-    """The layers of a model, on one rank."""
+    """Some layers of a model, on one rank."""
 
-    def forward(self, unit: Unit) -> Prediction: ...
+    @property
+    def num_branches(self) -> int:
+        """Branches that it runs: 1, or 2 with guidance on the same rank."""
+        ...
+
+    def forward(self, unit: Unit) -> Output: ...
+
+    def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `hidden` for a unit of F latents of (h, w)."""
+        ...
 
 
 @dataclass
-class _Live:
-    """All state of a run. Between rounds only latents and solvers are left in it."""
+class Live:
+    """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context."""
 
     latents: dict[LatentVersion, Tensor] = field(default_factory=dict)
     kv: dict[KvVersion, KvSpan] = field(default_factory=dict)
-    velocity: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     solvers: dict[int, Solver] = field(default_factory=dict)
+    velocity: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+class Saver(Protocol):
+    """Keeps the state of a run at the end of a round, on every rank."""
+
+    def is_due(self) -> bool:
+        """Asked on the leader at the end of every round: whether the state should be saved soon."""
+        ...
+
+    def save_kv(self, done: int, kv: dict[KvVersion, KvSpan]) -> None:
+        """This rank's K/V that live on after round `done`."""
+        ...
+
+    def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
+        """The leader's latents and solvers; all chunks that finished until then were handed out."""
+        ...
+
+
+OnAction = Callable[[RankAction, int, int], None]
+"""Called after an action with the nanoseconds (time.monotonic_ns) at which it began and ended."""
+
+
+@dataclass
 class Executor:
-    """Runs schedules. `noise` gives a chunk's first latents, fp32 [C, num_latents, h, w], on the stage's device.
+    """Runs schedules on one rank. `noise` gives a chunk's first latents, fp32 [C, num_latents, h, w].
 
-    Where the model takes one timestep a chunk (`facts.per_token_timesteps` False), left context is given the chunk's.
+    `guidance` scales the difference between the two branches, if there are two. `latent_size` is (h, w). Where the
+    model takes one timestep a chunk (`facts.per_token_timesteps` False), left context is given the chunk's.
     """
 
     stage: Stage
     sampler: Sampler
     noise: Callable[[Chunk], Tensor]
     facts: ModelFacts
+    latent_size: tuple[int, int]
+    guidance: float = 1.0
+    mesh: Mesh = field(default_factory=lone_mesh)
+    buffers: int = 2
+    saver: Saver | None = None
+    on_action: OnAction | None = None
+    on_value: Callable[[RankAction, Tensor], None] | None = None
+    """Called with every hidden state, velocity and latents that this rank makes."""
+
+    current: RankAction | None = None
+    """The action at hand, for whoever watches this rank."""
+    _save_at: int = -1
 
     def run(
-        self, actions: Iterable[Action], plan: Plan, on_unit: Callable[[Step], None] | None = None
+        self,
+        actions: Iterable[Action],
+        plan: Plan,
+        on_unit: Callable[[Step], None] | None = None,
+        live: Live | None = None,
     ) -> Iterator[Finished]:
-        """Yields each chunk as it finishes, in the order of the film; calls `on_unit` after every unit's step.
+        """Carry out a schedule, or what is left of one, whose values at that point are then in `live`.
 
-        Raises RuntimeFailure when latents stop being finite. Closing the iterator early releases everything.
+        On the leader, yields each chunk as it finishes, in the order of the film, and calls `on_unit` after every
+        unit's step. On other ranks it yields nothing. Raises RuntimeFailure when latents stop being finite, and when
+        another rank is lost. Closing the iterator early releases everything.
         """
-        live = _Live()
-        for action in actions:
-            match action:
-                case Admit(chunk=i):
-                    live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
+        live = live or Live()
+        self._save_at = -1
+        for action, incoming in self._with_receives(actions, plan):
+            self.current = action
+            start = time.monotonic_ns()
+            finished = self._act(action, incoming, plan, live)
+            if self.on_action:
+                self.on_action(action, start, time.monotonic_ns())
+            if finished:
+                yield finished
+            if on_unit and isinstance(action, Step):
+                on_unit(action)
+        self.mesh.comm.flush()
+
+    def _with_receives(self, actions: Iterable[Action], plan: Plan) -> Iterator[tuple[RankAction, Incoming | None]]:
+        """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
+        program = rank_program(actions, self.mesh.topology, self.mesh.rank)
+        ahead: deque[tuple[RankAction, Incoming | None]] = deque()
+        posted: Counter[int] = Counter()
+        for action in chain(program, [None]):
+            while ahead and (action is None or len(ahead) >= LOOK_AHEAD or not self._may_post(action, posted)):
+                done, incoming = ahead.popleft()
+                yield done, incoming
+                if isinstance(done, Receive) and isinstance(done.message, Hidden):
+                    posted[done.source] -= 1
+            if isinstance(action, Receive):
+                if isinstance(action.message, Hidden):
+                    posted[action.source] += 1
+                shape, dtype = self._shape(action.message, plan)
+                ahead.append((action, self.mesh.comm.receive(action.source, shape, dtype)))
+            elif action is not None:
+                ahead.append((action, None))
+
+    def _may_post(self, action: RankAction, posted: Counter[int]) -> bool:
+        if not isinstance(action, Receive) or not isinstance(action.message, Hidden):
+            return True
+        return posted[action.source] < self.buffers
+
+    def _act(self, action: RankAction, incoming: Incoming | None, plan: Plan, live: Live) -> Finished | None:
+        match action:
+            case Admit(chunk=i):
+                live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
+                if self.mesh.is_leader:
                     live.solvers[i] = self.sampler.new_solver()
-                case Forward():
-                    self._forward(action, plan, live)
-                case Step():
-                    self._step(action, plan, live)
-                    if on_unit:
-                        on_unit(action)
-                case Finish(latents=version):
-                    del live.solvers[version.chunk]
-                    yield Finished(plan.chunks[version.chunk], live.latents[version].clone())
-                case DropLatents(latents=version):
-                    del live.latents[version]
-                case DropKv(kv=kv):
-                    del live.kv[kv]
-                case _:
-                    assert_never(action)
+            case Forward():
+                self._forward(action, plan, live)
+            case Step():
+                self._step(action, plan, live)
+            case Finish(latents=version):
+                del live.solvers[version.chunk]
+                return Finished(plan.chunks[version.chunk], live.latents[version].clone())
+            case DropLatents(latents=version):
+                del live.latents[version]
+            case DropKv(kv=kv):
+                del live.kv[kv]
+            case Send():
+                self._send(action, live)
+            case Receive():
+                assert incoming is not None
+                self._receive(action, incoming, live)
+            case Boundary():
+                self._boundary(action, live)
+            case SaveLatents():
+                self._save_latents(action, live)
+            case _:
+                assert_never(action)
+        return None
+
+    # ---------------------------------------------------------------------------------------------------------- units
 
     @torch.no_grad()
-    def _forward(self, action: Forward, plan: Plan, live: _Live) -> None:
-        prediction = self.stage.forward(self._unit(action, plan.chunks, live))
-        own = live.latents[LatentVersion(action.chunk, action.step)]
-        assert prediction.velocity.shape == own.shape, f"{action}: velocity {prediction.velocity.shape} of {own.shape}"
-        live.velocity[action.chunk, action.step] = prediction.velocity
-        if action.store:
-            assert prediction.kv is not None, f"{action}: the stage kept no K/V"
-            live.kv[action.store] = prediction.kv
+    def _forward(self, action: Forward, plan: Plan, live: Live) -> None:
+        unit = (action.chunk, action.step)
+        output = self.stage.forward(self._unit(action, plan.chunks, live))
+        assert len(output.kv) == len(action.store), f"{action}: the stage kept {len(output.kv)} spans"
+        live.kv |= dict(zip(action.store, output.kv, strict=True))
+        if output.hidden is not None:
+            live.hidden[unit] = output.hidden
+        elif output.velocity is not None and self.mesh.place.seq == 0:
+            # The other ranks of a sequence have the same, and nobody to give it to.
+            live.velocity[unit] = [output.velocity]
+        if self.on_value:
+            made = output.hidden if output.hidden is not None else output.velocity
+            assert made is not None
+            self.on_value(action, made)
 
-    def _unit(self, action: Forward, chunks: Sequence[Chunk], live: _Live) -> Unit:
-        """Own latents behind the last latents of the left context, each at its own noise level."""
+    def _unit(self, action: Forward, chunks: Sequence[Chunk], live: Live) -> Unit:
+        """Own latents, behind the last latents of the left context if that is recomputed, each at its own level."""
         i, k, chunk = action.chunk, action.step, chunks[action.chunk]
-        latents, levels = live.latents[LatentVersion(i, k)], [k] * chunk.num_latents
-        if action.left:
-            latents = torch.cat([live.latents[action.left][:, -chunk.num_left :], latents], dim=1)
-            levels = [action.left.version if self.facts.per_token_timesteps else k] * chunk.num_left + levels
+        levels, before = [k] * chunk.num_latents, 0
+        if isinstance(action.left, LatentVersion):
+            before = chunk.num_left
+            levels = [action.left.version if self.facts.per_token_timesteps else k] * before + levels
+        latents = live.latents[LatentVersion(i, k)] if self.mesh.is_first else None
+        if latents is not None and isinstance(action.left, LatentVersion):
+            latents = torch.cat([live.latents[action.left][:, -before:], latents], dim=1)
         times = [self.sampler.timestep(level) for level in levels]
-        timesteps = torch.tensor(times, dtype=torch.float32, device=latents.device)
-        right = live.kv[action.right] if action.right else None
-        store = slice(chunk.num_left, chunk.num_left + chunks[i - 1].num_right) if action.store else None
-        return Unit(chunk, k, latents, timesteps, right, store)
+        spans = {"first": lambda: slice(before, before + chunks[i - 1].num_right)}
+        spans["last"] = lambda: slice(len(levels) - chunks[i + 1].num_left, len(levels))
+        return Unit(
+            chunk=chunk,
+            step=k,
+            timesteps=torch.tensor(times, dtype=torch.float32),
+            latent_size=self.latent_size,
+            latents=latents,
+            hidden=None if self.mesh.is_first else live.hidden.pop((i, k)),
+            left=live.kv[action.left] if isinstance(action.left, KvVersion) else None,
+            right=live.kv[action.right] if action.right else None,
+            store=tuple(spans[kv.edge]() for kv in action.store),
+        )
 
     @torch.no_grad()
-    def _step(self, action: Step, plan: Plan, live: _Live) -> None:
+    def _step(self, action: Step, plan: Plan, live: Live) -> None:
         i, k = action.chunk, action.step
-        sample, velocity = live.latents[LatentVersion(i, k)], live.velocity.pop((i, k))
-        latents = live.solvers[i].step(velocity, k, sample)
+        sample = live.latents[LatentVersion(i, k)]
+        parts = live.velocity.pop((i, k))
+        branches = torch.cat(parts) if len(parts) > 1 else parts[0]
+        assert branches.shape[1:] == sample.shape, f"{action}: velocity {branches.shape[1:]} of {sample.shape}"
+        velocity = guide(branches[0], branches[1], self.guidance) if len(branches) == 2 else branches[0]
+        latents = live.solvers[i].step(velocity.to(sample.device), k, sample)
         assert latents.data_ptr() != sample.data_ptr(), "a solver must leave its sample as it is"
         if not torch.isfinite(latents).all():
             raise RuntimeFailure(
@@ -157,9 +305,69 @@ class Executor:
                 f"({self._place(plan.chunks[i], plan)})"
             )
         live.latents[LatentVersion(i, k + 1)] = latents
+        if self.on_value:
+            self.on_value(action, latents)
+
+    # ------------------------------------------------------------------------------------------------------- messages
+
+    def _send(self, action: Send, live: Live) -> None:
+        header = Header(action.message.chunk, _step_of(action.message), self._save_at)
+        match action.message:
+            case Hidden(chunk=i, step=k):
+                self.mesh.comm.send(header, live.hidden.pop((i, k)), action.to, window=self.buffers)
+            case Velocity(chunk=i, step=k):
+                [velocity] = live.velocity.pop((i, k))
+                self.mesh.comm.send(header, velocity, action.to)
+            case LatentVersion() as version:
+                self.mesh.comm.send(header, live.latents[version], action.to)
+
+    def _receive(self, action: Receive, incoming: Incoming, live: Live) -> None:
+        header, value = incoming.wait()
+        message = action.message
+        if (header.chunk, header.step) != (message.chunk, _step_of(message)):
+            raise RuntimeFailure(
+                f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
+            )
+        self._save_at = max(self._save_at, header.save_at)
+        match message:
+            case Hidden(chunk=i, step=k):
+                live.hidden[i, k] = value
+            case Velocity(chunk=i, step=k):
+                live.velocity.setdefault((i, k), []).append(value)
+            case LatentVersion():
+                live.latents[message] = value
+
+    def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
+        chunk = plan.chunks[message.chunk]
+        if isinstance(message, Hidden):
+            return self.stage.hidden_shape(chunk.num_latents + chunk.num_left * message.with_left, self.latent_size)
+        shape = (self.facts.latent_channels, chunk.num_latents, *self.latent_size)
+        if isinstance(message, Velocity):
+            return (self.stage.num_branches, *shape), torch.float32
+        return shape, torch.float32
+
+    # ---------------------------------------------------------------------------------------------------------- saving
+
+    def _boundary(self, action: Boundary, live: Live) -> None:
+        if not self.saver:
+            return
+        if self._save_at == action.round:
+            self.saver.save_kv(action.round, {version: live.kv[version] for version in action.kv})
+        if self.mesh.is_leader and self._save_at <= action.round - SAVE_NOTICE and self.saver.is_due():
+            self._save_at = action.round + SAVE_NOTICE
+
+    def _save_latents(self, action: SaveLatents, live: Live) -> None:
+        if self.saver and self._save_at == action.round:
+            latents = {version: live.latents[version] for version in action.latents}
+            solvers = {i: live.solvers[i] for i in {version.chunk for version in latents} & live.solvers.keys()}
+            self.saver.save_latents(action.round, latents, solvers)
 
     def _place(self, chunk: Chunk, plan: Plan) -> str:
         shot = plan.shots[chunk.shot]
         first = self.facts.grid.num_frames(chunk.start)
         end = min(self.facts.grid.num_frames(chunk.start + chunk.num_latents), shot.num_frames)
         return f"shot {shot.index}, frames {shot.first_frame + first}-{shot.first_frame + end - 1}"
+
+
+def _step_of(message: Message) -> int:
+    return message.version if isinstance(message, LatentVersion) else message.step

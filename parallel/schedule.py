@@ -14,8 +14,11 @@ k = n - i in round n. A round takes one step of every queued chunk, newest first
         4   .   .   2   1   finish c2
         5   .   .   .   2   finish c3
 
-forward(i, k) reads its own z[i]@k; as left context the last latents of z[i-1]; and as right context the K/V that
-forward(i+1, k-1) stored just before, in the same round.
+forward(i, k) reads its own z[i]@k; as right context the K/V that forward(i+1, k-1) stored just before, in the same
+round; and as left context either the last latents of z[i-1], recomputed through all layers (`left: recompute`), or the
+K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step (`left: cached`).
+
+With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from longvid.plan import Chunk, Plan
 from longvid.settings import Settings
 
 LeftLevel = Literal["same", "fresher"]
+Edge = Literal["first", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,14 @@ class LatentVersion:
 
 @dataclass(frozen=True, slots=True)
 class KvVersion:
-    """K/V of every layer for a chunk's first own latents, as its forward of `round` computed them."""
+    """K/V of every layer for a chunk's first or last own latents, as its forward of `round` computed them."""
 
     chunk: int
     round: int
+    edge: Edge = "first"
 
     def __str__(self) -> str:
-        return f"kv{self.chunk}@{self.round}"
+        return f"kv{self.chunk}{'<' if self.edge == 'first' else '>'}@{self.round}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +70,19 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as `store`."""
+    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`."""
 
     round: int
     chunk: int
     step: int
-    left: LatentVersion | None = None
+    left: LatentVersion | KvVersion | None = None
     right: KvVersion | None = None
-    store: KvVersion | None = None
+    store: tuple[KvVersion, ...] = ()
 
     def __str__(self) -> str:
-        context = "".join(f"  {name} {value}" for name in ("left", "right", "store") if (value := getattr(self, name)))
-        return f"{self.round:5}  forward  c{self.chunk} k{self.step}{context}"
+        context = [f"  {name} {value}" for name in ("left", "right") if (value := getattr(self, name))]
+        context += [f"  store {value}" for value in self.store]
+        return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,37 +133,50 @@ class DropKv:
 Action = Admit | Forward | Step | Finish | DropLatents | DropKv
 
 
+@dataclass(frozen=True, slots=True)
+class QueueRules:
+    """What the queue's settings say of who reads what; `gap` is how many steps neighbours are apart."""
+
+    left: Literal["recompute", "cached"] = "recompute"
+    left_level: LeftLevel = "fresher"
+    gap: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings) -> QueueRules:
+        """The rules that the settings ask for; `sequential` is a queue whose chunks never meet."""
+        if settings.schedule == "sequential":
+            return cls(gap=settings.sampler.steps)
+        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap)
+
+    def num_rounds(self, num_chunks: int, steps: int) -> int:
+        return (num_chunks - 1) * self.gap + steps
+
+
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for."""
     if settings.schedule == "sequential":
         return sequential_schedule(plan.chunks, settings.sampler.steps)
-    return queue_schedule(plan.chunks, settings.sampler.steps, settings.queue.left_level)
+    return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
 
 
-def queue_schedule(chunks: Sequence[Chunk], steps: int, left_level: LeftLevel) -> Iterator[Action]:
-    """The queue, in len(chunks) + steps - 1 rounds. Chunks of different shots follow each other without a gap.
+def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:
+    """The queue. Chunks of different shots follow each other without a pause.
 
-    `left_level` is how far denoised forward(i, k) sees its left context: "same" reads z[i-1]@k, "fresher" z[i-1]@k+1.
+    `left_level` is how far denoised forward(i, k) sees latents as left context: "same" reads z[i-1]@k, "fresher"
+    z[i-1] as it stands, `gap` steps further (or finished).
     """
-    queue = _Queue(chunks, steps, left_level)
-    for n in range(len(chunks) + steps - 1):
-        newest, oldest = min(n, len(chunks) - 1), max(n - steps + 1, 0)
+    queue = _Queue(chunks, steps, rules)
+    gap = rules.gap
+    for n in range(rules.num_rounds(len(chunks), steps)):
+        newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), 0)
         for i in range(newest, oldest - 1, -1):
-            yield from queue.unit(i, n - i)
+            yield from queue.unit(i, n - gap * i)
 
 
 def sequential_schedule(chunks: Sequence[Chunk], steps: int) -> Iterator[Action]:
     """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context."""
-    for i, chunk in enumerate(chunks):
-        assert chunk.num_left == chunk.num_right == 0, "a sequential chunk is a whole shot"
-        n = i * steps
-        yield Admit(n, i)
-        for k in range(steps):
-            yield Forward(n + k, i, k)
-            yield Step(n + k, i, k)
-            yield DropLatents(n + k, LatentVersion(i, k))
-        yield Finish(n + steps - 1, LatentVersion(i, steps))
-        yield DropLatents(n + steps - 1, LatentVersion(i, steps))
+    assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
+    return queue_schedule(chunks, steps, QueueRules(gap=steps))
 
 
 @dataclass(frozen=True)
@@ -166,17 +185,19 @@ class _Queue:
 
     chunks: Sequence[Chunk]
     steps: int
-    left_level: LeftLevel
+    rules: QueueRules
 
     def unit(self, i: int, k: int) -> Iterator[Action]:
         """The actions of one unit. Every value is dropped right after its last reader."""
-        n, left, right = i + k, self.left(i, k), self.right(i, k)
+        n, left, right = self.rules.gap * i + k, self.left(i, k), self.right(i, k)
         if k == 0:
             yield Admit(n, i)
         yield Forward(n, i, k, left, right, self.store(i, k))
         if right:
             yield DropKv(n, right)
-        if left and self.neighbour_reads_last(left):
+        if isinstance(left, KvVersion):
+            yield DropKv(n, left)
+        elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
             yield DropLatents(n, left)
         yield Step(n, i, k)
         yield from self.drop_own(n, LatentVersion(i, k))
@@ -184,20 +205,28 @@ class _Queue:
             yield Finish(n, LatentVersion(i, self.steps))
             yield from self.drop_own(n, LatentVersion(i, self.steps))
 
-    def left(self, i: int, k: int) -> LatentVersion | None:
-        """Chunk i-1 is one step ahead: take it as it is ("fresher"), or as it was a round ago ("same")."""
+    def left(self, i: int, k: int) -> LatentVersion | KvVersion | None:
+        """Chunk i-1 is `gap` steps ahead: take it as it is ("fresher"), or as it was `gap` rounds ago."""
         if not self.chunks[i].num_left:
             return None
-        return LatentVersion(i - 1, k + 1 if self.left_level == "fresher" else k)
+        if self.rules.left == "cached":
+            return KvVersion(i - 1, self.rules.gap * (i - 1) + k, "last")
+        ahead = self.rules.gap if self.rules.left_level == "fresher" else 0
+        return LatentVersion(i - 1, min(k + ahead, self.steps))
 
     def right(self, i: int, k: int) -> KvVersion | None:
-        """Chunk i+1 is one step behind and ran just before in this round; at k = 0 it has not entered yet."""
-        return KvVersion(i + 1, i + k) if self.chunks[i].num_right and k > 0 else None
+        """Chunk i+1 is `gap` steps behind and ran just before in this round, unless it has not entered yet."""
+        n = self.rules.gap * i + k
+        return KvVersion(i + 1, n) if self.chunks[i].num_right and k >= self.rules.gap else None
 
-    def store(self, i: int, k: int) -> KvVersion | None:
-        """Wanted by forward(i-1, k+1), unless chunk i-1 finished in the round before."""
-        wanted = i > 0 and self.chunks[i - 1].num_right and k + 1 < self.steps
-        return KvVersion(i, i + k) if wanted else None
+    def store(self, i: int, k: int) -> tuple[KvVersion, ...]:
+        """First edge: wanted by forward(i-1, k + gap), if that comes. Last edge: by forward(i+1, k), if cached."""
+        n, gap, kept = self.rules.gap * i + k, self.rules.gap, []
+        if i > 0 and self.chunks[i - 1].num_right and k + gap < self.steps:
+            kept.append(KvVersion(i, n))
+        if self.rules.left == "cached" and i + 1 < len(self.chunks) and self.chunks[i + 1].num_left:
+            kept.append(KvVersion(i, n, "last"))
+        return tuple(kept)
 
     def drop_own(self, n: int, latents: LatentVersion) -> Iterator[Action]:
         if not self.neighbour_reads_last(latents):
@@ -206,11 +235,11 @@ class _Queue:
     def neighbour_reads_last(self, latents: LatentVersion) -> bool:
         """Whether chunk i+1 reads z[i]@v as left context after chunk i itself is done with it.
 
-        Chunk i steps on from z[i]@v in round i + v. Chunk i+1 reads it one round later as "same" (v < steps),
-        and earlier in that very round as "fresher" (v > 0). But z[i]@steps is handed out in the round before
-        chunk i+1 reads it as "fresher".
+        Chunk i steps on from z[i]@v in round gap·i + v. Chunk i+1 reads it `gap` rounds later as "same" (v < steps),
+        and earlier in that very round as "fresher"; but z[i]@steps is handed out before chunk i+1 reads it as
+        "fresher", at each of its last `gap` steps.
         """
         i, v = latents.chunk, latents.version
-        if i + 1 == len(self.chunks) or not self.chunks[i + 1].num_left:
+        if self.rules.left == "cached" or i + 1 == len(self.chunks) or not self.chunks[i + 1].num_left:
             return False
-        return v == self.steps if self.left_level == "fresher" else v < self.steps
+        return v == self.steps if self.rules.left_level == "fresher" else v < self.steps

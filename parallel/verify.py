@@ -19,7 +19,7 @@ from longvid.parallel.schedule import (
     Forward,
     KvVersion,
     LatentVersion,
-    LeftLevel,
+    QueueRules,
     Step,
 )
 from longvid.plan import Chunk
@@ -39,9 +39,9 @@ class Report:
     max_live_kv: int
 
 
-def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, left_level: LeftLevel) -> Report:
+def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Report:
     """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
-    simulation = _Simulation(chunks, steps, left_level)
+    simulation = _Simulation(chunks, steps, rules)
     action: Action | str = "empty schedule"
     try:
         for action in actions:
@@ -84,7 +84,7 @@ class _Simulation:
 
     chunks: Sequence[Chunk]
     steps: int
-    left_level: LeftLevel
+    rules: QueueRules
 
     latents: set[LatentVersion] = field(default_factory=set)
     kv: dict[KvVersion, tuple[int, int]] = field(default_factory=dict)  # the unit that stored it
@@ -96,7 +96,6 @@ class _Simulation:
     num_admitted: int = 0
     num_finished: int = 0
     num_units: int = 0
-    num_rounds: int = 0
     round: int = -1
     turn: int = 0  # chunks from this one on had their turn in this round
     max_live_latents: int = 0
@@ -107,7 +106,6 @@ class _Simulation:
         if action.round > self.round:
             self.end_round()
             self.round, self.turn = action.round, len(self.chunks)
-            self.num_rounds += 1
         match action:
             case Admit():
                 self.admit(action)
@@ -130,6 +128,7 @@ class _Simulation:
     def admit(self, action: Admit) -> None:
         i = action.chunk
         _require(i == self.num_admitted < len(self.chunks), f"chunk {self.num_admitted} of {len(self.chunks)} is next")
+        _require(action.round == self.rules.gap * i, f"chunk {i} enters in round {self.rules.gap * i}")
         self.num_admitted += 1
         self.entered[i], self.taken[i] = action.round, 0
         self.latents.add(LatentVersion(i, 0))
@@ -143,10 +142,11 @@ class _Simulation:
         self.require_latents(LatentVersion(i, k))
         self.require_left(action)
         self.require_right(action)
-        if action.store:
-            _require(action.store == KvVersion(i, action.round), f"stores its own K/V of round {action.round}")
-            self.kv[action.store] = (i, k)
-            self.unread_kv.add(action.store)
+        for kv in action.store:
+            _require((kv.chunk, kv.round) == (i, action.round), f"stores its own K/V of round {action.round}")
+            _require(kv not in self.kv, f"{kv} is stored twice")
+            self.kv[kv] = (i, k)
+            self.unread_kv.add(kv)
         self.velocity.add(i)
         self.num_units += 1
 
@@ -154,19 +154,24 @@ class _Simulation:
         i, k = action.chunk, action.step
         if self.chunks[i].num_left == 0:
             _require(action.left is None, "has no left context")
-            return
-        expected = LatentVersion(i - 1, {"same": k, "fresher": min(k + 1, self.steps)}[self.left_level])
-        _require(action.left == expected, f"the left context is {expected}")
-        self.require_latents(expected)
+        elif self.rules.left == "cached":
+            self.require_kv("left", action.left, KvVersion(i - 1, action.round - self.rules.gap, "last"), (i - 1, k))
+        else:
+            levels = {"same": k, "fresher": min(k + self.rules.gap, self.steps)}
+            expected = LatentVersion(i - 1, levels[self.rules.left_level])
+            _require(action.left == expected, f"the left context is {expected}")
+            self.require_latents(expected)
 
     def require_right(self, action: Forward) -> None:
         i, k = action.chunk, action.step
-        if self.chunks[i].num_right == 0 or k == 0:  # at step 0 the right neighbour has not entered yet
+        if self.chunks[i].num_right == 0 or k < self.rules.gap:  # the right neighbour has not entered yet
             _require(action.right is None, "has no right context")
-            return
-        expected = KvVersion(i + 1, action.round)
-        _require(action.right == expected, f"the right context is {expected}")
-        _require(self.kv.get(expected) == (i + 1, k - 1), f"the right context is K/V of step {k - 1}")
+        else:
+            self.require_kv("right", action.right, KvVersion(i + 1, action.round), (i + 1, k - self.rules.gap))
+
+    def require_kv(self, side: str, found: object, expected: KvVersion, unit: tuple[int, int]) -> None:
+        _require(found == expected, f"the {side} context is {expected}")
+        _require(self.kv.get(expected) == unit, f"the {side} context is K/V of step {unit[1]}")
         self.unread_kv.discard(expected)
 
     def step(self, action: Step) -> None:
@@ -200,23 +205,31 @@ class _Simulation:
         _require(latents in self.latents, f"{latents} is not live")
 
     def end_round(self) -> None:
-        """Between rounds no K/V lives, and only those latents that are still to be read."""
-        idle = [*map(str, self.kv), *(str(latents) for latents in self.latents if not self.will_be_read(latents))]
+        """Between rounds only those values live that are still to be read."""
+        idle = [str(kv) for kv, unit in self.kv.items() if not self.kv_will_be_read(kv, unit)]
+        idle += [str(latents) for latents in self.latents if not self.will_be_read(latents)]
         _require(not idle, f"{', '.join(sorted(idle))} should have been dropped in round {self.round}")
+
+    def kv_will_be_read(self, kv: KvVersion, unit: tuple[int, int]) -> bool:
+        """As left context, by the same step of the chunk after; first latents are read within their round."""
+        return self.rules.left == "cached" and kv.edge == "last" and self.steps_taken(unit[0] + 1) <= unit[1]
 
     def will_be_read(self, latents: LatentVersion) -> bool:
         """By its own chunk, which stands at it, or by the right neighbour, which has not come to that step."""
-        neighbour = latents.chunk + 1
-        if self.taken.get(latents.chunk) == latents.version:
+        neighbour, v, gap = latents.chunk + 1, latents.version, self.rules.gap
+        if self.taken.get(latents.chunk) == v:
             return True
-        if neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
+        if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
-        taken = self.taken.get(neighbour, 0 if neighbour >= self.num_admitted else self.steps)
-        return taken <= latents.version - (self.left_level == "fresher") < self.steps
+        levels = {"same": lambda k: k, "fresher": lambda k: min(k + gap, self.steps)}[self.rules.left_level]
+        return any(levels(k) == v for k in range(self.steps_taken(neighbour), self.steps))
+
+    def steps_taken(self, i: int) -> int:
+        return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)
 
     def close(self) -> None:
         _require(self.num_finished == len(self.chunks), f"{self.num_finished} of {len(self.chunks)} chunks finished")
         self.end_round()
 
     def report(self) -> Report:
-        return Report(self.num_units, self.num_rounds, self.max_live_latents, self.max_live_kv)
+        return Report(self.num_units, self.round + 1, self.max_live_latents, self.max_live_kv)

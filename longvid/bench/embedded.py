@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 def measure_model(engine: Engine, *, clips: int, held_out: int, films: int, say: Say) -> dict[str, Any]:
     """All figures: adherence over drawn captions, trained and held out, its ceiling, the VAE, and long films."""
-    vae = engine._checkpoint.vae
+    vae = engine.vae
     result: dict[str, Any] = {"steps": engine.settings.sampler.steps, "clips": clips, "frames_a_clip": CLIP_FRAMES}
     say("reconstructions of drawn clips")
     result["vae_psnr_db"] = held_out_psnr(vae, clips=min(clips, 64), seed=1)
@@ -60,7 +60,7 @@ def render_look(engine: Engine, look: world.Look, seed: int, num_frames: int) ->
 
 
 def _reconstructions(engine: Engine, count: int) -> Iterable[tuple[world.Look, NDArray[np.uint8]]]:
-    vae, side = engine._checkpoint.vae, engine.facts.width
+    vae, side = engine.vae, engine.facts.width
     for seed in range(count):
         rng = np.random.default_rng((seed, 21))
         look = world.sample_look(rng)

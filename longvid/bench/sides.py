@@ -18,7 +18,7 @@ from diffusers import WanPipeline
 from longvid.bench.film import FilmBench
 from longvid.engine import Engine, pick_device
 from longvid.errors import Interrupted, LongvidError
-from longvid.models.loader import load_checkpoint
+from longvid.models.loader import ModelPart, open_checkpoint
 from longvid.plan import ModelFacts
 from longvid.script import Duration, Scene, Script
 from longvid.settings import Settings, load_settings
@@ -94,8 +94,11 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
     if settings.runtime.threads:
         torch.set_num_threads(settings.runtime.threads)
     device = pick_device(settings)
-    parts = load_checkpoint(bench.model, dtype=getattr(torch, bench.dtype), device=device)
-    pipeline = WanPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler, parts.transformer)
+    parts, dtype = open_checkpoint(bench.model), getattr(torch, bench.dtype)
+    layers = ModelPart(range(parts.facts.num_layers))
+    transformer = parts.load_layers(layers, dtype, device)
+    vae = parts.load_vae(dtype, device)
+    pipeline = WanPipeline(*parts.load_text(dtype, device), vae, parts.scheduler, transformer)
     pipeline.set_progress_bar_config(disable=True)
     num_frames = bench_frames(bench, parts.facts)
     watch = Stopwatch(device)

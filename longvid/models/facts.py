@@ -87,4 +87,5 @@ def facts_from(name: str, extra: Mapping[str, Any], transformer: Any, vae: Any, 
         per_token_timesteps=bool(extra.get("per_token_timesteps", index.get("expand_timesteps", False))),
         max_latents=transformer["rope_max_seq_len"],
         vocabulary=frozenset(words) if words else None,
+        num_heads=transformer["num_attention_heads"],
     )

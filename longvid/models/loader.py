@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longvid.errors import InputError
@@ -20,18 +23,74 @@ from longvid.plan import ModelFacts
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of one Wan checkpoint, loaded."""
+    """The parts of one Wan checkpoint that every rank can share: what opening it costs little."""
 
     facts: ModelFacts
-    tokenizer: Any
-    text_encoder: Any
-    transformer: WanTransformer3DModel
-    vae: AutoencoderKLWan
     scheduler: Any
+    root: Path | None
+    pipeline: WanPipeline | None = None
+    """Where the parts come from instead of ``root``, for a pipeline that is already loaded."""
+
+    def load_text(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+        """Tokenizer and text encoder."""
+        if self.pipeline is not None:
+            return self.pipeline.tokenizer, self.pipeline.text_encoder
+        assert self.root is not None
+        with _errors_name(self.root):
+            folder = self.root / "text_encoder"
+            encoder = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            return AutoTokenizer.from_pretrained(self.root / "tokenizer"), encoder.eval().to(device)
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device) -> AutoencoderKLWan:
+        """The VAE, in fp32 on a CPU."""
+        if self.pipeline is not None:
+            return self.pipeline.vae
+        assert self.root is not None
+        with _errors_name(self.root):
+            vae = _load(AutoencoderKLWan, self.root / "vae", torch.float32 if device.type == "cpu" else dtype)
+            return vae.eval().to(device)
+
+    def load_layers(self, part: ModelPart, dtype: torch.dtype, device: torch.device) -> WanTransformer3DModel:
+        """The transformer with some of its layers: no tensor of another part is read."""
+        if self.pipeline is not None:
+            dit = self.pipeline.transformer
+            dit.blocks = dit.blocks[part.layers.start : part.layers.stop]
+            return dit
+        assert self.root is not None
+        with _errors_name(self.root):
+            return load_part(self.root / "transformer", part, dtype, device)
 
 
-def load_checkpoint(name: str, *, dtype: torch.dtype, device: torch.device) -> Checkpoint:
-    """Load a diffusers WanPipeline directory; the VAE and the text encoder keep fp32 on a CPU.
+@dataclass(frozen=True)
+class ModelPart:
+    """What one stage owns of a transformer: some layers, and at the ends the patch embedding and the output layer."""
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+    def owns(self, name: str) -> bool:
+        """Whether it needs a tensor, by its name in the checkpoint. Time and text embedders are needed by all."""
+        kind, _, rest = name.partition(".")
+        match kind:
+            case "blocks":
+                return int(rest.partition(".")[0]) in self.layers
+            case "patch_embedding":
+                return self.is_first
+            case "proj_out" | "scale_shift_table" | "norm_out":
+                return self.is_last
+        return True
+
+    def local_name(self, name: str) -> str:
+        """The tensor's name in a model that holds this part's layers alone."""
+        if not name.startswith("blocks."):
+            return name
+        _, layer, rest = name.split(".", 2)
+        return f"blocks.{int(layer) - self.layers.start}.{rest}"
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Check a diffusers WanPipeline directory and read what is small.
 
     Raises InputError, naming the file, for anything missing, corrupt, truncated, or not safetensors.
     """
@@ -40,22 +99,36 @@ def load_checkpoint(name: str, *, dtype: torch.dtype, device: torch.device) -> C
     facts = facts_of(name)
     check_weights(root)
     with _errors_name(root):
-        transformer = _load(WanTransformer3DModel, root / "transformer", dtype)
-        vae = _load(AutoencoderKLWan, root / "vae", torch.float32 if device.type == "cpu" else dtype)
-        text_encoder = UMT5EncoderModel.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
-        scheduler = _scheduler(root, index)
-    parts = (text_encoder.eval().to(device), transformer.eval().to(device), vae.eval().to(device))
-    return Checkpoint(facts, tokenizer, *parts, scheduler)
+        return Checkpoint(facts, _scheduler(root, index), root)
 
 
 def checkpoint_of(pipeline: WanPipeline) -> Checkpoint:
-    """The parts of a pipeline that is already loaded, where they are and in their dtype."""
+    """A pipeline that is already loaded, its parts where they are and in their dtype."""
     origin = Path(str(pipeline.config.get("_name_or_path") or ""))
     extra = extra_facts(origin) if origin.is_dir() else {}
     facts = facts_from("pipeline", extra, pipeline.transformer.config, pipeline.vae.config, pipeline.config)
-    parts = (pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae, pipeline.scheduler)
-    return Checkpoint(facts, *parts)
+    return Checkpoint(facts, pipeline.scheduler, origin if extra else None, pipeline)
+
+
+def load_part(folder: Path, part: ModelPart, dtype: torch.dtype, device: torch.device) -> WanTransformer3DModel:
+    """A part of the transformer in ``folder``: tensors of other parts are neither read nor allocated."""
+    config = WanTransformer3DModel.load_config(folder)
+    with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
+        dit = WanTransformer3DModel.from_config(config)
+    wanted = {name for name in dit.state_dict() if part.owns(name)}
+    dit.blocks = nn.ModuleList(dit.blocks[layer] for layer in part.layers)
+    in_fp32 = set(dit._keep_in_fp32_modules or ())
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in wanted & set(file.keys()):
+                kept = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+                value = file.get_tensor(name).to(kept)
+                set_module_tensor_to_device(dit, part.local_name(name), device, value)
+                wanted.discard(name)
+    if wanted:
+        raise InputError(f"{folder}: lacks {len(wanted)} tensors that its config asks for, first {min(wanted)}")
+    dit.rope.to(device)
+    return dit.eval()
 
 
 def check_weights(root: Path) -> None:

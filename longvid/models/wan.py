@@ -14,52 +14,66 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from longvid.models.wan_attention import (
-    LayerKv,
     QueueSelfAttention,
-    Rope,
     SceneTextAttention,
     SelfContext,
     TextKv,
     TextSpan,
     text_kv,
 )
-from longvid.parallel.executor import Prediction, Unit
+from longvid.parallel.executor import Output, Unit
+from longvid.parallel.sequence import KvPart, Rope, SequenceAttention, WholeSequence
 from longvid.plan import PromptBlend
-from longvid.sampler import guide
 
 TEXT_COLUMNS = 512
 """Length to which the stock pipeline pads every prompt with zeros, unmasked."""
 
-BranchKv = list[list[LayerKv]]
-"""K/V of a span of latents: [branch][layer]; branch 0 is conditional, 1 unconditional."""
+BranchKv = list[list[KvPart]]
+"""K/V of a span of latents: [branch][layer], of the branches and layers that this stage runs."""
 
 
 class WanStage:
-    """All layers of a ``WanTransformer3DModel``; implements the executor's Stage.
+    """Some layers of a ``WanTransformer3DModel``; implements the executor's Stage.
 
-    Takes the transformer over: its attention processors are replaced, its layers are not.
+    ``dit.blocks`` are this stage's layers alone. ``branches`` are those that it runs: 0 follows the prompts, 1 the
+    negatives. Takes the transformer over: its attention processors are replaced, its layers are not.
     """
 
-    def __init__(self, dit: WanTransformer3DModel, guidance: float = 1.0) -> None:
+    def __init__(
+        self,
+        dit: WanTransformer3DModel,
+        *,
+        branches: Sequence[int] = (0,),
+        is_first: bool = True,
+        is_last: bool = True,
+        sequence: SequenceAttention | None = None,
+    ) -> None:
         self.dit = dit.eval()
-        self.guidance = guidance
-        self.dtype = dit.patch_embedding.weight.dtype
-        for layer, block in enumerate(dit.blocks):
-            block.attn1.set_processor(QueueSelfAttention(layer))
-            block.attn2.set_processor(SceneTextAttention(layer))
+        self.branches = tuple(branches)
+        self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
+        self._is_first, self._is_last = is_first, is_last
+        self._sequence = sequence or WholeSequence()
+        for index, block in enumerate(dit.blocks):
+            block.attn1.set_processor(QueueSelfAttention(index, self._sequence))
+            block.attn2.set_processor(SceneTextAttention(index))
         self._texts: list[list[TextKv]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.branches)
 
     @torch.no_grad()
     def set_prompts(self, prompts: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:
         """Compute text K/V of every prompt once. Embeddings are [n, E] each, without padding.
 
-        ``negatives`` belong to the prompts one by one; they are used with guidance alone.
+        ``negatives`` belong to the prompts one by one; they are needed where branch 1 is run.
         """
-        branches = [prompts] if self.guidance == 1.0 else [prompts, negatives]
         known: dict[int, TextKv] = {}
-        self._texts = [[self._text(states, known) for states in branch] for branch in branches]
+        self._texts = [
+            [self._text(states, known) for states in (prompts, negatives)[branch]] for branch in self.branches
+        ]
 
     def _text(self, states: Tensor, known: dict[int, TextKv]) -> TextKv:
         if id(states) not in known:
@@ -68,51 +82,72 @@ class WanStage:
             known[id(states)] = text_kv(self.dit.blocks, embedded, TEXT_COLUMNS)
         return known[id(states)]
 
-    @torch.no_grad()
-    def forward(self, unit: Unit) -> Prediction:
-        """Velocity of the unit's own latents, and K/V for its neighbour where the unit asks for them."""
-        height, width = unit.latents.shape[2] // 2, unit.latents.shape[3] // 2
-        per_latent = height * width
-        hidden = self.dit.patch_embedding(unit.latents[None].to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
-        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent)
-        rope = self._rope(unit.latents.shape[1] + unit.chunk.num_right, height, width)
-        velocities: list[Tensor] = []
-        stored: BranchKv = []
-        for branch, texts in enumerate(self._texts):
-            context = self._self_context(unit, branch, rope, per_latent)
-            spans = text_spans(unit.chunk.prompts, texts, per_latent)
-            out = hidden
-            for block in self.dit.blocks:
-                out = block(out, spans, modulation, context)
-            velocities.append(self._head(out, temb, unit, (height, width)))
-            stored.append(context.stored)
-        cond, *uncond = velocities
-        velocity = guide(cond, uncond[0], self.guidance) if uncond else cond
-        return Prediction(velocity, stored if unit.store_kv else None)
+    def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """[branches, l, E] for this rank's part of the tokens of F latents."""
+        part = self._sequence.part(num_latents * (latent_size[0] // 2) * (latent_size[1] // 2))
+        return (self.num_branches, part.stop - part.start, self.dit.scale_shift_table.shape[-1]), self.dtype
 
-    def _self_context(self, unit: Unit, branch: int, rope: Rope, per_latent: int) -> SelfContext:
-        right: list[LayerKv] | None = None
-        tokens = unit.latents.shape[1] * per_latent
-        if unit.right is not None:
-            assert isinstance(unit.right, list)
-            right = unit.right[branch]
-            tokens += right[0][0].shape[1]
-        store = unit.store_kv and slice(unit.store_kv.start * per_latent, unit.store_kv.stop * per_latent)
-        return SelfContext((rope[0][:, :tokens], rope[1][:, :tokens]), right, store)
+    @torch.no_grad()
+    def forward(self, unit: Unit) -> Output:
+        """Hidden states, or on the last stage the velocity of the unit's own latents; and K/V where they are asked for."""
+        grid = unit.latent_size[0] // 2, unit.latent_size[1] // 2
+        per_latent, num_latents = grid[0] * grid[1], len(unit.timesteps)
+        part = self._sequence.part(num_latents * per_latent)
+        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
+        entering = self._enter(unit, part)
+        branches, stored = [], []
+        for branch, texts in enumerate(self._texts):
+            context = self._self_context(unit, branch, grid)
+            spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
+            hidden = entering[branch]
+            for block in self.dit.blocks:
+                hidden = block(hidden, spans, modulation, context)
+            branches.append(self._head(hidden, temb, unit, grid) if self._is_last else hidden)
+            stored.append(context.stored)
+        kv = tuple([[layer[span] for layer in layers] for layers in stored] for span in range(len(unit.store)))
+        if self._is_last:
+            return Output(velocity=torch.stack(branches), kv=kv)
+        return Output(hidden=torch.cat(branches), kv=kv)
+
+    def _enter(self, unit: Unit, part: slice) -> Sequence[Tensor]:
+        """What each branch begins with, [1, l, E]: embedded patches, or what the stage before made."""
+        if not self._is_first:
+            assert unit.hidden is not None
+            return unit.hidden.split(1)
+        assert unit.latents is not None
+        patches = self.dit.patch_embedding(unit.latents[None].to(self.dtype)).flatten(2).transpose(1, 2)
+        return [patches[:, part].contiguous()] * self.num_branches
+
+    def _self_context(self, unit: Unit, branch: int, grid: tuple[int, int]) -> SelfContext:
+        per_latent, num_latents = grid[0] * grid[1], len(unit.timesteps)
+        before = unit.chunk.num_left if unit.left is not None else 0
+        after = unit.chunk.num_right if unit.right is not None else 0
+        return SelfContext(
+            rope=self._rope(before + num_latents + after, *grid),
+            left=_of_branch(unit.left, branch),
+            right=_of_branch(unit.right, branch),
+            num_left=before * per_latent,
+            store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
+        )
 
     def _head(self, hidden: Tensor, temb: Tensor, unit: Unit, grid: tuple[int, int]) -> Tensor:
-        """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w]."""
-        own = unit.chunk.num_latents * grid[0] * grid[1]
-        hidden, table = hidden[:, -own:], self.dit.scale_shift_table.unsqueeze(0)
-        shift, scale = (table + temb[:, -own:].unsqueeze(2)).unbind(2)
+        """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
+        own, num_tokens = unit.chunk.num_latents * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
+        if hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
+            hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own
+        table = self.dit.scale_shift_table.unsqueeze(0)
+        shift, scale = (table + temb.unsqueeze(2)).unbind(2)
         hidden = (self.dit.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        out = self.dit.proj_out(hidden).view(unit.chunk.num_latents, *grid, 2, 2, -1)
+        patches = self.dit.proj_out(hidden)
+        if num_tokens != own or patches.shape[1] != own:
+            patches = self._sequence.gather(patches, num_tokens)[:, -own:]
+        out = patches.reshape(unit.chunk.num_latents, *grid, 2, 2, -1)
         channels = out.shape[-1]
         velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
         return velocity
 
-    def _modulation(self, timesteps: list[float], per_latent: int) -> tuple[Tensor, Tensor]:
-        """Time embedding [1, L or 1, D] and modulation [1, L, 6, D], or [1, 6, D] when all levels are equal."""
+    def _modulation(self, timesteps: list[float], per_latent: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Time embedding [1, l or 1, D] and modulation [1, l, 6, D], or [1, 6, D] when all levels are equal."""
         for t in set(timesteps) - self._times.keys():
             self._times[t] = self._embed_time(t)
         if len(set(timesteps)) == 1:
@@ -121,12 +156,12 @@ class WanStage:
         parts = [self._times[t] for t in timesteps]
         temb = torch.cat([temb for temb, _ in parts]).repeat_interleave(per_latent, dim=0)
         modulation = torch.cat([m for _, m in parts]).repeat_interleave(per_latent, dim=0)
-        return temb[None], modulation[None]
+        return temb[None, part], modulation[None, part]
 
     def _embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
         """Embedding [1, D] and modulation [1, 6, D] of a noise level: once, since steps come again."""
         embedder = self.dit.condition_embedder
-        device = self.dit.scale_shift_table.device
+        device = embedder.time_embedder.linear_1.weight.device
         frequencies = embedder.timesteps_proj(torch.tensor([timestep], device=device))
         time_dtype = embedder.time_embedder.linear_1.weight.dtype
         temb = embedder.time_embedder(frequencies.to(time_dtype)).to(self.dtype)
@@ -150,12 +185,22 @@ class WanStage:
         return self._ropes[key]
 
 
-def text_spans(prompts: Sequence[PromptBlend], texts: Sequence[TextKv], per_latent: int) -> list[TextSpan]:
-    """Spans of consecutive latents that attend the same text, in tokens."""
+def text_spans(prompts: Sequence[PromptBlend], texts: Sequence[TextKv], per_latent: int, part: slice) -> list[TextSpan]:
+    """Spans of consecutive latents that attend the same text, in the tokens of ``part``, counted from its start."""
     spans, start = [], 0
     for blend, latents in groupby(prompts):
         stop = start + per_latent * len(list(latents))
-        second = texts[blend.b] if blend.weight and blend.b != blend.a else None
-        spans.append(TextSpan(slice(start, stop), texts[blend.a], second, blend.weight))
+        inside = slice(max(start, part.start) - part.start, min(stop, part.stop) - part.start)
+        if inside.start < inside.stop:
+            second = texts[blend.b] if blend.weight and blend.b != blend.a else None
+            spans.append(TextSpan(inside, texts[blend.a], second, blend.weight))
         start = stop
     return spans
+
+
+def _of_branch(kv: object, branch: int) -> list[KvPart] | None:
+    if kv is None:
+        return None
+    assert isinstance(kv, list)
+    layers: list[KvPart] = kv[branch]
+    return layers

@@ -1,6 +1,6 @@
 """Attention processors for Wan layers in a queue: neighbour K/V, and text that is computed once.
 
-Shapes: B = 1, L input tokens, R right-neighbour tokens, N text columns, H heads, D of a head.
+Shapes: B = 1, l input tokens on this rank, N text columns, H heads, D of a head.
 A Wan layer hands its ``rotary_emb`` and ``encoder_hidden_states`` on to its processors unread: the
 contexts below travel in their place, and no layer is changed.
 """
@@ -14,54 +14,55 @@ import torch
 from torch import Tensor
 
 from longvid.kernels.dense import attend
+from longvid.parallel.sequence import Around, KvPart, Rope, SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
-"""Keys (normed, not rotated) and values of some tokens in one layer, each [1, tokens, H, D]."""
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, [1, tokens, 1, D]."""
+"""Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
 
 
 @dataclass(frozen=True)
 class SelfContext:
     """What self-attention needs besides its input: one a forward pass and guidance branch.
 
-    ``rope`` covers the L input tokens and then the R tokens of the right neighbour. K/V of the
-    input tokens ``store`` are appended to ``stored``, a layer each: keys before RoPE, because the
-    neighbour reads them at another position (DualParal).
+    ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
+    hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
     """
 
     rope: Rope
-    right: list[LayerKv] | None = None
-    store: slice | None = None
-    stored: list[LayerKv] = field(default_factory=list)
+    left: list[KvPart] | None = None
+    right: list[KvPart] | None = None
+    num_left: int = 0
+    store: tuple[slice, ...] = ()
+    stored: list[list[KvPart]] = field(default_factory=list)
 
 
 class QueueSelfAttention:
-    """Self-attention of one layer over the input tokens and the right neighbour's K/V."""
+    """Self-attention of one layer over the unit's tokens and the neighbours' K/V. ``index`` counts in the stage."""
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, index: int, sequence: SequenceAttention) -> None:
+        self.index = index
+        self.sequence = sequence
 
     def __call__(self, attn: Any, hidden: Tensor, _text: None, _mask: None, context: SelfContext) -> Tensor:
-        length = hidden.shape[1]
-        shape = (1, length, attn.heads, -1)
+        shape = (1, hidden.shape[1], attn.heads, -1)
         query = attn.norm_q(attn.to_q(hidden)).view(shape)
         key = attn.norm_k(attn.to_k(hidden)).view(shape)
         value = attn.to_v(hidden).view(shape)
-        if context.store is not None:
-            context.stored.append((key[:, context.store].clone(), value[:, context.store].clone()))
-        if context.right is not None:
-            right_key, right_value = context.right[self.layer]
-            key, value = torch.cat([key, right_key], 1), torch.cat([value, right_value], 1)
-        cos, sin = context.rope
-        query = rotate(query, (cos[:, :length], sin[:, :length]))
-        out = attend(query, rotate(key, context.rope), value)
+        around = Around(
+            rope=context.rope,
+            left=context.left[self.index] if context.left else None,
+            right=context.right[self.index] if context.right else None,
+            num_left=context.num_left,
+            store=context.store,
+        )
+        out, stored = self.sequence.attend(query, key, value, around)
+        context.stored.append(stored)
         return _project_out(attn, out)
 
 
 @dataclass(frozen=True)
 class TextKv:
-    """One prompt's K/V in every layer. ``bias`` [1, 1, 1, N]: 0, and log n for the padding column."""
+    """One prompt's K/V in every layer of the stage. ``bias`` [1, 1, 1, N]: 0, and log n for the padding column."""
 
     layers: list[LayerKv]
     bias: Tensor
@@ -78,10 +79,10 @@ class TextSpan:
 
 
 class SceneTextAttention:
-    """Cross-attention of one layer in which each latent attends its own scene's prompt."""
+    """Cross-attention of one layer in which each latent attends its own scene's prompt. ``index`` counts in the stage."""
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, index: int) -> None:
+        self.index = index
 
     def __call__(self, attn: Any, hidden: Tensor, spans: list[TextSpan], *_: None) -> Tensor:
         query = attn.norm_q(attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
@@ -95,7 +96,7 @@ class SceneTextAttention:
         return _project_out(attn, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
 
     def _attend(self, query: Tensor, text: TextKv) -> Tensor:
-        key, value = text.layers[self.layer]
+        key, value = text.layers[self.index]
         return attend(query, key, value, text.bias)
 
 
@@ -118,13 +119,6 @@ def text_kv(blocks: Any, states: Tensor, columns: int) -> TextKv:
     if padding:
         bias[-1] = torch.tensor(float(padding)).log()
     return TextKv(layers, bias.view(1, 1, 1, -1))
-
-
-def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    """Interleaved rotary embedding, in the arithmetic of the stock processor."""
-    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
-    first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BLHD)
 
 
 def _project_out(attn: Any, out_BLHD: Tensor) -> Tensor:

@@ -5,7 +5,13 @@ value, position, timestep or solver history that is read gives other numbers.
 """
 
 import gc
+import queue
+import random
+import time
 import weakref
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,39 +22,64 @@ from hypothesis import strategies as st
 
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
-from longvid.parallel.executor import Executor, Prediction
-from longvid.parallel.schedule import Step, queue_schedule, sequential_schedule
+from longvid.parallel.comm import Group, Header
+from longvid.parallel.executor import Executor, Live, Output
+from longvid.parallel.mesh import Mesh
+from longvid.parallel.rehearsal import rehearse_schedule
+from longvid.parallel.schedule import QueueRules, Step, queue_schedule, sequential_schedule
+from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts
 
 PRIME = 251
 SHAPE = (2, 2, 1)  # channels, height, width
+LAYERS = 4
+SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(left="cached")
+RULES = [replace(rules, gap=gap) for rules in (SAME, FRESHER, CACHED) for gap in (1, 1, 2, 3)]
 
 
-def mix(inputs, times, right, step):
-    """What the toy layers make of inputs [C, F, h, w], timesteps [F] and right K/V [C, R, h, w] or None, in float64."""
+def mix(inputs, times, left, right, step):
+    """What a toy layer makes of inputs [C, F, h, w], timesteps [F] and K/V [C, R, h, w] or None, in float64."""
     frames, times = np.arange(1, inputs.shape[1] + 1).reshape(1, -1, 1, 1), times.reshape(1, -1, 1, 1)
     total = (frames * (inputs + times)).sum(axis=1, keepdims=True)
-    if right is not None:
-        total = total + 7 * (np.arange(1, right.shape[1] + 1).reshape(1, -1, 1, 1) * right).sum(axis=1, keepdims=True)
+    for weight, kv in ((7, right), (13, left)):
+        if kv is not None:
+            frames_of_kv = np.arange(1, kv.shape[1] + 1).reshape(1, -1, 1, 1)
+            total = total + weight * (frames_of_kv * kv).sum(axis=1, keepdims=True)
     return (inputs * inputs + 3 * total + 5 * frames * times + 11 * step) % PRIME
 
 
 class ToyStage:
-    """Its K/V are what the layers made, so they carry on all that the unit read, its own right context too."""
+    """Some of LAYERS layers. Their K/V are what they made, so they carry on all that the unit read."""
 
-    def __init__(self):
+    def __init__(self, layers=range(LAYERS)):
+        self.layers = layers
         self.kv_alive = []
+        self.num_branches = 1
+
+    def hidden_shape(self, num_latents, latent_size):
+        return (1, SHAPE[0] * num_latents * latent_size[0] * latent_size[1], 1), torch.float32
 
     def forward(self, unit):
-        assert unit.latents.dtype == unit.timesteps.dtype == torch.float32
-        assert unit.latents.shape[1] == len(unit.timesteps) == unit.chunk.num_left + unit.chunk.num_latents
-        right = None if unit.right is None else unit.right.double().numpy()
-        mixed = mix(unit.latents.double().numpy(), unit.timesteps.double().numpy(), right, unit.step)
-        mixed = torch.from_numpy(mixed).float()
-        kv = None if unit.store_kv is None else mixed[:, unit.store_kv].clone()
-        if kv is not None:
-            self.kv_alive.append(weakref.ref(kv))
-        return Prediction(mixed[:, unit.chunk.num_left :], kv)
+        count = len(unit.timesteps)
+        assert unit.timesteps.dtype == torch.float32
+        if 0 in self.layers:
+            assert unit.latents.dtype == torch.float32 and unit.hidden is None
+            values = unit.latents.double().numpy()
+        else:
+            assert unit.latents is None
+            values = unit.hidden.reshape(SHAPE[0], count, *SHAPE[1:]).double().numpy()
+        assert values.shape[1] == count
+        spans = [[] for _ in unit.store]
+        for index, _ in enumerate(self.layers):
+            left, right = (None if kv is None else kv[index].double().numpy() for kv in (unit.left, unit.right))
+            values = mix(values, unit.timesteps.double().numpy(), left, right, unit.step)
+            for span, kept in zip(unit.store, spans, strict=True):
+                kept.append(torch.from_numpy(values[:, span]).float().clone())
+                self.kv_alive.append(weakref.ref(kept[-1]))
+        made = torch.from_numpy(values).float()
+        if LAYERS - 1 in self.layers:
+            return Output(velocity=made[None, :, -unit.chunk.num_latents :], kv=tuple(spans))
+        return Output(hidden=made.reshape(1, -1, 1), kv=tuple(spans))
 
 
 class ToySolver:
@@ -79,7 +110,7 @@ def toy_noise(chunk):
     return torch.randint(PRIME, shape, generator=generator).float()
 
 
-def recursion(chunks, steps, level, per_token):
+def recursion(chunks, steps, rules, per_token):
     """Finished latents of every chunk, straight from the semantics: a value is defined by the values that it reads."""
     time = ToySampler(steps).timestep
 
@@ -87,33 +118,47 @@ def recursion(chunks, steps, level, per_token):
     def latents(i, k):
         if k == 0:
             return toy_noise(chunks[i]).numpy().astype(np.float64)
-        velocity = layers(i, k - 1)[:, chunks[i].num_left :]
-        before = layers(i, k - 2)[:, chunks[i].num_left :] if k > 1 else 0
+        velocity = own(i, k - 1)
+        before = own(i, k - 2) if k > 1 else 0
         return (latents(i, k - 1) + velocity + 2 * before + k - 1) % PRIME
 
+    def own(i, k):
+        return layer(i, k, LAYERS)[:, -chunks[i].num_latents :]
+
+    def times(i, k):
+        levels = [k] * chunks[i].num_latents
+        if chunks[i].num_left and rules.left == "recompute":
+            levels = [level_of_left(k) if per_token else k] * chunks[i].num_left + levels
+        return np.array([time(level) for level in levels])
+
+    def level_of_left(k):
+        return k if rules.left_level == "same" else min(k + rules.gap, steps)
+
     @cache
-    def layers(i, k):
-        own, times = latents(i, k), [time(k)] * chunks[i].num_latents
-        if chunks[i].num_left:
-            level_of_left = k if level == "same" else min(k + 1, steps)
-            own = np.concatenate([latents(i - 1, level_of_left)[:, -chunks[i].num_left :], own], axis=1)
-            times = [time(level_of_left if per_token else k)] * chunks[i].num_left + times
-        right = None
-        if chunks[i].num_right and k >= 1:
-            newer = chunks[i + 1]
-            right = layers(i + 1, k - 1)[:, newer.num_left : newer.num_left + chunks[i].num_right]
-        return mix(own, np.array(times), right, k)
+    def layer(i, k, depth):
+        """What the unit's latents are after `depth` layers."""
+        chunk, left, right = chunks[i], None, None
+        if depth == 0:
+            if chunk.num_left and rules.left == "recompute":
+                return np.concatenate([latents(i - 1, level_of_left(k))[:, -chunk.num_left :], latents(i, k)], axis=1)
+            return latents(i, k)
+        if chunk.num_left and rules.left == "cached":
+            left = layer(i - 1, k, depth)[:, -chunk.num_left :]
+        if chunk.num_right and k >= rules.gap:
+            newer = layer(i + 1, k - rules.gap, depth)[:, -chunks[i + 1].num_latents :]
+            right = newer[:, : chunk.num_right]
+        return mix(layer(i, k, depth - 1), times(i, k), left, right, k)
 
     return [latents(i, steps) for i in range(len(chunks))]
 
 
 def executor(steps, stage=None, sampler=None, noise=toy_noise, per_token=True):
     facts = ModelFacts("toy", "toy", LatentGrid(), 2, 1, 24.0, 16, 16, per_token_timesteps=per_token, max_latents=64)
-    return Executor(stage or ToyStage(), sampler or ToySampler(steps), noise, facts)
+    return Executor(stage or ToyStage(), sampler or ToySampler(steps), noise, facts, SHAPE[1:])
 
 
-def run(plan, steps, level="fresher", stage=None, per_token=True):
-    actions = queue_schedule(plan.chunks, steps, level)
+def run(plan, steps, rules=FRESHER, stage=None, per_token=True):
+    actions = queue_schedule(plan.chunks, steps, rules)
     return executor(steps, stage, per_token=per_token).run(actions, plan)
 
 
@@ -129,17 +174,17 @@ def assert_equal(finished, plan, oracle):
     shots=st.lists(st.integers(1, 11), min_size=1, max_size=3),
     context=st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, b))),
     steps=st.integers(1, 5),
-    level=st.sampled_from(["same", "fresher"]),
+    rules=st.sampled_from(RULES),
     per_token=st.booleans(),
 )
 @settings(deadline=None)
-def test_the_queue_equals_the_recursion_bit_for_bit(make_film, shots, context, steps, level, per_token):
+def test_the_queue_equals_the_recursion_bit_for_bit(make_film, shots, context, steps, rules, per_token):
     plan = make_film(shots, *context)
-    finished = run(plan, steps, level, per_token=per_token)
-    assert_equal(finished, plan, recursion(plan.chunks, steps, level, per_token))
+    finished = run(plan, steps, rules, per_token=per_token)
+    assert_equal(finished, plan, recursion(plan.chunks, steps, rules, per_token))
 
 
-@pytest.mark.parametrize("level", ["same", "fresher"])
+@pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(CACHED, gap=2)])
 @pytest.mark.parametrize(
     ("shots", "chunk_latents", "context_latents", "steps"),
     [
@@ -153,24 +198,24 @@ def test_the_queue_equals_the_recursion_bit_for_bit(make_film, shots, context, s
         ([4], 1, 1, 12),  # fewer chunks than steps
     ],
 )
-def test_corner_cases_equal_the_recursion(make_film, shots, chunk_latents, context_latents, steps, level):
+def test_corner_cases_equal_the_recursion(make_film, shots, chunk_latents, context_latents, steps, rules):
     plan = make_film(shots, chunk_latents, context_latents)
-    assert_equal(run(plan, steps, level), plan, recursion(plan.chunks, steps, level, True))
+    assert_equal(run(plan, steps, rules), plan, recursion(plan.chunks, steps, rules, True))
 
 
 def test_sequential_equals_the_queue_where_there_is_no_context(make_film):
     plan = make_film([5, 3, 4], 9, 0)
     sequential = executor(4).run(sequential_schedule(plan.chunks, 4), plan)
-    assert_equal(sequential, plan, recursion(plan.chunks, 4, "same", True))
+    assert_equal(sequential, plan, recursion(plan.chunks, 4, SAME, True))
 
 
-@pytest.mark.parametrize("level", ["same", "fresher"])
-def test_live_state_does_not_grow_with_the_film(make_film, level):
-    short, long = (peak_live_tensors(make_film([n], 2, 1), level) for n in (40, 160))
+@pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(CACHED, gap=2)])
+def test_live_state_does_not_grow_with_the_film(make_film, rules):
+    short, long = (peak_live_tensors(make_film([n], 2, 1), rules) for n in (40, 160))
     assert short == long
 
 
-def peak_live_tensors(plan, level):
+def peak_live_tensors(plan, rules):
     """The most latents, velocities and K/V alive at once, seen from outside by weak references."""
     made, peak, stage = [], 0, ToyStage()
 
@@ -195,7 +240,7 @@ def peak_live_tensors(plan, level):
         stage.kv_alive[:] = [ref for ref in stage.kv_alive if ref() is not None]
         peak = max(peak, len(made) + len(stage.kv_alive))
 
-    actions = queue_schedule(plan.chunks, 6, level)
+    actions = queue_schedule(plan.chunks, 6, rules)
     for _ in executor(6, stage, WatchedSampler(6), noise).run(actions, plan, on_unit=count):
         pass
     count(None)
@@ -212,7 +257,7 @@ def test_closing_early_releases_everything_and_makes_no_more(make_film):
         drawn.append(weakref.ref(result))
         return result
 
-    finished = executor(4, stage, noise=noise).run(queue_schedule(plan.chunks, 4, "same"), plan)
+    finished = executor(4, stage, noise=noise).run(queue_schedule(plan.chunks, 4, SAME), plan)
     next(finished)
     assert len(drawn) == 4
     finished.close()
@@ -223,7 +268,7 @@ def test_closing_early_releases_everything_and_makes_no_more(make_film):
 
 def test_who_receives_latents_may_write_into_them(make_film):
     plan = make_film([13], 3, 2)
-    oracle = recursion(plan.chunks, 4, "fresher", True)
+    oracle = recursion(plan.chunks, 4, FRESHER, True)
     for clip, expected in zip(run(plan, 4), oracle, strict=True):
         assert np.array_equal(clip.latents.numpy(), expected)
         clip.latents.zero_()
@@ -236,7 +281,7 @@ def test_the_grad_mode_of_the_caller_is_left_alone(make_film):
 
 def test_progress_is_called_once_a_unit_in_order(make_film):
     plan, seen = make_film([8], 2, 1), []
-    actions = list(queue_schedule(plan.chunks, 3, "same"))
+    actions = list(queue_schedule(plan.chunks, 3, SAME))
     list(executor(3).run(actions, plan, on_unit=seen.append))
     assert seen == [action for action in actions if isinstance(action, Step)]
 
@@ -247,7 +292,7 @@ class BrokenStage(ToyStage):
     def forward(self, unit):
         prediction = super().forward(unit)
         if (unit.chunk.index, unit.step) == (2, 1):
-            prediction.velocity[0, 0, 0, 0] = float("inf")
+            prediction.velocity[0, 0, 0, 0, 0] = float("inf")
         return prediction
 
 
@@ -269,4 +314,88 @@ def test_a_solver_that_works_in_place_is_refused(make_film):
     sampler.new_solver = InPlaceSolver
     plan = make_film([3], 2, 1)
     with pytest.raises(AssertionError, match="leave its sample"):
-        list(executor(2, sampler=sampler).run(queue_schedule(plan.chunks, 2, "same"), plan))
+        list(executor(2, sampler=sampler).run(queue_schedule(plan.chunks, 2, SAME), plan))
+
+
+# ---------------------------------------------------------------------------------------------------------- many ranks
+
+
+class ThreadComm:
+    """The way between executors in threads of one process, with a random delay for every message."""
+
+    def __init__(self, rank, boxes, seed):
+        self.rank, self.boxes, self.random = rank, boxes, random.Random(f"{seed}:{rank}")
+
+    def send(self, header, payload, to, *, window=0):
+        time.sleep(self.random.choice([0, 0, 1e-4, 2e-3]))
+        self.boxes[self.rank, to].put((header, payload.clone()))
+
+    def receive(self, source, shape, dtype):
+        return ThreadIncoming(self.boxes[source, self.rank], tuple(shape), dtype)
+
+    def flush(self):
+        pass
+
+
+class ThreadIncoming:
+    def __init__(self, box, shape, dtype):
+        self.box, self.shape, self.dtype = box, shape, dtype
+
+    def wait(self):
+        header, payload = self.box.get(timeout=20)
+        assert (tuple(payload.shape), payload.dtype) == (self.shape, self.dtype)
+        return header, payload
+
+
+def run_on_ranks(plan, steps, rules, topology, bounds, seed=0):
+    """The leader's finished chunks, and what is still alive on every rank in the end."""
+    boxes = defaultdict(queue.SimpleQueue)
+    alone = Group((0,), 0)
+
+    def run_rank(rank):
+        place = topology.coordinate(rank)
+        mesh = Mesh(topology, rank, ThreadComm(rank, boxes, seed), alone, alone, alone)
+        live = Live()
+        toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0)
+        finished = list(toy.run(queue_schedule(plan.chunks, steps, rules), plan, live=live))
+        return finished, live
+
+    with ThreadPoolExecutor(topology.num_ranks) as pool:
+        results = list(pool.map(run_rank, range(topology.num_ranks)))
+    assert all(box.empty() for box in boxes.values())
+    assert not any(finished for finished, _ in results[1:])
+    return results[0][0], [live for _, live in results]
+
+
+STAGES = {1: [range(4)], 2: [range(1), range(1, 4)], 3: [range(2), range(2, 3), range(3, 4)]}
+STAGES[4] = [range(i, i + 1) for i in range(4)]
+
+
+@given(
+    shots=st.lists(st.integers(1, 11), min_size=1, max_size=2),
+    context=st.integers(1, 3).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, b))),
+    steps=st.integers(1, 5),
+    rules=st.sampled_from(RULES),
+    stages=st.integers(1, 4),
+    guidance=st.sampled_from([1, 1, 2]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_mesh_equals_the_recursion_bit_for_bit(make_film, shots, context, steps, rules, stages, guidance, seed):
+    """Both branches of the toy predict the same, so guidance between them changes nothing that is whole."""
+    plan = make_film(shots, *context)
+    topology = Topology(stage=stages, guidance=guidance)
+    rehearse_schedule(lambda: queue_schedule(plan.chunks, steps, rules), topology, 1)
+    finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], seed)
+    assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
+    assert not any(value for left in live for value in vars(left).values())
+
+
+def test_a_message_of_another_unit_is_refused(make_film):
+    plan, boxes = make_film([6], 3, 1), defaultdict(queue.SimpleQueue)
+    alone, topology = Group((0,), 0), Topology(stage=2)
+    boxes[0, 1].put((Header(chunk=1, step=0), torch.zeros(1, 16, 1)))
+    mesh = Mesh(topology, 1, ThreadComm(1, boxes, 0), alone, alone, alone)
+    last = replace(executor(2, ToyStage(range(2, 4))), mesh=mesh)
+    with pytest.raises(RuntimeFailure, match="hidden c0 k0 was due from rank 0, but c1 k0 came"):
+        list(last.run(queue_schedule(plan.chunks, 2, FRESHER), plan))

@@ -1,5 +1,7 @@
 """The schedules hold to the semantics of the queue, stream, and print one line an action."""
 
+from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,6 +15,7 @@ from longvid.parallel.schedule import (
     Forward,
     KvVersion,
     LatentVersion,
+    QueueRules,
     Step,
     queue_schedule,
     sequential_schedule,
@@ -21,66 +24,75 @@ from longvid.parallel.schedule import (
 SHOTS = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 CONTEXT = st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, b)))
 STEPS = st.integers(1, 6)
-LEVELS = st.sampled_from(["same", "fresher"])
+SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(left="cached")
+RULES = st.sampled_from([replace(rules, gap=gap) for rules in (SAME, FRESHER, CACHED) for gap in (1, 1, 2, 3)])
 
 
 def forwards(actions):
     return [action for action in actions if isinstance(action, Forward)]
 
 
-@given(SHOTS, CONTEXT, STEPS, LEVELS)
-def test_every_unit_runs_once_in_round_chunk_plus_step_newest_first(make_film, shots, context, steps, level):
+@given(SHOTS, CONTEXT, STEPS, RULES)
+def test_every_unit_runs_once_in_its_round_newest_first(make_film, shots, context, steps, rules):
     chunks = make_film(shots, *context).chunks
-    actions = list(queue_schedule(chunks, steps, level))
+    actions = list(queue_schedule(chunks, steps, rules))
     units = [(action.round, action.chunk, action.step) for action in forwards(actions)]
     assert sorted((i, k) for _, i, k in units) == [(i, k) for i in range(len(chunks)) for k in range(steps)]
-    assert all(n == i + k for n, i, k in units)
+    assert all(n == rules.gap * i + k for n, i, k in units)
     assert units == sorted(units, key=lambda unit: (unit[0], -unit[1]))
     assert [(a.chunk, a.step) for a in actions if isinstance(a, Step)] == [(i, k) for _, i, k in units]
 
 
-@given(SHOTS, CONTEXT, STEPS, LEVELS)
-def test_a_forward_reads_the_left_level_that_was_asked_for(make_film, shots, context, steps, level):
+@given(SHOTS, CONTEXT, STEPS, RULES)
+def test_a_forward_reads_the_left_context_that_was_asked_for(make_film, shots, context, steps, rules):
     chunks = make_film(shots, *context).chunks
-    for action in forwards(queue_schedule(chunks, steps, level)):
-        version = action.step + (level == "fresher")
-        expected = LatentVersion(action.chunk - 1, version) if chunks[action.chunk].num_left else None
+    for action in forwards(queue_schedule(chunks, steps, rules)):
+        i, k = action.chunk, action.step
+        expected = None
+        if chunks[i].num_left and rules.left == "cached":
+            expected = KvVersion(i - 1, action.round - rules.gap, "last")
+        elif chunks[i].num_left:
+            ahead = rules.gap if rules.left_level == "fresher" else 0
+            expected = LatentVersion(i - 1, min(k + ahead, steps))
         assert action.left == expected
 
 
-@given(SHOTS, CONTEXT, STEPS, LEVELS)
-def test_right_context_was_stored_in_the_same_round_and_every_store_is_read(make_film, shots, context, steps, level):
+@given(SHOTS, CONTEXT, STEPS, RULES)
+def test_right_context_was_stored_in_the_same_round_and_all_that_is_stored_is_read(
+    make_film, shots, context, steps, rules
+):
     chunks = make_film(shots, *context).chunks
     stored = set()
-    for action in forwards(queue_schedule(chunks, steps, level)):
-        has_right = chunks[action.chunk].num_right > 0 and action.step > 0
+    for action in forwards(queue_schedule(chunks, steps, rules)):
+        has_right = chunks[action.chunk].num_right > 0 and action.step >= rules.gap
         assert action.right == (KvVersion(action.chunk + 1, action.round) if has_right else None)
         if action.right:
             stored.remove(action.right)
-        if action.store:
-            stored.add(action.store)
+        if isinstance(action.left, KvVersion):
+            stored.remove(action.left)
+        stored |= set(action.store)
     assert not stored
 
 
-@given(SHOTS, STEPS, LEVELS)
-def test_no_context_crosses_a_cut(make_film, shots, steps, level):
+@given(SHOTS, STEPS, RULES)
+def test_no_context_crosses_a_cut(make_film, shots, steps, rules):
     chunks = make_film(shots, 2, 2).chunks
-    for action in forwards(queue_schedule(chunks, steps, level)):
+    for action in forwards(queue_schedule(chunks, steps, rules)):
         for neighbour in filter(None, (action.left, action.right)):
             assert chunks[neighbour.chunk].shot == chunks[action.chunk].shot
 
 
-@given(SHOTS, CONTEXT, STEPS, LEVELS)
-def test_chunks_finish_in_the_order_of_the_film(make_film, shots, context, steps, level):
+@given(SHOTS, CONTEXT, STEPS, RULES)
+def test_chunks_finish_in_the_order_of_the_film(make_film, shots, context, steps, rules):
     chunks = make_film(shots, *context).chunks
-    finishes = [action for action in queue_schedule(chunks, steps, level) if isinstance(action, Finish)]
+    finishes = [action for action in queue_schedule(chunks, steps, rules) if isinstance(action, Finish)]
     assert [action.latents for action in finishes] == [LatentVersion(i, steps) for i in range(len(chunks))]
-    assert [action.round for action in finishes] == [i + steps - 1 for i in range(len(chunks))]
+    assert [action.round for action in finishes] == [rules.gap * i + steps - 1 for i in range(len(chunks))]
 
 
 def test_finished_latents_wait_for_the_last_step_of_the_right_neighbour(make_film):
     chunks = make_film([6], 2, 2).chunks
-    actions = list(queue_schedule(chunks, 3, "fresher"))
+    actions = list(queue_schedule(chunks, 3, FRESHER))
     drop = actions.index(DropLatents(3, LatentVersion(0, 3)))
     assert actions.index(Finish(2, LatentVersion(0, 3))) < drop
     assert [a for a in actions[:drop] if getattr(a, "left", None) == LatentVersion(0, 3)]
@@ -88,7 +100,7 @@ def test_finished_latents_wait_for_the_last_step_of_the_right_neighbour(make_fil
 
 def test_a_film_of_a_million_chunks_starts_at_once(make_film):
     chunks = make_film([6], 2, 2).chunks
-    actions = queue_schedule(chunks[:1] + chunks[1:2] * 1_000_000, 50, "fresher")
+    actions = queue_schedule(chunks[:1] + chunks[1:2] * 1_000_000, 50, FRESHER)
     assert list(islice(actions, 1)) == [Admit(0, 0)]
 
 
@@ -111,11 +123,11 @@ QUEUE_OF_TWO = """\
     0  step     c0 k0
     0  drop     z0@0
     1  admit    c1
-    1  forward  c1 k0  left z0@1  store kv1@1
+    1  forward  c1 k0  left z0@1  store kv1<@1
     1  step     c1 k0
     1  drop     z1@0
-    1  forward  c0 k1  right kv1@1
-    1  drop     kv1@1
+    1  forward  c0 k1  right kv1<@1
+    1  drop     kv1<@1
     1  step     c0 k1
     1  drop     z0@1
     1  finish   z0@2
@@ -129,7 +141,7 @@ QUEUE_OF_TWO = """\
 
 def test_a_schedule_prints_one_line_an_action(make_film):
     chunks = make_film([6], 3, 1).chunks
-    assert "\n".join(map(str, queue_schedule(chunks, 2, "fresher"))) == QUEUE_OF_TWO
+    assert "\n".join(map(str, queue_schedule(chunks, 2, FRESHER))) == QUEUE_OF_TWO
 
 
 QUEUE_OF_TWO_SAME_LEVEL = """\
@@ -137,12 +149,12 @@ QUEUE_OF_TWO_SAME_LEVEL = """\
     0  forward  c0 k0
     0  step     c0 k0
     1  admit    c1
-    1  forward  c1 k0  left z0@0  store kv1@1
+    1  forward  c1 k0  left z0@0  store kv1<@1
     1  drop     z0@0
     1  step     c1 k0
     1  drop     z1@0
-    1  forward  c0 k1  right kv1@1
-    1  drop     kv1@1
+    1  forward  c0 k1  right kv1<@1
+    1  drop     kv1<@1
     1  step     c0 k1
     1  finish   z0@2
     1  drop     z0@2
@@ -156,4 +168,39 @@ QUEUE_OF_TWO_SAME_LEVEL = """\
 
 def test_left_context_of_the_same_level_lives_one_round_longer(make_film):
     chunks = make_film([6], 3, 1).chunks
-    assert "\n".join(map(str, queue_schedule(chunks, 2, "same"))) == QUEUE_OF_TWO_SAME_LEVEL
+    assert "\n".join(map(str, queue_schedule(chunks, 2, SAME))) == QUEUE_OF_TWO_SAME_LEVEL
+
+
+QUEUE_OF_TWO_CACHED = """\
+    0  admit    c0
+    0  forward  c0 k0  store kv0>@0
+    0  step     c0 k0
+    0  drop     z0@0
+    1  admit    c1
+    1  forward  c1 k0  left kv0>@0  store kv1<@1
+    1  drop     kv0>@0
+    1  step     c1 k0
+    1  drop     z1@0
+    1  forward  c0 k1  right kv1<@1  store kv0>@1
+    1  drop     kv1<@1
+    1  step     c0 k1
+    1  drop     z0@1
+    1  finish   z0@2
+    1  drop     z0@2
+    2  forward  c1 k1  left kv0>@1
+    2  drop     kv0>@1
+    2  step     c1 k1
+    2  drop     z1@1
+    2  finish   z1@2
+    2  drop     z1@2"""
+
+
+def test_cached_left_context_is_what_the_neighbour_stored_at_the_same_step(make_film):
+    chunks = make_film([6], 3, 1).chunks
+    assert "\n".join(map(str, queue_schedule(chunks, 2, CACHED))) == QUEUE_OF_TWO_CACHED
+
+
+def test_a_gap_keeps_fewer_chunks_in_flight(make_film):
+    chunks = make_film([12], 3, 1).chunks
+    per_round = Counter(a.round for a in forwards(queue_schedule(chunks, 6, replace(FRESHER, gap=3))))
+    assert max(per_round.values()) == 2

@@ -15,6 +15,7 @@ from longvid.parallel.schedule import (
     Forward,
     KvVersion,
     LatentVersion,
+    QueueRules,
     Step,
     queue_schedule,
     sequential_schedule,
@@ -24,26 +25,30 @@ from longvid.plan import ModelFacts, make_plan
 from longvid.script import parse_script
 from longvid.settings import load_settings
 
+SAME, FRESHER = QueueRules(left_level="same"), QueueRules(left_level="fresher")
+CACHED = QueueRules(left="cached")
+RULES = st.sampled_from([replace(rules, gap=gap) for rules in (SAME, FRESHER, CACHED) for gap in (1, 1, 2, 3)])
+
 
 @st.composite
 def films(draw):
-    """Shots in latents, chunk_latents, context_latents, steps, left_level."""
+    """Shots in latents, chunk_latents, context_latents, steps, rules."""
     shots = draw(st.lists(st.integers(1, 10), min_size=1, max_size=3))
     chunk_latents = draw(st.integers(1, 3))
     context_latents = draw(st.integers(0, chunk_latents))
-    return shots, chunk_latents, context_latents, draw(st.integers(1, 5)), draw(st.sampled_from(["same", "fresher"]))
+    return shots, chunk_latents, context_latents, draw(st.integers(1, 5)), draw(RULES)
 
 
 def schedule(make_film, film):
-    *shape, steps, level = film
+    *shape, steps, rules = film
     chunks = make_film(*shape).chunks
-    return chunks, list(queue_schedule(chunks, steps, level))
+    return chunks, list(queue_schedule(chunks, steps, rules))
 
 
 def assert_refused(make_film, film, actions):
-    *shape, steps, level = film
+    *shape, steps, rules = film
     with pytest.raises(ScheduleError):
-        simulate(actions, make_film(*shape).chunks, steps, level)
+        simulate(actions, make_film(*shape).chunks, steps, rules)
 
 
 def makes(action):
@@ -52,7 +57,7 @@ def makes(action):
         case Admit(chunk=i):
             return {LatentVersion(i, 0)}
         case Forward(chunk=i, step=k, store=store):
-            return {("velocity", i, k), store} - {None}
+            return {("velocity", i, k), *store}
         case Step(chunk=i, step=k):
             return {LatentVersion(i, k + 1), ("velocity", i, k)}
         case DropLatents(latents=value) | DropKv(kv=value):
@@ -74,11 +79,11 @@ def touches(action):
 
 @given(films())
 def test_every_queue_is_accepted(make_film, film):
-    *_, steps, level = film
+    *_, steps, rules = film
     chunks, actions = schedule(make_film, film)
-    report = simulate(actions, chunks, steps, level)
+    report = simulate(actions, chunks, steps, rules)
     assert report.num_units == len(chunks) * steps
-    assert report.num_rounds == len(chunks) + steps - 1
+    assert report.num_rounds == rules.num_rounds(len(chunks), steps)
 
 
 STORY = """
@@ -90,29 +95,34 @@ scenes:
 """
 
 
-@pytest.mark.parametrize("left_level", ["same", "fresher"])
+@pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(CACHED, gap=3)])
 @pytest.mark.parametrize("context_latents", [0, 1, 4])
-def test_the_queue_of_a_storyboard_is_accepted(context_latents, left_level):
+def test_the_queue_of_a_storyboard_is_accepted(context_latents, rules):
     settings = load_settings(None, ["queue.chunk_latents=4", f"queue.context_latents={context_latents}"])
     facts = ModelFacts("toy", "wan", LatentGrid(), 4, 2, 24.0, 64, 64, True, 64)
     chunks = make_plan(parse_script(STORY, "story.yaml"), settings, facts).chunks
     assert len(chunks) > 10
-    simulate(queue_schedule(chunks, 8, left_level), chunks, 8, left_level)
+    simulate(queue_schedule(chunks, 8, rules), chunks, 8, rules)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 5))
 def test_every_sequential_schedule_is_accepted(make_film, shots, steps):
     chunks = make_film(shots, 9, 0).chunks
-    report = simulate(sequential_schedule(chunks, steps), chunks, steps, "same")
+    report = simulate(sequential_schedule(chunks, steps), chunks, steps, QueueRules(gap=steps))
     assert report == Report(len(chunks) * steps, len(chunks) * steps, max_live_latents=2, max_live_kv=0)
 
 
-@pytest.mark.parametrize(("level", "max_live_latents"), [("fresher", 10), ("same", 16)])
-def test_live_state_depends_on_the_steps_and_not_on_the_length_of_the_film(make_film, level, max_live_latents):
+@pytest.mark.parametrize(
+    ("rules", "max_live_latents", "max_live_kv"),
+    [(FRESHER, 10, 2), (SAME, 16, 2), (CACHED, 9, 11), (replace(CACHED, gap=4), 3, 10)],
+)
+def test_live_state_depends_on_the_steps_and_not_on_the_length_of_the_film(
+    make_film, rules, max_live_latents, max_live_kv
+):
     for num_chunks in (20, 200):
         chunks = make_film([3 * num_chunks], 3, 2).chunks
-        report = simulate(queue_schedule(chunks, 8, level), chunks, 8, level)
-        assert (report.max_live_latents, report.max_live_kv) == (max_live_latents, 2)
+        report = simulate(queue_schedule(chunks, 8, rules), chunks, 8, rules)
+        assert (report.max_live_latents, report.max_live_kv) == (max_live_latents, max_live_kv)
 
 
 @given(films(), st.data())
@@ -147,9 +157,9 @@ def depend(a, b):
 
 def test_units_of_a_round_out_of_order_are_refused(make_film):
     chunks = make_film([8], 2, 0).chunks
-    oldest_first = sorted(queue_schedule(chunks, 3, "same"), key=lambda action: (action.round, chunk_of(action)))
+    oldest_first = sorted(queue_schedule(chunks, 3, SAME), key=lambda action: (action.round, chunk_of(action)))
     with pytest.raises(ScheduleError, match="the order is newest first"):
-        simulate(oldest_first, chunks, 3, "same")
+        simulate(oldest_first, chunks, 3, SAME)
 
 
 def chunk_of(action):
@@ -163,24 +173,24 @@ def test_neighbours_at_the_same_step_are_refused(make_film):
     together += [DropLatents(0, z00), DropLatents(0, z10), Forward(1, 1, 1, left=z01, store=KvVersion(1, 1))]
     together += [Step(1, 1, 1), DropLatents(1, z11), Forward(1, 0, 1, right=KvVersion(1, 1))]
     with pytest.raises(ScheduleError, match="the right context is K/V of step 0"):
-        simulate(together, chunks, 3, "same")
+        simulate(together, chunks, 3, SAME)
 
 
 def test_chunks_that_do_not_finish_in_the_order_of_the_film_are_refused(make_film):
     chunks = make_film([2, 2], 2, 0).chunks
     actions = [Admit(0, 0), Admit(0, 1), Forward(0, 1, 0), Step(0, 1, 0), Finish(0, LatentVersion(1, 1))]
     with pytest.raises(ScheduleError, match="chunk 0 finishes next"):
-        simulate(actions, chunks, 1, "same")
+        simulate(actions, chunks, 1, SAME)
 
 
 def test_kv_that_nobody_reads_is_refused(make_film):
     chunks = make_film([6], 3, 1).chunks
-    actions = list(queue_schedule(chunks, 2, "same"))
+    actions = list(queue_schedule(chunks, 2, SAME))
     last = actions.index(Forward(2, 1, 1, left=LatentVersion(0, 1)))
     actions[last] = replace(actions[last], store=KvVersion(1, 2))
     actions.insert(last + 1, DropKv(2, KvVersion(1, 2)))
     with pytest.raises(ScheduleError, match="kv1@2 was stored and never read"):
-        simulate(actions, chunks, 2, "same")
+        simulate(actions, chunks, 2, SAME)
 
 
 def wrong(action, delta):
@@ -223,9 +233,9 @@ def test_a_wrong_version_chunk_step_or_round_is_refused(make_film, film, delta, 
     assert_refused(make_film, film, actions)
 
 
-@pytest.mark.parametrize("level", ["same", "fresher"])
-def test_every_wrong_value_in_a_small_film_is_refused(make_film, level):
-    film = [9, 3], 2, 1, 3, level
+@pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(FRESHER, gap=2)])
+def test_every_wrong_value_in_a_small_film_is_refused(make_film, rules):
+    film = [9, 3], 2, 1, 3, rules
     _, actions = schedule(make_film, film)
     for at, action in enumerate(actions):
         for spoilt in (*wrong(action, -1), *wrong(action, 1)):
@@ -266,23 +276,23 @@ def test_a_missing_drop_is_refused(make_film, film, data):
 
 def test_the_other_left_level_is_refused(make_film):
     chunks = make_film([6], 2, 2).chunks
-    with pytest.raises(ScheduleError, match="1  forward  c1 k0  left z0@1  store kv1@1: the left context is z0@0"):
-        simulate(queue_schedule(chunks, 2, "fresher"), chunks, 2, "same")
+    with pytest.raises(ScheduleError, match="1  forward  c1 k0  left z0@1  store kv1<@1: the left context is z0@0"):
+        simulate(queue_schedule(chunks, 2, FRESHER), chunks, 2, SAME)
     with pytest.raises(ScheduleError, match="1  admit    c1: z0@0 should have been dropped in round 0"):
-        simulate(queue_schedule(chunks, 2, "same"), chunks, 2, "fresher")
+        simulate(queue_schedule(chunks, 2, SAME), chunks, 2, FRESHER)
 
 
 def test_the_schedule_of_another_film_is_refused(make_film):
     short, long = make_film([6], 2, 2).chunks, make_film([8], 2, 2).chunks
     with pytest.raises(ScheduleError):
-        simulate(queue_schedule(short, 2, "same"), long, 2, "same")
+        simulate(queue_schedule(short, 2, SAME), long, 2, SAME)
     with pytest.raises(ScheduleError):
-        simulate(queue_schedule(long, 2, "same"), short, 2, "same")
+        simulate(queue_schedule(long, 2, SAME), short, 2, SAME)
 
 
 def test_an_empty_schedule_is_refused(make_film):
     with pytest.raises(ScheduleError, match="0 of 1 chunks finished"):
-        simulate([], make_film([1], 2, 2).chunks, 2, "same")
+        simulate([], make_film([1], 2, 2).chunks, 2, SAME)
 
 
 GRID = """\
@@ -297,4 +307,4 @@ round  c0  c1  c2  c3
 
 def test_the_grid_shows_rounds_by_chunks(make_film):
     chunks = make_film([10], 2, 2).chunks
-    assert grid(queue_schedule(chunks, 3, "fresher")) == GRID
+    assert grid(queue_schedule(chunks, 3, FRESHER)) == GRID

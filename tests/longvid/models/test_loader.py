@@ -12,10 +12,17 @@ import torch
 
 from longvid.errors import InputError
 from longvid.models.facts import facts_of
-from longvid.models.loader import load_checkpoint
+from longvid.models.loader import ModelPart, open_checkpoint
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def load_all(name: str) -> None:
+    checkpoint = open_checkpoint(name)
+    checkpoint.load_text(torch.float32, CPU)
+    checkpoint.load_vae(torch.float32, CPU)
+    checkpoint.load_layers(ModelPart(range(checkpoint.facts.num_layers)), torch.float32, CPU)
 
 
 def truncate(root: Path) -> None:
@@ -65,16 +72,16 @@ def test_damage_is_named(damage: Callable[[Path], None], message: str, euler_che
     shutil.copytree(euler_checkpoint, root)
     damage(root)
     with pytest.raises(InputError, match=message):
-        load_checkpoint(str(root), dtype=torch.float32, device=CPU)
+        load_all(str(root))
 
 
 def test_an_unknown_model_is_refused_with_the_known_names() -> None:
     with pytest.raises(InputError, match=r"neither a directory nor a known name .*mini"):
-        load_checkpoint("nowhere", dtype=torch.float32, device=CPU)
+        open_checkpoint("nowhere")
 
 
 def test_facts_come_from_config_files_alone(euler_checkpoint: Path, tmp_path: Path) -> None:
-    loaded = load_checkpoint(str(euler_checkpoint), dtype=torch.float32, device=CPU).facts
+    loaded = open_checkpoint(str(euler_checkpoint)).facts
     bare = tmp_path / "bare"
     shutil.copytree(euler_checkpoint, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     facts = facts_of(str(bare))

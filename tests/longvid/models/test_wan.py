@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,6 @@ import torch
 
 from longvid.engine import Engine
 from longvid.models.wan import WanStage
-from longvid.models.wan_vae import WanStreamDecoder, to_uint8, use_onednn
 from longvid.parallel.executor import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
@@ -58,32 +58,9 @@ def test_sequential_render_equals_the_stock_pipeline(
     assert (finished.latents - expected).abs().max() <= 1e-4
 
 
-def test_streamed_decode_is_bit_equal_to_the_whole_decode(euler_checkpoint: Path) -> None:
-    vae = diffusers.AutoencoderKLWan.from_pretrained(euler_checkpoint / "vae").eval()
-    decoder = WanStreamDecoder(vae)
-    latents = torch.randn(4, 6, 6, 4, generator=torch.Generator().manual_seed(1))
-    streamed = torch.cat([decoder.push(latents[:, i:j]) for i, j in ((0, 2), (2, 3), (3, 6))])
-    shape = (1, 4, 1, 1, 1)
-    scaled = latents[None] * torch.tensor(vae.config.latents_std).view(shape)
-    scaled = scaled + torch.tensor(vae.config.latents_mean).view(shape)
-    with torch.no_grad():
-        whole = to_uint8(vae.decode(scaled).sample[0])
-    assert streamed.shape == (21, 48, 32, 3)
-    assert torch.equal(streamed, whole)
-
-
-def test_onednn_convolutions_decode_as_the_stock_ones_do(euler_checkpoint: Path) -> None:
-    stock, ours = (diffusers.AutoencoderKLWan.from_pretrained(euler_checkpoint / "vae").eval() for _ in range(2))
-    use_onednn(ours.decoder)
-    latents = torch.randn(1, 4, 3, 6, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        difference = stock.decode(latents).sample - ours.decode(latents).sample
-    assert difference.abs().max() <= 1e-5
-
-
 def unit_of(num_latents: int, timesteps: list[float], blends: list[PromptBlend], latents: torch.Tensor) -> Unit:
     chunk = Chunk(0, 0, 0, num_latents, 0, 0, tuple(blends), (0,) * num_latents, (0, 0))
-    return Unit(chunk, 0, latents, torch.tensor(timesteps), None, None)
+    return Unit(chunk, 0, torch.tensor(timesteps), (6, 4), latents)
 
 
 @pytest.fixture
@@ -106,7 +83,7 @@ def test_each_latent_is_given_its_own_timestep(euler_checkpoint: Path, stage: Wa
     text = torch.randn(5, 16, generator=generator)
     stage.set_prompts([text], [text])
     levels = [100.0, 500.0, 900.0]
-    got = stage.forward(unit_of(3, levels, [PromptBlend(0, 0)] * 3, latents)).velocity
+    [got] = stage.forward(unit_of(3, levels, [PromptBlend(0, 0)] * 3, latents)).velocity
     per_token = torch.tensor(levels).repeat_interleave(6)[None]
     assert (got - stock_velocity(euler_checkpoint, latents, per_token, text)).abs().max() <= 1e-5
 
@@ -128,19 +105,24 @@ def test_each_latent_attends_its_own_scenes_prompt(stage: WanStage) -> None:
     assert (half_blend - one).abs().max() > 1e-5
 
 
-def test_right_context_acts_as_tokens_at_the_following_positions(stage: WanStage) -> None:
-    """A one-layer view: K/V stored from tokens equal the same tokens joined to the input, in layer 0."""
+def test_neighbours_kv_act_as_tokens_beside_the_input(stage: WanStage) -> None:
+    """A one-layer view: K/V stored from tokens equal the same tokens joined to the input, on either side."""
     stage.dit.blocks = stage.dit.blocks[:1]
     generator = torch.Generator().manual_seed(4)
-    own, right = (torch.randn(4, n, 6, 4, generator=generator) for n in (3, 2))
+    left, own, right = (torch.randn(4, n, 6, 4, generator=generator) for n in (1, 3, 2))
     text = torch.randn(5, 16, generator=generator)
     stage.set_prompts([text], [text])
     a = PromptBlend(0, 0)
-    joined = stage.forward(unit_of(5, [500.0] * 5, [a] * 5, torch.cat([own, right], dim=1))).velocity[:, :3]
-    neighbour = unit_of(2, [500.0] * 2, [a] * 2, right)
-    stored = stage.forward(Unit(neighbour.chunk, 0, right, neighbour.timesteps, None, slice(0, 2))).kv
-    chunk = Chunk(0, 0, 0, 3, 0, 2, (a,) * 3, (0,) * 3, (0, 0))
-    got = stage.forward(Unit(chunk, 0, own, torch.tensor([500.0] * 3), stored, None)).velocity
+    joined = stage.forward(unit_of(6, [500.0] * 6, [a] * 6, torch.cat([left, own, right], dim=1))).velocity[0, :, 1:4]
+
+    def stored(latents: torch.Tensor) -> object:
+        count = latents.shape[1]
+        unit = unit_of(count, [500.0] * count, [a] * count, latents)
+        return stage.forward(replace(unit, store=(slice(0, count),))).kv[0]
+
+    chunk = Chunk(0, 0, 0, 3, 1, 2, (a,) * 4, (0,) * 3, (0, 0))
+    alone = Unit(chunk, 0, torch.tensor([500.0] * 3), (6, 4), own)
+    got = stage.forward(replace(alone, left=stored(left), right=stored(right))).velocity[0]
     assert (got - joined).abs().max() <= 1e-5
-    without = stage.forward(Unit(chunk, 0, own, torch.tensor([500.0] * 3), None, None)).velocity
-    assert (without - joined).abs().max() > 1e-4
+    for missing in (replace(alone, right=stored(right)), replace(alone, left=stored(left))):
+        assert (stage.forward(missing).velocity[0] - joined).abs().max() > 1e-4

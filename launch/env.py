@@ -1,0 +1,207 @@
+"""Which rank this process is, from the variables of whoever launched it. Pure.
+
+torchrun and `longvid render --ranks` set variables of their own, inside whatever started them, so theirs hold. mpirun
+may have been started inside a Slurm step of another shape, so Slurm's hold only where nobody else's do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from longvid.errors import InputError
+
+Launcher = Literal["local", "torchrun", "openmpi", "mpich", "slurm"]
+
+SUPERVISOR = "LONGVID_SUPERVISOR"
+"""The process id of the `longvid render --ranks` that started this rank."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet: the store of torch.distributed's env:// method.
+
+    `is_hosted`: the launcher hosts it; else rank 0 does. `attempt` counts a launcher's restarts, which share a store.
+    """
+
+    host: str
+    port: int
+    is_hosted: bool = False
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """A process's place among those that were launched together. `local` is within its machine.
+
+    `rendezvous` is None only for a lone rank. `supervisor` is the process that ends this one, if it is ours.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: Launcher
+    rendezvous: Rendezvous | None = None
+    supervisor: int | None = None
+
+    def variables(self) -> dict[str, str]:
+        """What torch.distributed reads, beside the rendezvous: MPI and Slurm do not set it."""
+        numbers = (self.rank, self.world_size, self.local_rank, self.local_world_size)
+        return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), map(str, numbers), strict=True))
+
+
+def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
+    """The place that the launcher's variables give; None for a plain process.
+
+    Raises InputError, naming the variables, for sets that are incomplete, no numbers, or contradict each other.
+    """
+    places = list(_places(environ))
+    if not places:
+        return None
+    first = places[0]
+    for other in places[1:]:
+        if (other.rank, other.world_size) != (first.rank, first.world_size):
+            raise InputError(f"two launchers disagree on which rank this is: {first}, but {other}")
+    local_rank = _first(place.local_rank for place in places)
+    local_world_size = _first(place.local_world_size for place in places)
+    if local_rank is None:
+        if first.world_size > 1:
+            raise InputError(f"{first.names[2]} is not set, but {first}")
+        local_rank = 0
+    if local_world_size is None:
+        # All on one machine: a wrong guess leaves cores idle, no more.
+        local_world_size = first.world_size
+    if local_rank >= local_world_size or local_world_size > first.world_size:
+        raise InputError(f"local rank {local_rank} of {local_world_size} does not fit {first}")
+    rendezvous = _rendezvous(environ) if first.world_size > 1 else None
+    if rendezvous is None and first.world_size > 1:
+        raise InputError(f"MASTER_ADDR and MASTER_PORT are not set, but {first}: {_how_to_meet(first.launcher)}")
+    supervisor = _number(environ, SUPERVISOR) if first.launcher == "local" else None
+    launcher = first.launcher
+    return RankEnv(first.rank, first.world_size, local_rank, local_world_size, launcher, rendezvous, supervisor)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What one launcher says. `names` are its variables: rank, world size, local rank."""
+
+    launcher: Launcher
+    names: tuple[str, str, str]
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+
+    def __str__(self) -> str:
+        return f"{self.names[0]}={self.rank} and {self.names[1]}={self.world_size}"
+
+
+_NAMES: dict[Launcher, tuple[str, str, str, str]] = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "openmpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+
+
+def _places(environ: Mapping[str, str]) -> Iterator[_Place]:
+    """What each launcher says that has a say, the innermost first."""
+    if SUPERVISOR in environ:
+        place = _place(environ, "local", _NAMES["torchrun"])
+        if place is None:
+            raise InputError(f"RANK and WORLD_SIZE are not set, but {SUPERVISOR} is")
+        yield place
+        return
+    torch, *mpi = [_place(environ, launcher, names) for launcher, names in _NAMES.items()]
+    if torch is not None and "TORCHELASTIC_RUN_ID" in environ:
+        yield torch
+        return
+    found = [place for place in (torch, *mpi) if place is not None]
+    yield from found
+    slurm = _slurm(environ)
+    if slurm is None:
+        return
+    agrees = all((slurm.rank, slurm.world_size) == (place.rank, place.world_size) for place in found)
+    if agrees or all(place is None for place in mpi):
+        yield slurm
+
+
+def _place(environ: Mapping[str, str], launcher: Launcher, names: Sequence[str]) -> _Place | None:
+    """One launcher's numbers; None if it set none."""
+    if not any(name in environ for name in names):
+        return None
+    rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in names)
+    if rank is None or world_size is None:
+        missing = names[0] if rank is None else names[1]
+        present = next(name for name in names if name in environ)
+        raise InputError(f"{missing} is not set, but {present} is")
+    if rank >= world_size:
+        raise InputError(f"{names[0]}={rank} must be less than {names[1]}={world_size}")
+    return _Place(launcher, (names[0], names[1], names[2]), rank, world_size, local_rank, local_world_size)
+
+
+def _slurm(environ: Mapping[str, str]) -> _Place | None:
+    """What srun says to a task of a step of several. A batch script has SLURM_PROCID too, but no step's size."""
+    size = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if size is None or size == 1:
+        return None
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_LOCAL_TASKS")
+    tasks = {"SLURM_STEP_LOCAL_TASKS": str(count) for count in _tasks_here(environ)}
+    return _place({**environ, **tasks}, "slurm", names)
+
+
+def _tasks_here(environ: Mapping[str, str]) -> list[int]:
+    """The step's tasks on this node, from a list such as `2(x3),1`; empty if Slurm does not say."""
+    node, text = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", part)
+        if match is None:
+            return []
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node : node + 1] if node is not None else []
+
+
+def _rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
+    host, port = environ.get("MASTER_ADDR"), _number(environ, "MASTER_PORT")
+    if not host and port is None:
+        return None
+    if not host or port is None:
+        missing, present = ("MASTER_PORT", "MASTER_ADDR") if host else ("MASTER_ADDR", "MASTER_PORT")
+        raise InputError(f"{missing} is not set, but {present} is")
+    if not 1 <= port <= 65535:
+        raise InputError(f"MASTER_PORT={port} must be from 1 to 65535")
+    is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Rendezvous(host, port, is_hosted, _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def _how_to_meet(launcher: Launcher) -> str:
+    address = "MASTER_ADDR=HOST MASTER_PORT=29500, where HOST is rank 0's machine"
+    match launcher:
+        case "openmpi":
+            return "mpirun -x " + address.replace(" MASTER_PORT", " -x MASTER_PORT")
+        case "slurm":
+            host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            return f"before srun, export MASTER_ADDR={host} MASTER_PORT=29500"
+        case _:
+            return f"export {address}"
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise InputError(f"{name}={text!r} must be a whole number of 0 or more")
+    return int(text)
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,64 @@
+"""What the parts of a render cost on this machine: measured, so that layers can be dealt out evenly."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from longvid.models.loader import Checkpoint, ModelPart
+from longvid.models.wan import WanStage
+from longvid.models.wan_vae import WanStreamDecoder
+from longvid.parallel.executor import Unit
+from longvid.parallel.partition import Costs
+from longvid.plan import Chunk, PromptBlend
+from longvid.settings import Settings
+
+REPEATS = 5
+
+
+@torch.no_grad()
+def measure_costs(checkpoint: Checkpoint, decoder: WanStreamDecoder, settings: Settings, device: torch.device) -> Costs:
+    """Seconds for a unit of the model's native size: a layer, the two ends, and a step's share of decoding.
+
+    Reads one layer: they are all alike.
+    """
+    dit = checkpoint.load_layers(ModelPart(range(1)), getattr(torch, settings.runtime.dtype), device)
+    stage = WanStage(dit)
+    stage.set_prompts([torch.zeros(16, dit.config.text_dim, dtype=stage.dtype, device=device)], [])
+    unit = _unit(checkpoint, settings, device)
+    with_layer = _seconds(lambda: stage.forward(unit), device)
+    dit.blocks = dit.blocks[:0]
+    ends = _seconds(lambda: stage.forward(unit), device)
+    assert unit.latents is not None
+    own = unit.latents[:, -settings.queue.chunk_latents :]
+    decoding = _seconds(lambda: decoder.push(own), device) / settings.sampler.steps
+    decoder.reset()
+    layer = max(with_layer - ends, 1e-6)
+    return Costs((layer,) * checkpoint.facts.num_layers, ends / 2, ends / 2, decoding)
+
+
+def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Unit:
+    """A unit as most of a film's are: with left context, at two noise levels."""
+    facts, queue = checkpoint.facts, settings.queue
+    width, height = facts.grid.latent_size(facts.width, facts.height)
+    left = queue.context_latents if queue.left == "recompute" else 0
+    count = left + queue.chunk_latents
+    latents = torch.zeros(facts.latent_channels, count, height, width, device=device)
+    chunk = Chunk(0, 0, 0, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))
+    timesteps = torch.tensor([400.0] * left + [500.0] * queue.chunk_latents)
+    return Unit(chunk, 0, timesteps, (height, width), latents)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of a few runs, after one that warms up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

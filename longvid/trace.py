@@ -1,0 +1,97 @@
+"""Where the time of a render goes: every action of every rank, as a trace for Perfetto and as a summary.
+
+The format is Chrome's trace events (JSON): one process a rank, with a thread for each kind of work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longvid.parallel.pipeline import RankAction, Receive, Send
+from longvid.parallel.schedule import Forward, Step
+
+KINDS = ("compute", "receive", "send", "decode")
+
+
+@dataclass
+class Trace:
+    """What one rank did: spans of (kind, name, start, end) in nanoseconds of the machine's monotonic clock."""
+
+    rank: int
+    name: str
+    spans: list[tuple[str, str, int, int]] = field(default_factory=list)
+
+    def on_action(self, action: RankAction, start: int, end: int) -> None:
+        """The executor's callback. Bookkeeping (drops, admissions) is left out."""
+        match action:
+            case Forward() | Step():
+                self.spans.append(("compute", str(action)[5:].strip(), start, end))
+            case Receive():
+                self.spans.append(("receive", str(action)[5:].strip(), start, end))
+            case Send():
+                self.spans.append(("send", str(action)[5:].strip(), start, end))
+
+    def add(self, kind: str, name: str, start: int, end: int) -> None:
+        """A span that is not an action's."""
+        self.spans.append((kind, name, start, end))
+
+    def seconds(self) -> dict[str, float]:
+        """Time by kind of work."""
+        total: Counter[str] = Counter()
+        for kind, _, start, end in self.spans:
+            total[kind] += end - start
+        return {kind: total[kind] / 1e9 for kind in KINDS}
+
+
+def summary(traces: Sequence[Trace]) -> dict[str, Any]:
+    """Shares of the time from the first span's start to the last one's end, over all ranks."""
+    start = min(span[2] for trace in traces for span in trace.spans)
+    end = max(span[3] for trace in traces for span in trace.spans)
+    wall = (end - start) / 1e9
+    ranks = []
+    for trace in traces:
+        seconds = trace.seconds()
+        busy = seconds["compute"] + seconds["decode"]
+        ranks.append({"rank": trace.rank, "name": trace.name, **seconds, "idle": wall - busy})
+    total = wall * len(traces)
+    return {
+        "wall_s": wall,
+        "bubble": sum(rank["idle"] for rank in ranks) / total,
+        "comm_wait_fraction": sum(rank["receive"] + rank["send"] for rank in ranks) / total,
+        "ranks": ranks,
+    }
+
+
+def write_trace(path: Path, traces: Sequence[Trace]) -> None:
+    """All ranks' spans as one file for https://ui.perfetto.dev."""
+    start = min((span[2] for trace in traces for span in trace.spans), default=0)
+    events: list[dict[str, Any]] = []
+    for trace in traces:
+        events.append({"ph": "M", "name": "process_name", "pid": trace.rank, "args": {"name": trace.name}})
+        for index, kind in enumerate(KINDS):
+            thread = {"pid": trace.rank, "tid": index}
+            events.append({"ph": "M", "name": "thread_name", **thread, "args": {"name": kind}})
+        for kind, name, begin, end in trace.spans:
+            place = {"pid": trace.rank, "tid": KINDS.index(kind)}
+            events.append(
+                {"ph": "X", "name": name, "cat": kind, "ts": (begin - start) / 1e3, "dur": (end - begin) / 1e3, **place}
+            )
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def summary_text(found: dict[str, Any], predicted: float | None) -> str:
+    """The summary for people."""
+    lines = [f"{'':28}{'compute':>10}{'decode':>10}{'receive':>10}{'send':>10}{'idle':>10}"]
+    lines += [
+        f"{rank['name']:28}"
+        + "".join(f"{rank[kind]:9.2f}s" for kind in ("compute", "decode", "receive", "send", "idle"))
+        for rank in found["ranks"]
+    ]
+    forecast = f", {predicted * 100:.1f} % predicted" if predicted is not None else ""
+    lines.append(f"bubble {found['bubble'] * 100:.1f} % of {found['wall_s']:.2f} s{forecast}")
+    return "\n".join(lines)

@@ -1,0 +1,362 @@
+"""Messages and collectives between ranks: the only file that calls torch.distributed for them.
+
+A message is a header of eight 64-bit numbers and a tensor. Its receiver knows the shape from the schedule, so there is
+no handshake. Everything is asynchronous: a send returns at once, a receive is posted long before it is needed, and
+every handle is kept and waited for. Between two ranks messages keep their order.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longvid.errors import RuntimeFailure
+
+HEADER_BYTES = 64
+_TAGS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every message says of itself. `save_at` is the boundary at which all ranks shall save; -1: none."""
+
+    chunk: int
+    step: int
+    save_at: int = -1
+
+    def pack(self) -> Tensor:
+        """As uint8 [64]."""
+        numbers = torch.zeros(HEADER_BYTES // 8, dtype=torch.int64)
+        numbers[:3] = torch.tensor(astuple(self))
+        return numbers.view(torch.uint8)
+
+    @classmethod
+    def unpack(cls, data: Tensor) -> Header:
+        chunk, step, save_at, *_ = data.view(torch.int64).tolist()
+        return cls(chunk, step, save_at)
+
+
+class Incoming(Protocol):
+    """A receive that is posted."""
+
+    def wait(self) -> tuple[Header, Tensor]:
+        """The message. Raises RuntimeFailure when it cannot come any more."""
+        ...
+
+
+class Comm(Protocol):
+    """One rank's way to the others."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+        """Give a message on its way. With a window, waits until fewer than that many are under way to that rank."""
+        ...
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
+        """Post a receive for the next message of a rank."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until every message has left."""
+        ...
+
+
+class LoneComm:
+    """That of a rank without others: no program of one rank sends or receives."""
+
+    rank = 0
+
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+        raise AssertionError("a lone rank has nobody to send to")
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
+        raise AssertionError("a lone rank has nobody to receive from")
+
+    def flush(self) -> None:
+        """Nothing is under way."""
+
+
+class DistComm:
+    """Over torch.distributed, whose process group must exist: gloo for tensors on a CPU, NCCL on CUDA.
+
+    On a CPU header and tensor travel as one buffer. On CUDA the header goes through gloo beside the tensor, so that
+    it can be read without waiting for the device. `timeout` (seconds) bounds every wait. `name` says which rank
+    is meant in errors.
+    """
+
+    def __init__(
+        self, device: torch.device, timeout: float = 300.0, name: Callable[[int], str] = lambda rank: f"rank {rank}"
+    ) -> None:
+        self.rank = dist.get_rank()
+        self._device, self._timeout, self._name = device, timeout, name
+        self._outgoing: dict[int, deque[_Handle]] = defaultdict(deque)
+        self._sent: dict[int, int] = defaultdict(int)
+        self._received: dict[int, int] = defaultdict(int)
+        self._waiters: dict[tuple[str, int], _Waiter] = {}
+        self._open: set[Future[None]] = set()
+        self._lock = threading.Lock()
+        self._failure: Exception | None = None
+
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+        under_way = self._outgoing[to]
+        while under_way and (under_way[0].is_done() or (window and len(under_way) >= window)):
+            self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
+        tag = self._sent[to] % _TAGS
+        self._sent[to] += 1
+        if self._device.type == "cuda":
+            packed, body = header.pack(), payload.contiguous()
+            works = [dist.isend(packed, to, tag=tag), dist.isend(body, to)]
+            under_way.append(self._handle("to", to, works[:1], (packed, body), works[1:]))
+            return
+        buffer = torch.empty(HEADER_BYTES + payload.numel() * payload.element_size(), dtype=torch.uint8)
+        buffer[:HEADER_BYTES] = header.pack()
+        buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
+        under_way.append(self._handle("to", to, [dist.isend(buffer, to, tag=tag)], (buffer,)))
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
+        tag = self._received[source] % _TAGS
+        self._received[source] += 1
+        if self._device.type == "cuda":
+            packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+            body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+            works = [dist.irecv(packed, source, tag=tag), dist.irecv(body, source)]
+            handle = self._handle("from", source, works[:1], (packed, body), works[1:])
+        else:
+            size = math.prod(shape) * dtype.itemsize
+            buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
+            packed, body = buffer[:HEADER_BYTES], buffer[HEADER_BYTES:].view(dtype).view(tuple(shape))
+            handle = self._handle("from", source, [dist.irecv(buffer, source, tag=tag)], (buffer,))
+        return _Posted(self, handle, source, packed, body)
+
+    def flush(self) -> None:
+        for to, under_way in self._outgoing.items():
+            while under_way:
+                self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
+
+    def abort(self, failure: Exception) -> None:
+        """From any thread: every wait, now and later, raises this."""
+        with self._lock:
+            self._failure = failure
+            waits = list(self._open)
+        for future in waits:
+            _settle(future, failure)
+
+    def _handle(self, way: str, other: int, works: list[Any], keep: tuple[Tensor, ...], streams: Any = ()) -> _Handle:
+        """Have works waited for by the thread of their channel; `streams` are those that wait on the device alone."""
+        if (way, other) not in self._waiters:
+            self._waiters[way, other] = _Waiter(f"{way} rank {other}")
+        future: Future[None] = Future()
+        with self._lock:
+            self._open.add(future)
+            if self._failure:
+                _settle(future, self._failure)
+        future.add_done_callback(self._close)
+        self._waiters[way, other].put(works, future)
+        return _Handle(future, keep, tuple(streams))
+
+    def _close(self, future: Future[None]) -> None:
+        with self._lock:
+            self._open.discard(future)
+
+    def _wait(self, handle: _Handle, complaint: str) -> None:
+        try:
+            handle.future.result(self._timeout)
+        except TimeoutError:
+            raise RuntimeFailure(f"{complaint} for {self._timeout:g} s") from None
+        except RuntimeFailure:
+            raise
+        except RuntimeError as error:  # what gloo and NCCL raise
+            raise RuntimeFailure(f"{complaint}: the connection is gone ({_first_line(error)})") from error
+        for work in handle.streams:
+            work.wait()
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """Something under way: its end, and the memory that must stay until then."""
+
+    future: Future[None]
+    keep: tuple[Tensor, ...]
+    streams: tuple[Any, ...] = ()
+
+    def is_done(self) -> bool:
+        return self.future.done()
+
+
+@dataclass(frozen=True)
+class _Posted:
+    comm: DistComm
+    handle: _Handle
+    source: int
+    packed: Tensor
+    body: Tensor
+
+    def wait(self) -> tuple[Header, Tensor]:
+        self.comm._wait(self.handle, f"{self.comm._name(self.source)} sent nothing")
+        return Header.unpack(self.packed), self.body
+
+
+class _Waiter:
+    """A thread that waits for the works of one channel, in their order.
+
+    Waiting inside the library cannot be interrupted; waiting for this thread can, by Ctrl-C and by `abort`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[list[Any], Future[None]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=f"wait {name}", daemon=True).start()
+
+    def put(self, works: list[Any], future: Future[None]) -> None:
+        self._queue.put((works, future))
+
+    def _run(self) -> None:
+        while True:
+            works, future = self._queue.get()
+            try:
+                for work in works:
+                    work.wait()
+            except Exception as error:
+                _settle(future, error)
+            else:
+                _settle(future)
+
+
+def _settle(future: Future[None], error: Exception | None = None) -> None:
+    try:
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+    except InvalidStateError:
+        """It was aborted, or came after all."""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# --------------------------------------------------------------------------------------------------------- collectives
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks that act together, in the order of their axis. `handle` None: the rank alone, where all is free.
+
+    Every member calls the same methods in the same order, with shapes that fit the others'; tensors without elements
+    are sent like any other. Raises RuntimeFailure when a member is gone.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: Any = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Give part r to member r; what each gives this one, in order, of the given shapes."""
+        if self.handle is None:
+            return list(parts)
+        sizes = [part.numel() for part in parts]
+        sent = parts[0].new_empty(sum(sizes))
+        for place, part in zip(sent.split(sizes), parts, strict=True):
+            place.view(part.shape).copy_(part)
+        new_sizes = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(new_sizes))
+        with self._together():
+            dist.all_to_all_single(received, sent, new_sizes, sizes, group=self.handle)
+        return [part.view(tuple(shape)) for part, shape in zip(received.split(new_sizes), shapes, strict=True)]
+
+    def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Everybody's part, of the given shapes, which may differ."""
+        if self.handle is None:
+            return [part]
+        # gloo gathers equal shapes alone; an exchange in which everybody gets the same serves all.
+        if len({tuple(shape) for shape in shapes}) > 1:
+            return self.all_to_all([part] * self.size, shapes)
+        parts = [part.new_empty(part.shape) for _ in shapes]
+        with self._together():
+            dist.all_gather(parts, part.contiguous(), group=self.handle)
+        return parts
+
+    def rotate(self, tensor: Tensor, shape: Sequence[int]) -> Callable[[], Tensor]:
+        """Begin to pass a tensor to the next member and to take that of the one before; call it to have that."""
+        assert self.handle is not None
+        after, before = self.ranks[(self.index + 1) % self.size], self.ranks[self.index - 1]
+        sent, received = tensor.contiguous(), tensor.new_empty(tuple(shape))
+        with self._together():
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, after, group=self.handle),
+                    dist.P2POp(dist.irecv, received, before, group=self.handle),
+                ]
+            )
+        return lambda: self._finish(works, sent, received)
+
+    def library_handle(self) -> Any:
+        """The process group for a library that makes its own calls; a lone rank gets one in which it is alone."""
+        if self.handle is not None:
+            return self.handle
+        return dist.new_group(list(self.ranks), use_local_synchronization=True)
+
+    def _finish(self, works: Sequence[Any], sent: Tensor, received: Tensor) -> Tensor:
+        """Wait for both ways: `sent` must not be freed before."""
+        with self._together():
+            for work in works:
+                work.wait()
+        return received
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what gloo and NCCL raise
+            ranks = ", ".join(map(str, self.ranks))
+            raise RuntimeFailure(f"an exchange between the ranks {ranks} failed ({_first_line(error)})") from error
+
+
+def connect(device: torch.device, timeout: float) -> None:
+    """Join the process group that the launcher's environment describes."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def disconnect() -> None:
+    """Leave it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def new_group(ranks: Sequence[int], rank: int) -> Group | None:
+    """A group, made by all ranks together; None on the ranks outside it."""
+    handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+    return Group(tuple(ranks), ranks.index(rank), handle) if rank in ranks else None
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The source's plain data, on every rank of the world."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather(value: Any, to: int = 0) -> list[Any]:
+    """Everybody's plain data in the order of ranks, on one rank; nothing on the others."""
+    box = [None] * dist.get_world_size() if dist.get_rank() == to else None
+    dist.gather_object(value, box, dst=to)
+    return box or []

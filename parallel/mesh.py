@@ -1,0 +1,70 @@
+"""The mesh: a topology with this rank's place in it, its channels to others and its groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longvid.parallel.comm import Comm, DistComm, Group, LoneComm, new_group
+from longvid.parallel.topology import Coordinate, Topology
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view. `ulysses` and `ring` are its groups on the two parts of the `seq` axis, `seq` on the whole."""
+
+    topology: Topology
+    rank: int
+    comm: Comm
+    seq: Group
+    ulysses: Group
+    ring: Group
+
+    @property
+    def place(self) -> Coordinate:
+        return self.topology.coordinate(self.rank)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank owns solvers, guidance and the film."""
+        return self.place.stage == self.place.guidance == self.place.seq == 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.place.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.place.stage == self.topology.stage - 1
+
+
+def lone_mesh() -> Mesh:
+    """The mesh of a single rank, without torch.distributed."""
+    alone = Group((0,), 0)
+    return Mesh(Topology(), 0, LoneComm(), alone, alone, alone)
+
+
+def make_mesh(topology: Topology, rank: int, device: torch.device, timeout: float) -> Mesh:
+    """Build groups and channels; all ranks call it together, after `connect`."""
+    if topology.num_ranks == 1:
+        return lone_mesh()
+    comm = DistComm(device, timeout, lambda other: describe(topology, other))
+    seq = ulysses = ring = Group((rank,), 0)
+    # Every rank must take part in making every group, in one order.
+    for first in range(0, topology.num_ranks, topology.seq):
+        members = range(first, first + topology.seq)
+        seq = new_group(members, rank) or seq
+        # Neighbours exchange heads; rings go over them in strides.
+        for start in range(first, first + topology.seq, topology.ulysses):
+            ulysses = new_group(range(start, start + topology.ulysses), rank) or ulysses
+        for offset in range(topology.ulysses):
+            ring = new_group(range(first + offset, first + topology.seq, topology.ulysses), rank) or ring
+    return Mesh(topology, rank, comm, seq, ulysses, ring)
+
+
+def describe(topology: Topology, rank: int) -> str:
+    """A rank and its place, for people: `rank 3 (stage 1, guidance 1)`."""
+    place = topology.coordinate(rank)
+    parts = [f"{axis} {index}" for axis, index in place._asdict().items() if getattr(topology, axis) > 1]
+    return f"rank {rank}" + (f" ({', '.join(parts)})" if parts else "")

@@ -1,0 +1,397 @@
+"""Self-attention of one layer when a unit's tokens are spread over the `seq` axis.
+
+Shapes: B = 1, L tokens of a unit, l of them on this rank, H heads, D of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longvid.errors import InputError
+from longvid.kernels.dense import Partial, attend, attend_lse
+from longvid.kernels.merge import merge_partials
+from longvid.parallel.comm import Group
+from longvid.settings import SequenceBackend
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, [1, tokens, 1, D]."""
+
+
+@dataclass(frozen=True)
+class KvPart:
+    """K/V of a span of tokens in one layer, as far as this rank keeps them.
+
+    Keys are normed but not rotated, because the neighbour reads them at another position (DualParal). `key` and
+    `value` are [1, tokens, heads, D]; `offset` is where they begin in the span; `lengths` says how many tokens of the
+    span each member of the ring keeps; empty: each keeps them all.
+    """
+
+    key: Tensor
+    value: Tensor
+    offset: int = 0
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Around:
+    """What self-attention reads besides the unit's own tokens, and what it must keep.
+
+    `rope` covers all tokens in their order: those of `left`, the L of the unit, those of `right`. `store` are spans of
+    the unit's L tokens whose K/V are to be kept.
+    """
+
+    rope: Rope
+    left: KvPart | None = None
+    right: KvPart | None = None
+    num_left: int = 0
+    """Tokens of the whole span that `left` is a part of."""
+    store: tuple[slice, ...] = ()
+
+
+class SequenceAttention(Protocol):
+    """How the tokens of a unit are spread, and attention over all of them."""
+
+    def part(self, num_tokens: int) -> slice:
+        """The tokens of a unit that this rank holds."""
+        ...
+
+    def gather(self, x_BlE: Tensor, num_tokens: int) -> Tensor:
+        """All tokens [1, L, E], on every rank, of each rank's [1, l, E]."""
+        ...
+
+    def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
+        """Softmax attention of this rank's tokens to all, [1, l, H, D]; and a part for each span of `around.store`.
+
+        Queries and keys come normed and not rotated.
+        """
+        ...
+
+
+class WholeSequence:
+    """All tokens on one rank."""
+
+    def part(self, num_tokens: int) -> slice:
+        return slice(0, num_tokens)
+
+    def gather(self, x_BlE: Tensor, num_tokens: int) -> Tensor:
+        assert x_BlE.shape[1] == num_tokens
+        return x_BlE
+
+    def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
+        return attend_around(q_BlHD, k_BlHD, v_BlHD, around), store_whole(k_BlHD, v_BlHD, around)
+
+
+class UspAttention:
+    """Unified sequence parallelism (Fang and Zhao 2024): Ulysses in groups of neighbours, a ring over the groups.
+
+    The tokens are split in ulysses x ring parts, in order and as evenly as they go; rank (ring r, ulysses u) holds
+    part r * ulysses + u. Inside a Ulysses group attention runs on all tokens of the group and a share of the heads. The
+    ring passes those K/V around, and partial attention is merged by its LSE. Stored K/V stay where they are made:
+    each rank keeps its heads of its group's tokens.
+    """
+
+    def __init__(self, ulysses: Group, ring: Group) -> None:
+        self._ulysses, self._ring = ulysses, ring
+        self._num_parts = ulysses.size * ring.size
+
+    def part(self, num_tokens: int) -> slice:
+        index = self._ring.index * self._ulysses.size + self._ulysses.index
+        return split(num_tokens, self._num_parts)[index]
+
+    def gather(self, x_BlE: Tensor, num_tokens: int) -> Tensor:
+        batch, _, width = x_BlE.shape
+        group = torch.cat(self._ulysses.all_gather(x_BlE, [(batch, n, width) for n in self._lengths(num_tokens)]), 1)
+        shapes = [(batch, length(span), width) for span in self._group_spans(num_tokens)]
+        return torch.cat(self._ring.all_gather(group, shapes), 1)
+
+    def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
+        num_tokens = own_tokens(around)
+        lengths = self._lengths(num_tokens)
+        assert q_BlHD.shape[1] == lengths[self._ulysses.index]
+        q, k, v = to_heads(self._ulysses, (q_BlHD, k_BlHD, v_BlHD), lengths)
+        if self._ring.size == 1:
+            out, stored = attend_around(q, k, v, around), store_whole(k, v, around)
+        else:
+            spans = self._group_spans(num_tokens)
+            out, stored = self._attend_ring(q, k, v, around), self._store(k, v, spans, around)
+        return to_tokens(self._ulysses, out, lengths), stored
+
+    def _group_spans(self, num_tokens: int) -> list[slice]:
+        """The tokens of each Ulysses group, in the order of the ring."""
+        parts, size = split(num_tokens, self._num_parts), self._ulysses.size
+        return [slice(parts[i].start, parts[i + size - 1].stop) for i in range(0, self._num_parts, size)]
+
+    def _lengths(self, num_tokens: int) -> list[int]:
+        """Tokens of each member of this Ulysses group."""
+        first = self._ring.index * self._ulysses.size
+        return [length(part) for part in split(num_tokens, self._num_parts)[first : first + self._ulysses.size]]
+
+    def _attend_ring(self, q_BnhD: Tensor, k_BnhD: Tensor, v_BnhD: Tensor, around: Around) -> Tensor:
+        """Attention of this group's n tokens to all, with h of the heads."""
+        num_tokens, ring = own_tokens(around), self._ring
+        spans = self._group_spans(num_tokens)
+        start = around.num_left + spans[ring.index].start
+        own_rope = rows(around.rope, start, start + q_BnhD.shape[1])
+        keys, values = neighbours(around)
+        block = torch.stack([torch.cat([rotate(k_BnhD, own_rope), *keys], 1), torch.cat([v_BnhD, *values], 1)])
+        sides = [side for side in (around.left, around.right) if side]
+        counts = [length(span) + sum(side.lengths[i] for side in sides) for i, span in enumerate(spans)]
+        return self._pass_around(rotate(q_BnhD, own_rope), block, counts)
+
+    def _pass_around(self, q_BnhD: Tensor, block: Tensor, counts: Sequence[int]) -> Tensor:
+        """Attention to the K/V of all members of the ring, of which `block` [2, 1, counts[index], h, D] is our own.
+
+        While attention to a block runs, the next one is on its way.
+        """
+        ring = self._ring
+        merged: Partial | None = None
+        for hop in range(ring.size):
+            source = ring.index - hop  # counts[-1] is that of the last member, so negative ones are right
+            arrive = None
+            if hop + 1 < ring.size:
+                arrive = ring.rotate(block, (*block.shape[:2], counts[source - 1], *block.shape[3:]))
+            if merged is None:
+                merged = attend_lse(q_BnhD, *block)
+            elif counts[source]:
+                merged = merge_partials(*merged, *attend_lse(q_BnhD, *block))
+            if arrive:
+                block = arrive()
+        assert merged
+        return merged[0].type_as(q_BnhD)
+
+    def _store(self, k_BnhD: Tensor, v_BnhD: Tensor, spans: Sequence[slice], around: Around) -> list[KvPart]:
+        """What this group holds of each span to be stored."""
+        own = spans[self._ring.index]
+        stored = []
+        for whole in around.store:
+            held = [overlap(whole, span) for span in spans]
+            mine = held[self._ring.index]
+            here = slice(mine.start - own.start, mine.stop - own.start)
+            key, value = k_BnhD[:, here].clone(), v_BnhD[:, here].clone()
+            stored.append(KvPart(key, value, mine.start - whole.start, tuple(length(span) for span in held)))
+        return stored
+
+
+class DeepSpeedAttention:
+    """DeepSpeed-Ulysses (Jacobs et al. 2023), the library's own. It splits tokens evenly or not at all."""
+
+    def __init__(self, group: Group) -> None:
+        with optional("deepspeed"):
+            deepspeed, layer = import_module("deepspeed"), import_module("deepspeed.sequence.layer")
+        deepspeed.init_distributed(dist_backend=deepspeed.get_accelerator().communication_backend_name())
+        self._group = group
+        self._exchange = layer.DistributedAttention(self._attend_heads, group.handle, scatter_idx=2, gather_idx=1)
+
+    def part(self, num_tokens: int) -> slice:
+        return even_part("deepspeed", num_tokens, self._group)
+
+    def gather(self, x_BlE: Tensor, num_tokens: int) -> Tensor:
+        return torch.cat(self._group.all_gather(x_BlE, [x_BlE.shape] * self._group.size), 1)
+
+    def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
+        stored: list[KvPart] = []
+        batch_dim, rotary = 0, None  # we rotate ourselves: the neighbours' keys too
+        out: Tensor = self._exchange(q_BlHD, k_BlHD, v_BlHD, batch_dim, rotary, around, stored)
+        return out, stored
+
+    @staticmethod
+    def _attend_heads(q_BLhD: Tensor, k_BLhD: Tensor, v_BLhD: Tensor, around: Around, stored: list[KvPart]) -> Tensor:
+        """What DeepSpeed calls between its exchanges, with all tokens and a share of the heads."""
+        stored += store_whole(k_BLhD, v_BLhD, around)
+        return attend_around(q_BLhD, k_BLhD, v_BLhD, around)
+
+
+class XfuserAttention:
+    """xfuser's USP, on CUDA in half precision. It splits tokens evenly or not at all.
+
+    Neighbours' K/V enter as its joint tensors, which every member of the ring needs whole: so each rank keeps a share
+    of the heads, but all tokens of a stored span.
+    """
+
+    def __init__(self, ulysses: Group, ring: Group, seq: Group) -> None:
+        if not torch.cuda.is_available():
+            raise InputError("sequence.backend: xfuser needs CUDA, and torch finds no such device here")
+        kernel = "FA" if find_spec("flash_attn") else "TORCH_FLASH"
+        with optional("xfuser"):
+            library = import_module("xfuser.core.long_ctx_attention")
+            # Its attention takes the groups from here when it is built.
+            groups = import_module("yunchang.globals").PROCESS_GROUP
+            groups.ULYSSES_PG, groups.RING_PG = ulysses.library_handle(), ring.library_handle()
+            self._attention = library.xFuserLongContextAttention(attn_type=library.AttnType[kernel])
+        self._ulysses, self._ring, self._seq = ulysses, ring, seq
+
+    def part(self, num_tokens: int) -> slice:
+        return even_part("xfuser", num_tokens, self._seq)
+
+    def gather(self, x_BlE: Tensor, num_tokens: int) -> Tensor:
+        return torch.cat(self._seq.all_gather(x_BlE, [x_BlE.shape] * self._seq.size), 1)
+
+    def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
+        if q_BlHD.dtype == torch.float32:
+            raise InputError("sequence.backend: xfuser's flash attention needs runtime.dtype bfloat16, not float32")
+        part = self.part(own_tokens(around))
+        rope = rows(around.rope, around.num_left + part.start, around.num_left + part.stop)
+        joint = self._neighbours(around)
+        out: Tensor = self._attention(None, rotate(q_BlHD, rope), rotate(k_BlHD, rope), v_BlHD, **joint)
+        return out, [self._store(k_BlHD, v_BlHD, part, span) for span in around.store]
+
+    def _neighbours(self, around: Around) -> dict[str, Any]:
+        """Its joint arguments: rotated K/V of both neighbours, and no queries."""
+        keys, values = neighbours(around)
+        if not keys:
+            return {}
+        key, value = torch.cat(keys, 1), torch.cat(values, 1)
+        # It expects all heads and picks this rank's: so they stand in the place of the others, too.
+        key, value = (x.repeat(1, 1, self._ulysses.size, 1) for x in (key, value))
+        names = {"joint_tensor_query": key[:, :0], "joint_tensor_key": key, "joint_tensor_value": value}
+        return {**names, "joint_strategy": "rear"}
+
+    def _store(self, k_BlHD: Tensor, v_BlHD: Tensor, part: slice, span: slice) -> KvPart:
+        """This rank's heads of all tokens of a span."""
+        num_tokens = length(part) * self._seq.size
+        held = [overlap(span, other) for other in split(num_tokens, self._seq.size)]
+        mine = slice(held[self._seq.index].start - part.start, held[self._seq.index].stop - part.start)
+        lengths, size = [length(other) for other in held], self._ulysses.size
+        groups = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        key, value = to_heads(self._ulysses, (k_BlHD[:, mine], v_BlHD[:, mine]), groups[self._ring.index])
+        shapes = [(2, 1, sum(group), *key.shape[2:]) for group in groups]
+        key, value = torch.cat(self._ring.all_gather(torch.stack([key, value]), shapes), 2)
+        return KvPart(key, value)
+
+
+def make_sequence(backend: SequenceBackend, ulysses: Group, ring: Group, seq: Group) -> SequenceAttention:
+    """Attention over the ranks of `seq`, which are ulysses x ring; all of them call it together.
+
+    Raises InputError where the backend cannot run on them.
+    """
+    if seq.size == 1:
+        return WholeSequence()
+    if backend == "xfuser":
+        return XfuserAttention(ulysses, ring, seq)
+    if backend == "deepspeed":
+        if ring.size > 1:
+            raise InputError(f"sequence.backend: deepspeed has no ring, so mesh.ring must be 1, not {ring.size}")
+        return DeepSpeedAttention(seq)
+    return UspAttention(ulysses, ring)
+
+
+# ----------------------------------------------------------------------------------------------------------- exchanges
+
+
+def to_heads(ulysses: Group, tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """From [1, l, H, D] to [1, n, H / ulysses, D]: all tokens of the group, some heads. One exchange for all tensors.
+
+    `lengths` are the members' l, and n their sum.
+    """
+    if ulysses.size == 1:
+        return list(tensors)
+    num_heads, width = tensors[0].shape[2:]
+    assert num_heads % ulysses.size == 0
+    heads = num_heads // ulysses.size
+    parts = torch.cat(list(tensors)).split(heads, 2)
+    received = ulysses.all_to_all(parts, [(len(tensors), n, heads, width) for n in lengths])
+    return list(torch.cat(received, 1).split(1))
+
+
+def to_tokens(ulysses: Group, x_BnhD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Back from [1, n, H / ulysses, D] to this rank's [1, l, H, D]."""
+    if ulysses.size == 1:
+        return x_BnhD
+    shape = (1, lengths[ulysses.index], *x_BnhD.shape[2:])
+    return torch.cat(ulysses.all_to_all(x_BnhD.split(list(lengths), 1), [shape] * ulysses.size), 2)
+
+
+# ----------------------------------------------------------------------------------------------- attention and its K/V
+
+
+def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> Tensor:
+    """Attention of a unit's tokens to themselves and to the K/V of its neighbours, which this rank has whole."""
+    first, num_tokens = around.num_left, q_BLHD.shape[1]
+    if around.left or around.right:
+        left = [(around.left.key, around.left.value)] if around.left else []
+        right = [(around.right.key, around.right.value)] if around.right else []
+        parts = [*left, (k_BLHD, v_BLHD), *right]
+        k_BLHD, v_BLHD = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    return attend(rotate(q_BLHD, rows(around.rope, first, first + num_tokens)), rotate(k_BLHD, around.rope), v_BLHD)
+
+
+def store_whole(k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> list[KvPart]:
+    """Copies of the K/V to be stored, so that the rest can be freed."""
+    return [KvPart(k_BLHD[:, span].clone(), v_BLHD[:, span].clone()) for span in around.store]
+
+
+def neighbours(around: Around) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys, rotated, and values of the neighbours' tokens that this rank keeps."""
+    keys, values = [], []
+    for side, first in ((around.left, 0), (around.right, around.num_left + own_tokens(around))):
+        if side:
+            start = first + side.offset
+            keys.append(rotate(side.key, rows(around.rope, start, start + side.key.shape[1])))
+            values.append(side.value)
+    return keys, values
+
+
+def rows(rope: Rope, start: int, stop: int) -> Rope:
+    """The rotary rows of some tokens."""
+    return rope[0][:, start:stop], rope[1][:, start:stop]
+
+
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    """Interleaved rotary embedding, in the arithmetic of the stock Wan processor."""
+    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
+    first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BLHD)
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def own_tokens(around: Around) -> int:
+    """L, from the rotary rows: what is left of them beside the neighbours'."""
+    right = around.right
+    num_right = (sum(right.lengths) or right.key.shape[1]) if right else 0
+    return around.rope[0].shape[1] - around.num_left - num_right
+
+
+def split(num_tokens: int, num_parts: int) -> list[slice]:
+    """Contiguous parts whose lengths differ by one at most; with few tokens some are empty."""
+    edges = [num_tokens * i // num_parts for i in range(num_parts + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def even_part(backend: SequenceBackend, num_tokens: int, group: Group) -> slice:
+    """This rank's part, for backends that have none of different lengths."""
+    if num_tokens % group.size:
+        equation = f"{num_tokens} tokens of a unit / {group.size} ranks of mesh.seq"
+        raise InputError(f"sequence.backend: {backend} needs equal parts, but {equation} is not whole: use longvid")
+    return split(num_tokens, group.size)[group.index]
+
+
+def overlap(a: slice, b: slice) -> slice:
+    """The tokens of b that are in a; where there are none, empty at the nearer end of a."""
+    start, stop = (min(max(edge, a.start), a.stop) for edge in (b.start, b.stop))
+    return slice(start, stop)
+
+
+def length(span: slice) -> int:
+    count: int = span.stop - span.start
+    return count
+
+
+@contextmanager
+def optional(library: str) -> Iterator[None]:
+    """Where an optional library is imported."""
+    try:
+        yield
+    except ImportError as error:
+        install = f"pip install longvid[{library}]"
+        raise InputError(f"sequence.backend: {library} cannot be imported ({error}): {install}") from error

@@ -1,0 +1,181 @@
+"""The mesh of ranks as data: axes, coordinates, and the choice of a mesh for a film. Pure arithmetic.
+
+Axes: `replica` (films) x `stage` (layers) x `chunk` (chunks at one step) x `guidance` (conditional, unconditional) x
+`seq` (tokens: Ulysses x ring). The last axis varies fastest, so ranks that talk most are neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from longvid.errors import InputError
+from longvid.plan import ModelFacts
+from longvid.settings import MeshSettings, Settings
+
+LONG_FILM = 64
+"""Chunks of the film that a mesh is chosen for, before a storyboard is known."""
+AXES = ("replica", "stage", "chunk", "guidance", "seq")
+
+
+class Coordinate(NamedTuple):
+    """Where a rank stands on every axis."""
+
+    replica: int
+    stage: int
+    chunk: int
+    guidance: int
+    seq: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks an axis. `ring` divides `seq`: the rest of it is Ulysses."""
+
+    replica: int = 1
+    stage: int = 1
+    chunk: int = 1
+    guidance: int = 1
+    seq: int = 1
+    ring: int = 1
+
+    def __post_init__(self) -> None:
+        assert min(getattr(self, field.name) for field in fields(self)) >= 1
+        assert self.seq % self.ring == 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def ulysses(self) -> int:
+        return self.seq // self.ring
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """The place of a rank, 0 <= rank < num_ranks."""
+        assert 0 <= rank < self.num_ranks
+        place = []
+        for size in reversed(self.sizes):
+            rank, index = divmod(rank, size)
+            place.append(index)
+        return Coordinate(*reversed(place))
+
+    def rank(self, place: Coordinate) -> int:
+        """The rank at a place: the inverse of `coordinate`."""
+        rank = 0
+        for size, index in zip(self.sizes, place, strict=True):
+            assert 0 <= index < size
+            rank = rank * size + index
+        return rank
+
+    def group(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks that differ from this one in no other axis, in the order of that axis; itself included."""
+        place = self.coordinate(rank)
+        return tuple(self.rank(place._replace(**{axis: index})) for index in range(getattr(self, axis)))
+
+    def __str__(self) -> str:
+        parts = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        return f"{parts} = {self.num_ranks} ranks"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the choice of a mesh depends on: the film's units, how many run at once, and what the model can split."""
+
+    num_units: int
+    in_flight: int
+    num_layers: int
+    num_heads: int
+    branches: int
+
+
+def workload(settings: Settings, facts: ModelFacts) -> Workload:
+    """What a long film with these settings asks of a mesh."""
+    steps = settings.sampler.steps
+    in_flight = 1 if settings.schedule == "sequential" else -(-steps // settings.queue.gap)
+    branches = 1 if settings.sampler.guidance == 1.0 else 2
+    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, facts.num_heads, branches)
+
+
+def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
+    """The mesh for so many ranks: what the settings fix, and for what they leave `auto`, the one predicted fastest.
+
+    Raises InputError, with the equation, where axes and ranks do not fit each other, the model or the film.
+    """
+    fixed = {axis: size for axis in AXES if isinstance(size := getattr(mesh, axis), int)}
+    if all(axis in fixed for axis in AXES):
+        topology = Topology(**fixed, ring=mesh.ring if fixed["seq"] % mesh.ring == 0 else 1)
+        if topology.num_ranks != num_ranks:
+            raise InputError(f"mesh: {topology}, but {num_ranks} {'was' if num_ranks == 1 else 'were'} started")
+    fits, reasons = [], []
+    for topology in _topologies(num_ranks, fixed):
+        topology, reason = _with_ring(topology, mesh.ring, work)
+        if reason:
+            reasons.append(reason)
+        else:
+            fits.append(topology)
+    if not fits:
+        product = " x ".join(f"{axis} {fixed.get(axis, 'auto')}" for axis in AXES)
+        why = reasons[0] if reasons else f"no whole numbers solve {product} = {num_ranks} ranks"
+        raise InputError(f"mesh: {why}")
+    return min(fits, key=lambda topology: (predicted_time(topology, work), topology.seq, topology.guidance))
+
+
+def predicted_time(topology: Topology, work: Workload) -> float:
+    """Time of a film in units of the whole model, for comparing meshes.
+
+    A pipeline of N stages adds N^2 - 1 slots of 1/N unit (measured by `verify.time_programs`), and can use no more
+    stages than there are units in flight; splitting tokens is taken to cost a tenth at every doubling.
+    """
+    stages = topology.stage
+    per_unit = max(1 / stages, 1 / work.in_flight) / topology.guidance * work.branches
+    fill = (stages**2 - 1) / stages
+    return (work.num_units + fill) * per_unit / topology.seq / 0.9 ** math.log2(topology.seq)
+
+
+def _topologies(num_ranks: int, fixed: dict[str, int]) -> Iterator[Topology]:
+    """Every way to spread the ranks over the axes. Auto leaves `replica` and `chunk` at 1."""
+    fixed = {"replica": 1, "chunk": 1, **fixed}
+    free = [axis for axis in AXES if axis not in fixed]
+    rest, remainder = divmod(num_ranks, math.prod(fixed.values()))
+    if remainder or rest < 1 or (not free and rest != 1):
+        return
+    for sizes in _factorisations(rest, len(free)):
+        yield Topology(**fixed, **dict(zip(free, sizes, strict=True)))
+
+
+def _factorisations(product: int, count: int) -> Iterator[tuple[int, ...]]:
+    if count == 0:
+        yield ()
+    elif count == 1:
+        yield (product,)
+    else:
+        for first in (size for size in range(1, product + 1) if product % size == 0):
+            for rest in _factorisations(product // first, count - 1):
+                yield (first, *rest)
+
+
+def _with_ring(topology: Topology, ring: int, work: Workload) -> tuple[Topology, str | None]:
+    """The topology with its ring, and what is wrong with it, if anything."""
+    if topology.replica > 1:
+        return topology, f"replica {topology.replica}: a render is one film, so replica is 1"
+    if topology.chunk > 1:
+        return topology, f"chunk {topology.chunk}: the queue has no chunk axis, so chunk is 1"
+    if topology.stage > work.num_layers:
+        return topology, f"stage {topology.stage}: the model has {work.num_layers} layers, one a stage at least"
+    if topology.guidance > work.branches:
+        branches = "one branch without guidance" if work.branches == 1 else f"{work.branches} branches"
+        return topology, f"guidance {topology.guidance}: there is only {branches} (sampler.guidance)"
+    if topology.seq % ring:
+        return topology, f"seq {topology.seq} is not a multiple of ring {ring}"
+    topology = replace(topology, ring=ring)
+    if work.num_heads % topology.ulysses:
+        equation = f"seq {topology.seq} / ring {ring} = {topology.ulysses}"
+        return topology, f"{equation} does not divide the model's {work.num_heads} heads: raise mesh.ring"
+    return topology, None
