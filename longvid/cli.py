@@ -224,12 +224,12 @@ def train_vae(
 @train_app.command("dit")
 def train_dit(
     out: Folder,
-    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    steps: Annotated[int, typer.Option(min=1)] = 5300,
     batch: Annotated[int, typer.Option(min=2)] = 48,
     lr: Annotated[float, typer.Option(min=0)] = 2e-3,
     seed: Seed = 0,
     threads: Threads = 0,
-    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 8192,
+    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 16384,
     images: Annotated[int, typer.Option(min=1, help="First frames to encode and learn from.")] = 24576,
 ) -> None:
     """Train text encoder and video model on the VAE in DIR. Ctrl-C saves; the same command goes on."""

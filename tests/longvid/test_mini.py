@@ -60,8 +60,8 @@ def test_films_show_what_the_prompts_say(engine: Engine) -> None:
         frames = np.concatenate(list(engine.stream(story)))
         scores.append(score(read_clip(frames), look.attributes()))
     for attribute in ("colour", "background"):
-        assert np.mean([s[attribute] for s in scores]) >= 0.8
-    assert np.mean([s[name] for s in scores for name in world.ATTRIBUTES]) >= 0.7
+        assert np.mean([s[attribute] for s in scores]) >= 0.9
+    assert np.mean([s[name] for s in scores for name in world.ATTRIBUTES]) >= 0.85
 
 
 def test_the_words_of_the_example_are_all_known(engine: Engine) -> None:
