@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from longvid.errors import InputError
@@ -86,10 +86,10 @@ def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What one launcher says. `names` are its variables: rank, world size, local rank."""
+    """What one launcher says. `names` are its variables, in the order of the numbers."""
 
     launcher: Launcher
-    names: tuple[str, str, str]
+    names: tuple[str, ...]
     rank: int
     world_size: int
     local_rank: int | None
@@ -137,14 +137,14 @@ def _place(environ: Mapping[str, str], launcher: Launcher, names: Sequence[str])
     """One launcher's numbers; None if it set none."""
     if not any(name in environ for name in names):
         return None
-    rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in names)
+    rank, world_size, *local = (_number(environ, name) for name in names)
     if rank is None or world_size is None:
         missing = names[0] if rank is None else names[1]
         present = next(name for name in names if name in environ)
         raise InputError(f"{missing} is not set, but {present} is")
     if rank >= world_size:
         raise InputError(f"{names[0]}={rank} must be less than {names[1]}={world_size}")
-    return _Place(launcher, (names[0], names[1], names[2]), rank, world_size, local_rank, local_world_size)
+    return _Place(launcher, tuple(names), rank, world_size, local[0], local[1] if len(local) > 1 else None)
 
 
 def _slurm(environ: Mapping[str, str]) -> _Place | None:
@@ -152,21 +152,23 @@ def _slurm(environ: Mapping[str, str]) -> _Place | None:
     size = _number(environ, "SLURM_STEP_NUM_TASKS")
     if size is None or size == 1:
         return None
-    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_LOCAL_TASKS")
-    tasks = {"SLURM_STEP_LOCAL_TASKS": str(count) for count in _tasks_here(environ)}
-    return _place({**environ, **tasks}, "slurm", names)
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    place = _place(environ, "slurm", names)
+    return place and replace(place, local_world_size=_tasks_here(environ))
 
 
-def _tasks_here(environ: Mapping[str, str]) -> list[int]:
-    """The step's tasks on this node, from a list such as `2(x3),1`; empty if Slurm does not say."""
-    node, text = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", part)
-        if match is None:
-            return []
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts[node : node + 1] if node is not None else []
+def _tasks_here(environ: Mapping[str, str]) -> int | None:
+    """The step's tasks on this node, from a list such as `2(x3),1`; None if Slurm does not say."""
+    node = _number(environ, "SLURM_NODEID")
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        if match is None or node is None:
+            return None
+        nodes = int(match[2] or 1)
+        if node < nodes:
+            return int(match[1])
+        node -= nodes
+    return None
 
 
 def _rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:

@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from longvid.errors import Interrupted, LongvidError, RuntimeFailure
+from longvid.errors import InputError, Interrupted, LongvidError, RuntimeFailure
+
+_HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
 
 class _Commands(TyperGroup):
@@ -82,28 +84,58 @@ def render(
     model: Model = None,
     preset: Preset = None,
     overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
+    ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
 ) -> None:
     """Render a storyboard to a film.
 
-    While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4.
+    While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4. Under
+    torchrun this is one of its ranks.
     """
+    from longvid.launch.env import rank_of
+    from longvid.manifest import find_manifest
     from longvid.script import load_script
     from longvid.writer import check_path
 
-    # What is wrong is told before torch is loaded.
+    # What is wrong is told before torch is loaded, and by the leader alone.
     _settings(model, preset, overrides)
-    script = load_script(story)
-    check_path(output)
+    env = rank_of(os.environ)
+    if env and ranks and env.world_size != ranks:
+        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    is_leader = env is None or env.rank == 0
+    script = load_script(story) if is_leader else story
+    if is_leader:
+        check_path(output)
+        if resume:
+            find_manifest(output)
+    if env is None and ranks and ranks > 1:
+        from longvid.launch.local import rank_command, run_local
+
+        raise typer.Exit(run_local(rank_command(sys.argv[1:]), ranks, _HOW_TO_GO_ON))
 
     from rich.console import Console
 
     from longvid.progress import show_progress
 
-    with show_progress(Console(stderr=True)) as on_event:
+    with show_progress(Console(stderr=True, quiet=not is_leader)) as on_event:
         from longvid.engine import Engine
 
-        engine = Engine.load(preset=preset, overrides=_overrides(model, overrides))
-        engine.render(script, output, on_event)
+        def load() -> Engine:
+            return Engine.load(preset=preset, overrides=_overrides(model, overrides))
+
+        def work(engine: Engine) -> None:
+            engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger)
+
+        if env is None or env.world_size == 1:
+            work(load())
+        else:
+            from longvid.launch.worker import run_rank
+
+            run_rank(env, load, work, _HOW_TO_GO_ON)
 
 
 @app.command()

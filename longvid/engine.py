@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longvid.checkpoint import (
+    CheckpointSaver,
+    FilmState,
+    Holder,
+    LocalBulletin,
+    Saved,
+    load_checkpoint,
+)
 from longvid.errors import InputError, Interrupted, LongvidError
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
+from longvid.fingerprint import Machine, describe_model, fingerprint
 from longvid.launch.env import rank_of
+from longvid.ledger import Ledger
+from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
 from longvid.models.costs import measure_costs
 from longvid.models.loader import Checkpoint, ModelPart, checkpoint_of, open_checkpoint
 from longvid.models.prompts import encode_prompts, unknown_words
@@ -24,10 +36,11 @@ from longvid.models.solvers import make_sampler
 from longvid.models.wan import WanStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.noise import chunk_noise
-from longvid.parallel.comm import broadcast, connect, gather
+from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
 from longvid.parallel.executor import Executor, Finished
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.pipeline import after_round
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
@@ -36,7 +49,7 @@ from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
 from longvid.trace import Trace, summary, summary_text, write_trace
-from longvid.writer import FilmWriter
+from longvid.writer import FilmWriter, check_path
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -48,6 +61,19 @@ class _Tools:
     """What goes along with one render."""
 
     trace: Trace | None = None
+    ledger: Ledger | None = None
+    saver: CheckpointSaver | None = None
+    saved: Saved | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A film to be made, as the leader tells all ranks."""
+
+    path: Path
+    plan: Plan
+    manifest: Manifest | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def ignore_event(event: Event) -> None:
@@ -67,6 +93,8 @@ class Engine:
         self.device = pick_device(settings)
         self.facts: ModelFacts = checkpoint.facts
         """What planning needs to know of the model: sizes, native frame rate, limits."""
+        self._root = checkpoint.root
+        self._executor: Executor | None = None
         self.costs: Costs | None = None
         """Measured where layers are split over stages."""
         dtype = getattr(torch, settings.runtime.dtype)
@@ -104,12 +132,14 @@ class Engine:
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> WanStage:
         """This rank's layers, dealt out by what they cost."""
-        mesh, layers = self.mesh, range(checkpoint.facts.num_layers)
+        mesh = self.mesh
+        layers = range(checkpoint.facts.num_layers)
         if mesh.topology.stage > 1:
             measured = measure_costs(checkpoint, self._decoder, self.settings, self.device) if mesh.is_leader else None
             self.costs = broadcast(measured)
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
+        self._layers = layers
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = _branches(self.settings)
         return WanStage(
@@ -159,39 +189,96 @@ class Engine:
         path: str | Path,
         on_event: OnEvent = ignore_event,
         *,
+        resume: bool = False,
         trace: str | Path | None = None,
+        ledger: str | Path | None = None,
     ) -> Path:
         """Render a storyboard to an H.264 film at ``path`` (.mp4) and return the path.
 
-        While it runs, ``PATH.longvid/film.m3u8`` plays what is finished. ``trace`` is a file for a Perfetto trace of
-        every rank's work. Raises Interrupted on Ctrl-C, after saving what is finished as a film of its own.
+        While it runs, ``PATH.longvid/film.m3u8`` plays what is finished, and every ``runtime.checkpoint_s`` seconds
+        its state is saved there. With ``resume`` a render that ended early goes on from it, to the same bytes as one
+        that never did; InputError says what changed if it cannot. ``trace`` is a file for a Perfetto trace of every
+        rank's work, ``ledger`` one for hashes of what this rank makes. Raises Interrupted on Ctrl-C, after saving what
+        is finished as a film of its own.
         """
         started = time.monotonic()
-        plan = self.plan(story)
-        tools = _Tools(trace=Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank)) if trace else None)
-        film = self._write(plan, Path(path), on_event, tools)
+        job = self._on_leader(lambda: self._job(story, Path(path), resume))
+        tools = _Tools()
         if trace:
-            self._write_trace(Path(trace), tools, plan, on_event)
+            tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
+        if ledger:
+            tools.ledger = Ledger(
+                Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self._layers
+            )
+        holder = Holder(self.mesh, self._layers, self._stage.branches)
+        if job.manifest:
+            tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
+        with self._open_film(job, tools) as writer:
+            if self._root is not None:
+                tools.saver = CheckpointSaver(
+                    job.path,
+                    holder,
+                    LocalBulletin() if self.mesh.topology.num_ranks == 1 else StoreBulletin(),
+                    fingerprint=job.fingerprint,
+                    film_state=lambda: FilmState(self._decoder.state(), _writer(writer).state()),
+                    on_notice=lambda text: on_event(Notice(text)),
+                    interval_s=self.settings.runtime.checkpoint_s,
+                    timeout_s=self.settings.runtime.timeout_s,
+                )
+            film = self._write(job, writer, on_event, tools)
+        if trace and tools.trace:
+            self._write_trace(Path(trace), tools.trace, job.plan, on_event)
         if self.mesh.is_leader:
-            on_event(FilmDone(film, plan.num_frames, time.monotonic() - started))
+            on_event(FilmDone(film, job.plan.num_frames, time.monotonic() - started))
         return film
 
-    def _write(self, plan: Plan, path: Path, on_event: OnEvent, tools: _Tools) -> Path:
-        if not self.mesh.is_leader:
-            for _ in self._stream(plan, on_event, tools):
-                """The leader writes."""
-            return path
-        output = self.settings.output
-        with FilmWriter(path, width=plan.width, height=plan.height, fps=plan.fps, output=output) as writer:
-            try:
-                for frames in self._stream(plan, on_event, tools):
-                    writer.append(frames)
-                return writer.finish()
-            except KeyboardInterrupt:
-                raise Interrupted(_what_is_left(writer, path)) from None
+    def _job(self, story: str | Path | Script, path: Path, resume: bool) -> _Job:
+        """What the leader knows of a film before it begins."""
+        check_path(path)
+        script = story if isinstance(story, Script) else load_script(story)
+        plan = make_plan(script, self.settings, self.facts)
+        if self._root is None:
+            if resume:
+                raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
+            return _Job(path, plan)
+        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology)
+        model = describe_model(self._root)
+        marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
+        manifest = find_manifest(path) if resume else None
+        if manifest:
+            manifest.require(path, marks)
+        return _Job(path, plan, manifest, marks)
 
-    def _write_trace(self, path: Path, tools: _Tools, plan: Plan, on_event: OnEvent) -> None:
-        traces = [tools.trace] if self.mesh.topology.num_ranks == 1 else gather(tools.trace)
+    def _open_film(self, job: _Job, tools: _Tools) -> contextlib.AbstractContextManager[FilmWriter | None]:
+        """The leader's writer, where the checkpoint says, and its decoder with it; nothing on the others."""
+        if not self.mesh.is_leader:
+            return contextlib.nullcontext()
+        plan, saved = job.plan, tools.saved
+        shape: dict[str, Any] = {"width": plan.width, "height": plan.height, "fps": plan.fps}
+        if not saved:
+            return FilmWriter(job.path, **shape, output=self.settings.output)
+        assert saved.film is not None
+        self._decoder.load_state(saved.film.decoder)
+        state = saved.film.writer
+        return FilmWriter.resume(
+            job.path, **shape, output=self.settings.output, segments=state.segments, open_frames=state.open_frames
+        )
+
+    def _write(self, job: _Job, writer: FilmWriter | None, on_event: OnEvent, tools: _Tools) -> Path:
+        try:
+            with contextlib.ExitStack() as stack:
+                if tools.saver:
+                    stack.callback(tools.saver.close)
+                if tools.ledger:
+                    stack.callback(tools.ledger.close)
+                for frames in self._stream(job.plan, on_event, tools):
+                    _writer(writer).append(frames)
+            return writer.finish() if writer else job.path
+        except KeyboardInterrupt:
+            raise Interrupted(_what_is_left(writer, job.path)) from None
+
+    def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
+        traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
         if self.mesh.is_leader:
             write_trace(path, traces)
             on_event(Notice(summary_text(summary(traces), self.predicted_bubble(plan))))
@@ -214,7 +301,7 @@ class Engine:
         if self.mesh.is_leader and topology.num_ranks > 1:
             rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
-        executor = Executor(
+        self._executor = Executor(
             self._stage,
             self._sampler,
             self._noise(plan),
@@ -223,10 +310,37 @@ class Engine:
             guidance=self.settings.sampler.guidance,
             mesh=self.mesh,
             buffers=buffers,
+            saver=tools.saver,
             on_action=tools.trace.on_action if tools.trace else None,
+            on_value=tools.ledger.on_value if tools.ledger else None,
         )
-        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event)
-        yield from executor.run(make_schedule(plan, self.settings), plan, rounds.on_unit)
+        done = tools.saved.round if tools.saved else -1
+        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
+        actions = after_round(make_schedule(plan, self.settings), done)
+        live = tools.saved.live(self._sampler) if tools.saved else None
+        try:
+            yield from self._executor.run(actions, plan, rounds.on_unit, live)
+        finally:
+            self._executor = None
+
+    def describe(self, rank: int) -> str:
+        """A rank and its place in the mesh, for people."""
+        return describe(self.mesh.topology, rank)
+
+    def doing(self) -> str:
+        """What this rank is doing, for people; from any thread."""
+        executor = self._executor
+        action = executor.current if executor else None
+        return str(action)[5:].strip() if action else ""
+
+    def abort(self, error: Exception) -> None:
+        """From any thread: have this rank's waits for others raise this error."""
+        if isinstance(self.mesh.comm, DistComm):
+            self.mesh.comm.abort(error)
+
+    def leave(self) -> None:
+        """Part from the other ranks; the engine is of no use then."""
+        disconnect()
 
     def _set_prompts(self, plan: Plan) -> None:
         texts = [*plan.prompts, *(plan.negatives if len(_branches(self.settings)) == 2 else ())]
@@ -316,11 +430,13 @@ def _branches(settings: Settings) -> list[int]:
 class _RoundCounter:
     """Turns units into one event a round."""
 
-    def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent) -> None:
-        self._num_rounds = QueueRules.of(settings).num_rounds(len(plan.chunks), steps)
+    def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent, done: int = -1) -> None:
+        rules = QueueRules.of(settings)
+        self._num_rounds = rules.num_rounds(len(plan.chunks), steps)
         self._num_units = len(plan.chunks) * steps
         self._on_event = on_event
-        self._round, self._in_round, self._done = 0, 0, 0
+        self._round, self._in_round = done + 1, 0
+        self._done = sum(min(max(done + 1 - rules.gap * i, 0), steps) for i in range(len(plan.chunks)))
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
@@ -336,8 +452,16 @@ class _RoundCounter:
         self._in_round = 0
 
 
-def _what_is_left(writer: FilmWriter, path: str | Path) -> str:
+def _writer(writer: FilmWriter | None) -> FilmWriter:
+    assert writer is not None, "frames come on the leader alone"
+    return writer
+
+
+def _what_is_left(writer: FilmWriter | None, path: Path) -> str:
+    if writer is None:
+        return "interrupted"
     partial = writer.partial()
+    go_on = "; --resume goes on with it" if (state_folder(path) / MANIFEST).exists() else ""
     if partial is None:
-        return f"interrupted before the first chunk was finished; {path} was not written"
-    return f"interrupted; what was finished is in {partial}"
+        return f"interrupted before the first chunk was finished; {path} was not written{go_on}"
+    return f"interrupted; what was finished is in {partial}{go_on}"

@@ -5,6 +5,7 @@ A Sampler is shared by all chunks; a Solver belongs to one chunk, for it may kee
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -17,6 +18,14 @@ class Solver(Protocol):
 
     def step(self, velocity: Tensor, step: int, sample: Tensor) -> Tensor:
         """New latents after `step`, fp32 and in new memory: the sample may still be somebody's left context."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Its history so far. The tensors are never written to, so they may be saved while it goes on."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on, to the last bit, where a fresh solver of the same sampler was when it gave this state."""
         ...
 
 
@@ -68,3 +77,9 @@ class EulerSampler:
 
     def step(self, velocity: Tensor, step: int, sample: Tensor) -> Tensor:
         return sample.float() + (self.sigmas[step + 1] - self.sigmas[step]) * velocity.float()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        assert not state, "Euler keeps no history"

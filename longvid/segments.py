@@ -76,6 +76,12 @@ class SegmentEncoder:
         return self._buffer.getvalue()
 
 
+def count_frames(path: Path) -> int:
+    """Frames of a segment, undecoded. Raises OSError and av.FFmpegError."""
+    with av.open(str(path), format="mpegts") as segment:
+        return sum(packet.size > 0 for packet in segment.demux(video=0))
+
+
 def join_segments(segments: Iterable[Path], rate: Fraction, target: Path) -> int:
     """Join segments into an MP4 whose index comes first. Returns its number of frames.
 

@@ -88,13 +88,14 @@ class OutputSettings(Section):
 class RuntimeSettings(Section):
     """The machine: device, the dtype of weights and activations, and threads a rank (0: torch decides).
 
-    `timeout_s` is how long one rank may wait for another.
+    `timeout_s` is how long one rank may wait for another. Every `checkpoint_s` seconds the state of a render is saved.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    checkpoint_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
 
 class Settings(Section):

@@ -53,17 +53,17 @@ def summary(traces: Sequence[Trace]) -> dict[str, Any]:
     start = min(span[2] for trace in traces for span in trace.spans)
     end = max(span[3] for trace in traces for span in trace.spans)
     wall = (end - start) / 1e9
-    ranks = []
-    for trace in traces:
-        seconds = trace.seconds()
-        busy = seconds["compute"] + seconds["decode"]
-        ranks.append({"rank": trace.rank, "name": trace.name, **seconds, "idle": wall - busy})
+    seconds = [trace.seconds() for trace in traces]
+    idle = [wall - rank["compute"] - rank["decode"] for rank in seconds]
     total = wall * len(traces)
     return {
         "wall_s": wall,
-        "bubble": sum(rank["idle"] for rank in ranks) / total,
-        "comm_wait_fraction": sum(rank["receive"] + rank["send"] for rank in ranks) / total,
-        "ranks": ranks,
+        "bubble": sum(idle) / total,
+        "comm_wait_fraction": sum(rank["receive"] + rank["send"] for rank in seconds) / total,
+        "ranks": [
+            {"rank": trace.rank, "name": trace.name, **rank, "idle": rest}
+            for trace, rank, rest in zip(traces, seconds, idle, strict=True)
+        ],
     }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,26 +17,48 @@ from numpy.typing import NDArray
 
 from longvid.errors import InputError, RuntimeFailure
 from longvid.hls import Playlist, write_whole
-from longvid.segments import SegmentEncoder, frame_rate, join_segments
+from longvid.manifest import ANEW, MANIFEST, state_folder, working_folder
+from longvid.segments import SegmentEncoder, count_frames, frame_rate, join_segments
 from longvid.settings import OutputSettings
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class WriterState:
+    """What there is of a film: so many complete segments on the disk, and the frames that came after them.
+
+    `open_frames` uint8 [n, height, width, 3], fewer than a segment holds.
+    """
+
+    segments: int
+    open_frames: NDArray[np.uint8]
 
 
 class FilmWriter:
     """Writes a film as it is rendered. Memory holds one segment, whatever the film's length.
 
     While it renders, `folder` (`film.mp4.longvid/`) holds the segments and `playlist`; what an interrupted render left
-    there is overwritten. `finish` joins the segments to `path`, which takes the film's room on the disk once more.
-    Leaving the context without `finish` keeps segments and playlist, playable.
+    there, checkpoints too, is overwritten, or gone on with by `resume`. `finish` joins the segments to `path`, which
+    takes the film's room on the disk once more, and removes the folder. Leaving the context without `finish` keeps
+    segments and playlist, playable, and checkpoints.
 
     `width` and `height` are those of the frames that come, before `output.scale`. Raises InputError for a path that
     cannot be written and for odd sizes, RuntimeFailure for a disk that fails or is full.
     """
 
-    def __init__(self, path: str | Path, *, width: int, height: int, fps: float, output: OutputSettings) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        output: OutputSettings,
+        kept_segments: int | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.folder = self.path.with_name(f"{self.path.name}.longvid")
+        self.folder = working_folder(self.path)
         self.rate = frame_rate(fps)
         self.frames_written = 0
         """Frames in complete segments."""
@@ -42,9 +66,40 @@ class FilmWriter:
         self._segment_frames = max(1, round(output.segment_s * self.rate))
         self._segments: list[str] = []
         self._encoder: SegmentEncoder | None = None
+        self._open_frames: list[NDArray[np.uint8]] = []
         self._closed = False
         _check_size(width * output.scale, height * output.scale)
-        self.playlist = self._open_folder()
+        self.playlist = self.folder / "film.m3u8"
+        self._open_folder(kept_segments)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        output: OutputSettings,
+        segments: int,
+        open_frames: NDArray[np.uint8],
+    ) -> Self:
+        """Go on from a `WriterState`; the film's bytes are those of a writer that was never interrupted.
+
+        The segments that came later are removed. Raises InputError where one of the first `segments` is missing or
+        is not whole.
+        """
+        writer = cls(path, width=width, height=height, fps=fps, output=output, kept_segments=segments)
+        assert len(open_frames) < writer._segment_frames, "these frames fill a segment"
+        writer.append(open_frames)
+        return writer
+
+    def state(self) -> WriterState:
+        """What there is now; `close` ends the open segment, so there is none after it."""
+        assert not self._closed, "the film is finished"
+        width, height = self._size
+        open_frames = np.array(self._open_frames, np.uint8).reshape(-1, height, width, 3)
+        return WriterState(len(self._segments), open_frames)
 
     def append(self, frames: NDArray[np.uint8]) -> tuple[Path, ...]:
         """Write frames, uint8 [n, height, width, 3]. Returns the segments that they completed."""
@@ -100,15 +155,17 @@ class FilmWriter:
         self._encoder = None  # Ctrl-C inside `push` may cost the segment a packet: then it must not be used
         encoder.push(frame)
         self._encoder = encoder
+        self._open_frames.append(frame.copy())
         if encoder.num_frames == self._segment_frames:
             self._end_segment()
 
     def _end_segment(self) -> None:
         # Forgotten first: an encoder can end only once, even when the disk is full.
         encoder, self._encoder = self._encoder, None
+        self._open_frames = []
         if encoder is None:
             return
-        name = f"seg_{len(self._segments):05d}.ts"
+        name = segment_name(len(self._segments))
         write_whole(self.folder / name, encoder.finish())
         self._segments.append(name)
         self.frames_written += encoder.num_frames
@@ -128,18 +185,37 @@ class FilmWriter:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
-    def _open_folder(self) -> Path:
-        playlist = self.folder / "film.m3u8"
+    def _open_folder(self, kept_segments: int | None) -> None:
         try:
             check_path(self.path)
             self.folder.mkdir(exist_ok=True)
-            self._remove_files()
-            self._playlist = Playlist(playlist, self._segment_frames / self.rate)
+            if kept_segments is None:
+                self._remove_files()
+            else:
+                self._keep(kept_segments)
+            seconds = self._segment_frames / self.rate
+            self._playlist = Playlist(self.playlist, seconds, ((name, seconds) for name in self._segments))
         except OSError as error:
             if error.errno in _OUT_OF_SPACE:
                 raise self._failure(error) from error
             raise InputError(f"{self.path}: cannot write there: {error.strerror}") from error
-        return playlist
+
+    def _keep(self, num_segments: int) -> None:
+        names = [segment_name(index) for index in range(num_segments)]
+        for name in names:
+            self._check_segment(self.folder / name)
+        for file in (*self.folder.glob("seg_*.ts"), *self.folder.glob("*.tmp")):
+            if file.name not in names:
+                file.unlink()
+        self._segments, self.frames_written = names, num_segments * self._segment_frames
+
+    def _check_segment(self, path: Path) -> None:
+        try:
+            problem = f"holds {num_frames} frames" if (num_frames := count_frames(path)) != self._segment_frames else ""
+        except (OSError, av.FFmpegError) as error:
+            problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        if problem:
+            raise InputError(f"{path}: {problem}, but {self._segment_frames} frames were written there; {ANEW}")
 
     def _remove_folder(self) -> None:
         # The film is complete: leftovers are no reason to fail, and files of others are not ours to remove.
@@ -148,6 +224,10 @@ class FilmWriter:
             self.folder.rmdir()
 
     def _remove_files(self) -> None:
+        state = state_folder(self.path)
+        (state / MANIFEST).unlink(missing_ok=True)  # first: without it, what is left is no checkpoint
+        if state.exists():
+            shutil.rmtree(state)
         for pattern in ("seg_*.ts", "film.m3u8", "*.tmp"):
             for file in self.folder.glob(pattern):
                 file.unlink()
@@ -166,6 +246,12 @@ class FilmWriter:
             f"{self.path}: {'the disk is full' if full else 'cannot write the film'}: {reason}; "
             f"{self.frames_written} frames are safe in {self.folder}"
         )
+
+
+def segment_name(index: int) -> str:
+    """The file of a segment in the working folder."""
+    """The file of a segment in the film's working folder."""
+    return f"seg_{index:05d}.ts"
 
 
 def _check_size(width: int, height: int) -> None:

@@ -360,3 +360,23 @@ def gather(value: Any, to: int = 0) -> list[Any]:
     box = [None] * dist.get_world_size() if dist.get_rank() == to else None
     dist.gather_object(value, box, dst=to)
     return box or []
+
+
+class StoreBulletin:
+    """Small texts that any rank may post and any may wait for, from any thread, through the process group's store."""
+
+    def __init__(self) -> None:
+        # A connection of its own, for a wait holds it.
+        c10d: Any = dist  # torch does not say that it exports its stores
+        self._store = c10d.PrefixStore("longvid/bulletin", c10d.distributed_c10d._get_default_store().clone())
+
+    def post(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> list[str] | None:
+        """The values of all keys; None where one of them is not posted in that time."""
+        try:
+            self._store.wait(list(keys), timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            return None
+        return [value.decode() for value in self._store.multi_get(list(keys))]

@@ -57,8 +57,8 @@ class Unit:
     """One pass of a chunk through a stage. Legend: C channels, F latents that enter as tokens, h and w of a latent.
 
     F is the chunk's own latents, behind the left context where that is recomputed. `timesteps` fp32 [F], one for each
-    latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others `hidden`, as the stage
-    before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents (as indices into F)
+    latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others
+    `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents (as indices into F)
     K/V must be returned.
     """
 
@@ -216,7 +216,9 @@ class Executor:
             return True
         return posted[action.source] < self.buffers
 
-    def _act(self, action: RankAction, incoming: Incoming | None, plan: Plan, live: Live) -> Finished | None:
+    def _act(  # noqa: C901 - one match over all actions
+        self, action: RankAction, incoming: Incoming | None, plan: Plan, live: Live
+    ) -> Finished | None:
         match action:
             case Admit(chunk=i):
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])

@@ -188,7 +188,7 @@ class _FirstStage:
         self.late: deque[RankAction] = deque()
         self.put_off: set[LatentVersion] = set()
 
-    def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:
+    def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         live, current = _Live({}, {}), None
         for action in actions:
             if current is not None and action.round != current:

@@ -53,8 +53,8 @@ def rehearse(
     """Carry out all programs, with `capacity` hidden states under way from one rank to another.
 
     A message counts until its receiver comes to it; real receives are posted earlier, which can only help. Velocities
-    and latents are small, and bounded by how long programs put steps off: they never hold their sender up. The ranks of each tuple in
-    `together` exchange tokens inside forwards, so none goes through one before all have come to it. Raises
+    and latents are small, and bounded by how long programs put steps off: they never hold their sender up. The
+    ranks of each tuple in `together` exchange tokens inside forwards, so none goes through one before all have come to it. Raises
     ScheduleError for ranks that wait for each other, a message that is not the one expected, and one left over.
     """
     channels: dict[tuple[int, int], _Channel] = {}

@@ -136,7 +136,8 @@ def predicted_time(topology: Topology, work: Workload) -> float:
     stages = topology.stage
     per_unit = max(1 / stages, 1 / work.in_flight) / topology.guidance * work.branches
     fill = (stages**2 - 1) / stages
-    return (work.num_units + fill) * per_unit / topology.seq / 0.9 ** math.log2(topology.seq)
+    split: float = 0.9 ** math.log2(topology.seq) * topology.seq
+    return (work.num_units + fill) * per_unit / split
 
 
 def _topologies(num_ranks: int, fixed: dict[str, int]) -> Iterator[Topology]:

@@ -221,8 +221,8 @@ class _Simulation:
             return True
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
-        levels = {"same": lambda k: k, "fresher": lambda k: min(k + gap, self.steps)}[self.rules.left_level]
-        return any(levels(k) == v for k in range(self.steps_taken(neighbour), self.steps))
+        ahead = gap if self.rules.left_level == "fresher" else 0
+        return any(min(k + ahead, self.steps) == v for k in range(self.steps_taken(neighbour), self.steps))
 
     def steps_taken(self, i: int) -> int:
         return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -23,6 +25,27 @@ class UniPcSolver:
         timestep = self._scheduler.timesteps[step]
         moved: Tensor = self._scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
         return moved
+
+    def state(self) -> dict[str, Tensor]:
+        scheduler = self._scheduler
+        begun = scheduler.step_index is not None  # before the first step, the last order is not set
+        counters = (scheduler.step_index, scheduler.lower_order_nums, scheduler.this_order) if begun else ()
+        state = {"counters": torch.tensor(counters, dtype=torch.int64)}
+        for i, (output, timestep) in enumerate(zip(scheduler.model_outputs, scheduler.timestep_list, strict=True)):
+            if output is not None:
+                state |= {f"output_{i}": output, f"timestep_{i}": timestep}
+        if scheduler.last_sample is not None:
+            state["last_sample"] = scheduler.last_sample
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        scheduler, order = self._scheduler, self._scheduler.config.solver_order
+        if len(state["counters"]):
+            scheduler._step_index, scheduler.lower_order_nums, scheduler.this_order = state["counters"].tolist()
+        scheduler.model_outputs = [state.get(f"output_{i}") for i in range(order)]
+        timesteps = [state.get(f"timestep_{i}") for i in range(order)]
+        scheduler.timestep_list = [None if t is None else t.to(scheduler.timesteps.device) for t in timesteps]
+        scheduler.last_sample = state.get("last_sample")
 
 
 class UniPcSampler:

@@ -89,7 +89,7 @@ class WanStage:
 
     @torch.no_grad()
     def forward(self, unit: Unit) -> Output:
-        """Hidden states, or on the last stage the velocity of the unit's own latents; and K/V where they are asked for."""
+        """Hidden states, or on the last stage the velocity of the unit's own latents; and the K/V that it asks for."""
         grid = unit.latent_size[0] // 2, unit.latent_size[1] // 2
         per_latent, num_latents = grid[0] * grid[1], len(unit.timesteps)
         part = self._sequence.part(num_latents * per_latent)
@@ -113,7 +113,8 @@ class WanStage:
         """What each branch begins with, [1, l, E]: embedded patches, or what the stage before made."""
         if not self._is_first:
             assert unit.hidden is not None
-            return unit.hidden.split(1)
+            parts: Sequence[Tensor] = unit.hidden.split(1)
+            return parts
         assert unit.latents is not None
         patches = self.dit.patch_embedding(unit.latents[None].to(self.dtype)).flatten(2).transpose(1, 2)
         return [patches[:, part].contiguous()] * self.num_branches

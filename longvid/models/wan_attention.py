@@ -79,7 +79,7 @@ class TextSpan:
 
 
 class SceneTextAttention:
-    """Cross-attention of one layer in which each latent attends its own scene's prompt. ``index`` counts in the stage."""
+    """Cross-attention of a layer (``index`` in the stage) in which each latent attends its own scene's prompt."""
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -1,24 +1,29 @@
-"""Streaming decode of the Wan VAE: one latent at a time, with the causal state kept across chunks."""
+"""Streaming decode of the Wan VAE: the latents of a push, with the causal state kept across pushes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+
+from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 
 
 class WanStreamDecoder:
-    """Decodes a shot in pushes of any size; the frames are bit-equal to one whole decode.
+    """Decodes a shot in pushes of any size. Memory does not grow: of the past only the causal convolutions' last
+    two inputs are kept.
 
-    The state is the last two inputs of each causal convolution, so memory does not grow. On a CPU
-    the decoder's convolutions are replaced in place by ``OneDnnCausalConv3d``.
+    The frames follow to the last bit from the latents and from where the pushes were cut. Cut elsewhere,
+    they may differ by fp32 rounding on a CPU, where several latents are decoded in one pass and oneDNN
+    chooses its kernels by size; a plan fixes its cuts, for any number of ranks and for a resumed film.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae.eval()
-        use_onednn(vae.decoder)
+        on_cpu = vae.post_quant_conv.weight.device.type == "cpu"
+        self._decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
@@ -27,7 +32,7 @@ class WanStreamDecoder:
 
     def reset(self) -> None:
         """Forget the shot: the next latent pushed is a first latent, which holds one frame."""
-        self._state: list[Tensor | str | None] = [None] * self.vae._cached_conv_counts["decoder"]
+        self._state: State = [None] * self.vae._cached_conv_counts["decoder"]
         self._is_first = True
 
     @torch.no_grad()
@@ -39,14 +44,35 @@ class WanStreamDecoder:
         weight = self.vae.post_quant_conv.weight
         latents = latents[None].to(weight.device) * self._std.to(weight.device) + self._mean.to(weight.device)
         frames = []
-        for i in range(latents.shape[2]):
-            x = self.vae.post_quant_conv(latents[:, :, i : i + 1].to(weight.dtype))
-            x = self.vae.decoder(x, feat_cache=self._state, feat_idx=[0], first_chunk=self._is_first)
+        while latents.shape[2]:
+            count = 1 if self._is_first else self._decoder.latents_per_pass(*latents.shape[3:])
+            x = self._decoder(latents[:, :, :count].to(weight.dtype), self._state, self._is_first)
+            frames.append(_unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1))
             self._is_first = False
-            if self.vae.config.patch_size is not None:
-                x = unpatchify(x, patch_size=self.vae.config.patch_size)
-            frames.append(to_uint8(x[0]))
+            latents = latents[:, :, count:]
         return torch.cat(frames)
+
+    def state(self) -> dict[str, Tensor]:
+        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on."""
+        state = {"is_first": torch.tensor(self._is_first)}
+        for i, inputs in enumerate(self._state):
+            if isinstance(inputs, Tensor):
+                state[f"conv_{i}"] = inputs
+            elif inputs is not None:
+                assert inputs == REPEAT
+                state[f"{REPEAT}_{i}"] = torch.empty(0)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
+        self.reset()
+        self._is_first = bool(state["is_first"])
+        device = self.vae.post_quant_conv.weight.device
+        for i in range(len(self._state)):
+            if f"{REPEAT}_{i}" in state:
+                self._state[i] = REPEAT
+            elif f"conv_{i}" in state:
+                self._state[i] = state[f"conv_{i}"].to(device)
 
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:
@@ -55,35 +81,24 @@ def to_uint8(x_CTHW: Tensor) -> Tensor:
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
 
-class OneDnnCausalConv3d(nn.Module):
-    """A causal convolution that always runs in oneDNN.
-
-    For one clip at a time torch takes its plain fp32 kernel, which is 3 times as slow; the results
-    differ by rounding.
-    """
-
-    def __init__(self, conv: WanCausalConv3d) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self._padding, self._stride = conv._padding, list(conv.stride)
-
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        padding = list(self._padding)
-        if cache_x is not None and padding[4] > 0:
-            x = torch.cat([cache_x, x], dim=2)
-            padding[4] -= cache_x.shape[2]
-        x = F.pad(x, padding)
-        out: Tensor = torch.mkldnn_convolution(x, self.weight, self.bias, [0, 0, 0], self._stride, [1, 1, 1], 1)
-        return out
+def _unpatchify(x_THWC: Tensor, patch: int) -> Tensor:
+    """[T, H, W, 3 patch patch] to [T, H patch, W patch, 3]; a pixel's column comes before its row, as Wan has it."""
+    num_frames, height, width, channels = x_THWC.shape
+    cells = x_THWC.view(num_frames, height, width, -1, patch, patch).permute(0, 1, 5, 2, 4, 3)
+    return cells.reshape(num_frames, height * patch, width * patch, channels // patch**2)
 
 
-def use_onednn(module: nn.Module) -> None:
-    """Replace the causal convolutions inside ``module`` where that is faster: fp32 on a CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for name, child in module.named_children():
-        if isinstance(child, WanCausalConv3d):
-            if child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
-                setattr(module, name, OneDnnCausalConv3d(child))
-        else:
-            use_onednn(child)
+class _StockDecoder:
+    """diffusers' decoder, one latent a pass as its own decode does."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self._vae = vae
+
+    def latents_per_pass(self, height: int, width: int) -> int:
+        return 1
+
+    def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
+        """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""
+        x = self._vae.post_quant_conv(latents)
+        frames: Tensor = self._vae.decoder(x, feat_cache=state, feat_idx=[0], first_chunk=first_chunk)
+        return frames

@@ -31,7 +31,7 @@ class DitRecipe:
     """What ``train dit`` adds to the loop: how much is encoded, and the sizes of the curriculum."""
 
     dit: DitSettings
-    clips: int = 8192
+    clips: int = 16384
     images: int = 24576
     text_steps: int = 400
     side: int = 64

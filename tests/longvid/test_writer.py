@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -233,6 +234,91 @@ def test_bytes_depend_on_the_frames_alone(tmp_path: Path) -> None:
     write(tmp_path / "c.mp4", frames[:89], chunk=90)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("num_frames", [1, 8, 19])
+def test_a_film_resumed_at_any_frame_has_the_same_bytes(tmp_path: Path, num_frames: int) -> None:
+    frames, segment = numbered(0, num_frames), 8
+    write(tmp_path / "whole.mp4", frames, segment_s=0.5, keep_state=True)
+    settings = OutputSettings(segment_s=0.5, keep_state=True)
+    for cut in range(num_frames + 1):
+        for later in sorted({cut, min(cut + 11, num_frames)}):  # frames that came after the state was taken
+            path = tmp_path / f"film_{cut}_{later}.mp4"
+            size: Any = {"width": SIDE, "height": SIDE, "fps": 16, "output": settings}
+            with FilmWriter(path, **size) as writer:
+                writer.append(frames[:cut])
+                state = writer.state()
+                writer.append(frames[cut:later])
+            assert (state.segments, len(state.open_frames)) == divmod(cut, segment)
+            (writer.folder / "state").mkdir()
+            with FilmWriter.resume(path, **size, segments=state.segments, open_frames=state.open_frames) as writer:
+                assert [name for name, _ in _segments(writer.playlist)[0]] == [
+                    f"seg_{i:05d}.ts" for i in range(state.segments)
+                ]
+                assert (writer.folder / "state").is_dir()
+                writer.append(frames[cut:])
+                writer.finish()
+            (writer.folder / "state").rmdir()
+            assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+            assert snapshot(writer.folder) == snapshot(tmp_path / "whole.mp4.longvid")
+
+
+def test_the_state_keeps_its_own_frames(tmp_path: Path) -> None:
+    frames = numbered(0, 5)
+    with FilmWriter(tmp_path / "film.mp4", width=SIDE, height=SIDE, fps=16, output=OutputSettings()) as writer:
+        writer.append(frames)
+        frames[:] = 0
+        assert np.array_equal(writer.state().open_frames, numbered(0, 5))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "other"])
+def test_a_film_is_not_resumed_on_segments_that_are_not_whole(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "film.mp4"
+    size: Any = {"width": SIDE, "height": SIDE, "fps": 16, "output": OutputSettings(segment_s=0.5)}
+    with FilmWriter(path, **size) as writer:
+        writer.append(numbered(0, 30))
+    segment = writer.folder / "seg_00001.ts"
+    content = segment.read_bytes()
+    if damage == "missing":
+        segment.unlink()
+    else:
+        last = (writer.folder / "seg_00003.ts").read_bytes()
+        segment.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "other": last}[damage])
+    before = snapshot(writer.folder)
+    with pytest.raises(InputError, match="seg_00001.ts"):
+        FilmWriter.resume(path, **size, segments=3, open_frames=numbered(24, 2))
+    assert snapshot(writer.folder) == before
+    FilmWriter.resume(path, **size, segments=1, open_frames=numbered(8, 2)).close()
+
+
+def test_checkpoints_stay_until_the_film_is_finished_or_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    state = tmp_path / "film.mp4.longvid" / "state"
+
+    def checkpoint() -> None:
+        (state / "round_000001").mkdir(parents=True)
+        (state / "round_000001" / "rank_000.safetensors").write_bytes(b"")
+        (state / "manifest.json").write_text("{}")
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        FilmWriter(path, width=SIDE, height=SIDE, fps=16, output=OutputSettings()) as writer,
+    ):
+        checkpoint()
+        writer.append(numbered(0, 5))
+        raise KeyboardInterrupt
+    assert (state / "manifest.json").exists()
+    write(path, numbered(0, 5), keep_state=True)
+    assert not state.exists()
+    checkpoint()
+    FilmWriter.resume(
+        path, width=SIDE, height=SIDE, fps=16, output=OutputSettings(), segments=0, open_frames=numbered(0, 5)
+    ).finish()
+    assert os.listdir(tmp_path) == ["film.mp4"]
 
 
 def test_paths_that_cannot_hold_a_film_are_refused_before_any_work(tmp_path: Path) -> None:

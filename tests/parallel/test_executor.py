@@ -110,7 +110,7 @@ def toy_noise(chunk):
     return torch.randint(PRIME, shape, generator=generator).float()
 
 
-def recursion(chunks, steps, rules, per_token):
+def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each rule
     """Finished latents of every chunk, straight from the semantics: a value is defined by the values that it reads."""
     time = ToySampler(steps).timestep
 

@@ -1,0 +1,394 @@
+"""Checkpoints of a running render: the state after a round, written while the render goes on, and read to resume it.
+
+Every rank writes one safetensors file; the leader (rank 0) then commits them all by replacing the manifest, and only
+then removes the checkpoint before. So at every moment there is one whole checkpoint, the one before or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longvid.errors import InputError, RuntimeFailure
+from longvid.hls import sync, write_whole
+from longvid.manifest import ANEW, MANIFEST, Manifest, file_name, state_folder
+from longvid.parallel.executor import KvSpan, Live
+from longvid.parallel.mesh import Mesh
+from longvid.parallel.schedule import KvVersion, LatentVersion
+from longvid.parallel.sequence import KvPart
+from longvid.sampler import Sampler, Solver
+from longvid.writer import WriterState, segment_name, segment_name
+
+Tensors = dict[str, Tensor]
+
+GRACE_S = 10.0
+"""How long `close` gives the other ranks to end a checkpoint that is under way."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
+
+    Branch 0 follows the prompts, 1 the negatives.
+    """
+
+    mesh: Mesh
+    layers: range
+    branches: Sequence[int]
+
+
+@dataclass(frozen=True)
+class FilmState:
+    """What the leader has of the film besides latents: the decoder's state, and the writer's."""
+
+    decoder: Mapping[str, Tensor]
+    writer: WriterState
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as one rank reads it. `round` is the last that was carried out.
+
+    `latents` are on ranks of the first stage, `solvers` (states, by chunk) and `film` on the leader.
+    """
+
+    round: int
+    latents: dict[LatentVersion, Tensor]
+    kv: dict[KvVersion, KvSpan]
+    solvers: dict[int, Tensors] = field(default_factory=dict)
+    film: FilmState | None = None
+
+    def live(self, sampler: Sampler) -> Live:
+        """What lives on, for the executor."""
+        solvers = {chunk: sampler.new_solver() for chunk in self.solvers}
+        for chunk, solver in solvers.items():
+            solver.load_state(self.solvers[chunk])
+        return Live(latents=dict(self.latents), kv=dict(self.kv), solvers=solvers)
+
+
+class Bulletin(Protocol):
+    """Where ranks tell each other small things, from any thread; what is posted stays."""
+
+    def post(self, key: str, value: str) -> None: ...
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> list[str] | None:
+        """The values of all keys; None where one of them is not posted in that time."""
+        ...
+
+
+class LocalBulletin:
+    """That of the ranks of one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._changed = threading.Condition()
+
+    def post(self, key: str, value: str) -> None:
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> list[str] | None:
+        with self._changed:
+            there = self._changed.wait_for(lambda: self._values.keys() >= set(keys), timeout_s)
+            return [self._values[key] for key in keys] if there else None
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one rank saves of a round; on the leader with what the manifest says of it."""
+
+    round: int
+    tensors: Tensors
+    names: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointSaver:
+    """The executor's `Saver` on one rank of a film.
+
+    A save is due `interval_s` seconds after the last one began, and at most one is under way. A thread of its own does
+    the writing: tensors are taken as they are, for nobody writes to them. Where it fails (the disk is full, a rank does
+    not answer for `timeout_s`), `on_notice` is told by `is_due` or `close`, on the caller's thread, and the checkpoint
+    before stays.
+
+    On the leader `film_state` is asked inside `save_latents`, when all finished chunks are handed out: their frames
+    must be written by then. `fingerprint` goes to the manifest. The film's folder must be on a disk that all ranks
+    share.
+    """
+
+    def __init__(
+        self,
+        film: Path,
+        holder: Holder,
+        bulletin: Bulletin,
+        *,
+        fingerprint: Mapping[str, Any],
+        film_state: Callable[[], FilmState],
+        on_notice: Callable[[str], None],
+        interval_s: float = 30.0,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._state, self._holder, self._bulletin = state_folder(film), holder, bulletin
+        self._fingerprint, self._film_state, self._on_notice = fingerprint, film_state, on_notice
+        self._interval_s, self._timeout_s = interval_s, timeout_s
+        self._began = time.monotonic()
+        self._until = math.inf
+        self._synced_segments = 0
+        self._kv: _Job | None = None
+        self._thread: threading.Thread | None = None
+        self._notices: deque[str] = deque()
+        self._told = ""
+        self._synced = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._kv is not None or (self._thread is not None and self._thread.is_alive())
+
+    def is_due(self) -> bool:
+        self._tell()
+        return not self.is_busy and time.monotonic() - self._began >= self._interval_s
+
+    def save_kv(self, done: int, kv: dict[KvVersion, KvSpan]) -> None:
+        self._began = time.monotonic()
+        job = _Job(done, kv_tensors(kv, self._holder), {"kv": [(v.chunk, v.round, v.edge) for v in kv]})
+        if self._holder.mesh.is_leader:
+            self._kv = job
+        elif self.is_busy:
+            self._answer(done, {"error": "an earlier checkpoint is still being written"})
+        else:
+            self._start(job)
+
+    def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
+        assert self._kv and self._kv.round == done, "K/V come first"
+        job, self._kv = self._kv, None
+        film = self._film_state()
+        tensors = job.tensors | {f"latents/{v.chunk}/{v.version}": value for v, value in latents.items()}
+        for chunk, solver in solvers.items():
+            tensors |= {f"solver/{chunk}/{name}": value for name, value in solver.state().items()}
+        tensors |= {f"decoder/{name}": value for name, value in film.decoder.items()}
+        tensors["frames"] = torch.from_numpy(film.writer.open_frames)
+        names = {"latents": [(v.chunk, v.version) for v in latents], "solvers": list(solvers)}
+        self._start(_Job(done, tensors, {**job.names, **names, "segments": film.writer.segments}))
+
+    def close(self) -> None:
+        """Wait for the save that is under way; for other ranks' part in it no longer than `GRACE_S`."""
+        self._until = time.monotonic() + GRACE_S
+        self._kv = None
+        if self._thread:
+            self._thread.join()
+        self._tell()
+
+    def _start(self, job: _Job) -> None:
+        self._thread = threading.Thread(target=self._save, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _save(self, job: _Job) -> None:
+        mesh = self._holder.mesh
+        path = self._state / file_name(job.round, mesh.rank)
+        try:
+            size = write_tensors(path, job.tensors)
+            if mesh.is_leader:
+                self._commit(job, {file_name(job.round, mesh.rank): size, **self._others(job.round)})
+                self._remove_rounds(lambda folder: folder != path.parent)
+            else:
+                self._answer(job.round, {"bytes": size})
+        except Exception as error:  # whatever it is: the render goes on, and who waits must know
+            if mesh.is_leader:
+                self._notices.append(_reason(error))
+                self._remove_rounds(lambda folder: folder == path.parent)
+            else:
+                self._answer(job.round, {"error": _reason(error)})
+
+    def _commit(self, job: _Job, files: dict[str, int]) -> None:
+        """When every rank's file is there: make them the checkpoint, in place of the one before."""
+        for name, size in files.items():
+            path = self._state / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise RuntimeFailure(f"{path} was written where the leader cannot see it: ranks must share this disk")
+        segments = job.names["segments"]
+        for index in range(self._synced, segments):
+            sync(self._state.parent / segment_name(index))
+        self._synced = segments
+        self._sync_film(job.names["segments"])
+        manifest = Manifest(round=job.round, files=files, fingerprint=dict(self._fingerprint), **job.names)
+        write_whole(self._state / MANIFEST, manifest.model_dump_json().encode(), durable=True)
+
+    def _sync_film(self, segments: int) -> None:
+        """The checkpoint relies on the film's segments, too."""
+        for index in range(self._synced_segments, segments):
+            sync(self._state.parent / segment_name(index))
+        self._synced_segments = segments
+        for folder in (self._state, *self._state.parents[:2]):
+            sync(folder)
+
+    def _remove_rounds(self, is_removed: Callable[[Path], bool]) -> None:
+        for folder in filter(is_removed, self._state.glob("round_*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _others(self, done: int) -> dict[str, int]:
+        """The other ranks' files and their bytes. Raises RuntimeFailure where one failed, or says nothing."""
+        ranks = range(1, self._holder.mesh.topology.num_ranks)
+        began = time.monotonic()
+        while (answers := self._bulletin.wait([_key(done, rank) for rank in ranks], 0.5)) is None:
+            if time.monotonic() > min(began + self._timeout_s, self._until):
+                raise RuntimeFailure("not every rank wrote its part in time")
+        sizes = {}
+        for rank, answer in zip(ranks, map(json.loads, answers), strict=True):
+            if "error" in answer:
+                raise RuntimeFailure(f"rank {rank}: {answer['error']}")
+            sizes[file_name(done, rank)] = answer["bytes"]
+        return sizes
+
+    def _answer(self, done: int, answer: dict[str, Any]) -> None:
+        self._bulletin.post(_key(done, self._holder.mesh.rank), json.dumps(answer))
+
+    def _tell(self) -> None:
+        while self._notices:
+            reason = self._notices.popleft()
+            if reason != self._told:
+                self._on_notice(f"no new checkpoint: {reason}; the render goes on, and the one before stays")
+            self._told = reason
+
+
+def _key(done: int, rank: int) -> str:
+    return f"checkpoint/{done}/{rank}"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def kv_tensors(kv: Mapping[KvVersion, KvSpan], holder: Holder) -> Tensors:
+    """A rank's K/V under names that say which they are in the whole model."""
+    tensors: Tensors = {}
+    for version, span in kv.items():
+        assert isinstance(span, list)
+        for branch, layers in zip(holder.branches, span, strict=True):
+            for layer, part in zip(holder.layers, layers, strict=True):
+                name = _kv_name(version, branch, layer, holder)
+                place = torch.tensor([part.offset, *part.lengths])
+                tensors |= {f"{name}/key": part.key, f"{name}/value": part.value, f"{name}/place": place}
+    return tensors
+
+
+def _kv_name(version: KvVersion, branch: int, layer: int, holder: Holder) -> str:
+    seq = holder.mesh.place.seq
+    return f"kv/{version.chunk}/{version.round}/{version.edge}/branch_{branch}/layer_{layer}/seq_{seq}"
+
+
+def write_tensors(path: Path, tensors: Tensors) -> int:
+    """Write a safetensors file that is whole whenever it is there. Returns its bytes. Raises OSError, SafetensorError.
+
+    Strides are kept: how kernels round may depend on them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    packed, strides = _pack(tensors)
+    try:
+        save_file(packed, temporary, {"strides": json.dumps(strides)})
+        size = temporary.stat().st_size
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+    return size
+
+
+def _pack(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Contiguous tensors on the CPU that share no memory; and [shape, stride] of those that were not contiguous."""
+    packed: Tensors = {}
+    strides: dict[str, Any] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu()
+        is_dense = value.untyped_storage().nbytes() == value.nbytes
+        if is_dense and value.stride() != torch.empty(value.shape, device="meta").stride():
+            strides[name] = [value.shape, value.stride()]
+            value = value.as_strided((value.numel(),), (1,))
+        is_shared = value.untyped_storage().data_ptr() in storages
+        packed[name] = value.clone(memory_format=torch.contiguous_format) if is_shared else value.contiguous()
+        storages.add(value.untyped_storage().data_ptr())
+    return packed, strides
+
+
+def read_tensors(path: Path, is_wanted: Callable[[str], bool], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Some tensors of a file, and no more of its bytes. Raises InputError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            strides = json.loads(file.metadata()["strides"])
+            for name in filter(is_wanted, file.keys()):
+                value = file.get_tensor(name).clone()  # not a view of the file, which goes with the next checkpoint
+                yield name, value.as_strided(*strides[name]) if name in strides else value
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); {ANEW}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torch.device) -> Saved:
+    """What a rank needs to go on, its tensors on `device`; it may have other layers and branches than whoever saved.
+
+    Raises InputError where the checkpoint is damaged.
+    """
+    mesh = holder.mesh
+    versions = [KvVersion(*version) for version in manifest.kv]
+    places = [(branch, layer) for branch in holder.branches for layer in holder.layers]
+    own_kv = {_kv_name(version, *place, holder) for version in versions for place in places}
+    kinds = ("latents",) * mesh.is_first + ("solver", "decoder", "frames") * mesh.is_leader
+
+    def is_wanted(name: str) -> bool:
+        return name.partition("/")[0] in kinds or name.rpartition("/")[0] in own_kv
+
+    tensors: Tensors = {}
+    for name in manifest.files:
+        tensors |= read_tensors(state_folder(film) / name, is_wanted, device)
+    try:
+        kv = {version: _kv_span(version, tensors, holder) for version in versions}
+        if not mesh.is_first:
+            return Saved(manifest.round, {}, kv)
+        latents = {LatentVersion(*v): tensors["latents/{}/{}".format(*v)] for v in manifest.latents}
+        if not mesh.is_leader:
+            return Saved(manifest.round, latents, kv)
+        solvers = {chunk: _under(f"solver/{chunk}", tensors) for chunk in manifest.solvers}
+        writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
+        return Saved(manifest.round, latents, kv, solvers, FilmState(_under("decoder", tensors), writer))
+    except KeyError as error:
+        raise InputError(f"{film}: its checkpoint lacks {error}; {ANEW}") from None
+
+
+def _kv_span(version: KvVersion, tensors: Tensors, holder: Holder) -> list[list[KvPart]]:
+    """K/V [branch][layer] of a span, as the stage keeps them."""
+
+    def part(branch: int, layer: int) -> KvPart:
+        name = _kv_name(version, branch, layer, holder)
+        offset, *lengths = tensors[f"{name}/place"].tolist()
+        return KvPart(tensors[f"{name}/key"], tensors[f"{name}/value"], offset, tuple(lengths))
+
+    return [[part(branch, layer) for layer in holder.layers] for branch in holder.branches]
+
+
+def _under(folder: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(f"{folder}/"): value for name, value in tensors.items() if name.startswith(f"{folder}/")}

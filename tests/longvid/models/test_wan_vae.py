@@ -1,0 +1,131 @@
+"""The streaming decoder against diffusers' decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from longvid.models import wan_vae_layers
+from longvid.models.wan_vae import WanStreamDecoder, to_uint8
+from longvid.models.wan_vae_layers import ChannelsLastDecoder, State
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "2.1": {"base_dim": 3, "dim_mult": [1, 1, 1, 1]},
+    "2.1 widening": {"base_dim": 16, "dim_mult": [1, 2, 4, 4]},
+    "2.2": {"base_dim": 8, "dim_mult": [1, 2, 4, 4], "is_residual": True, "patch_size": 2, "scale_factor_spatial": 16},
+    "2.2 narrow": {"base_dim": 8, "dim_mult": [1, 2, 2], "is_residual": True, "temperal_downsample": [True, True]},
+}
+
+
+def make_vae(layout: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    options = LAYOUTS[layout]
+    if options.get("patch_size"):
+        options = options | {"in_channels": 12, "out_channels": 12}
+    means, stds = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]
+    vae = AutoencoderKLWan(z_dim=4, num_res_blocks=1, latents_mean=means, latents_std=stds, **options)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.data.uniform_(0.5, 1.5)
+    return vae.eval().to(dtype)
+
+
+def make_latents(count: int = 6) -> Tensor:
+    return torch.randn(4, count, 6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def whole_decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Frames uint8 of diffusers' decode."""
+    shape = (1, 4, 1, 1, 1)
+    std, mean = (torch.tensor(values).view(shape) for values in (vae.config.latents_std, vae.config.latents_mean))
+    with torch.no_grad():
+        return to_uint8(vae.decode((latents[None] * std + mean).to(vae.dtype)).sample[0])
+
+
+def push_in(decoder: WanStreamDecoder, latents: Tensor, counts: Sequence[int]) -> Tensor:
+    decoder.reset()
+    return torch.cat([decoder.push(part) for part in latents.split(list(counts), dim=1)])
+
+
+def decode(decoder: ChannelsLastDecoder, latents: Tensor, counts: Sequence[int], state: State) -> Tensor:
+    """Latents [C, F, h, w], in passes of these sizes, to [C, T, H, W]."""
+    parts = latents[None].split(list(counts), dim=2)
+    with torch.no_grad():
+        return torch.cat([decoder(part, state, first_chunk=i == 0) for i, part in enumerate(parts)], dim=2)[0]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1, 1), (1, 5), (1, 2, 3)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_compute_what_the_stock_decoder_computes(layout: str, counts: tuple[int, ...]) -> None:
+    vae, latents = make_vae(layout), make_latents()
+    caches: list[State] = [[None] * vae._cached_conv_counts["decoder"] for _ in range(2)]
+    parts = []
+    with torch.no_grad():
+        for i in range(6):
+            x = vae.post_quant_conv(latents[None, :, i : i + 1])
+            parts.append(vae.decoder(x, feat_cache=caches[0], feat_idx=[0], first_chunk=i == 0)[0])
+    expected = torch.cat(parts, dim=1)
+    got = decode(ChannelsLastDecoder(vae), latents, counts, caches[1])
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5
+    for ours, stock in zip(*reversed(caches), strict=True):
+        if isinstance(stock, Tensor):
+            torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_streamed_decode_is_the_whole_decode_but_for_rounding(layout: str) -> None:
+    vae, latents = make_vae(layout), make_latents()
+    whole = whole_decode(vae, latents)
+    decoder = WanStreamDecoder(vae)
+    for counts in ((6,), (2, 1, 3), (1, 1, 1, 1, 1, 1)):
+        streamed = push_in(decoder, latents, counts)
+        assert streamed.shape == whole.shape
+        changed = streamed != whole
+        assert (streamed.int() - whole.int()).abs().max() <= 1
+        assert changed.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_pushes_give_the_same_bits(dtype: torch.dtype) -> None:
+    decoders = [WanStreamDecoder(make_vae("2.1 widening", dtype)) for _ in range(2)]
+    latents = make_latents(13)
+    first, second = (push_in(decoder, latents, (6, 6, 1)) for decoder in decoders)
+    assert torch.equal(first, second)
+
+
+def test_a_resumed_decode_goes_on_to_the_last_bit() -> None:
+    latents = make_latents(9)
+    decoder, resumed = (WanStreamDecoder(make_vae("2.1 widening")) for _ in range(2))
+    decoder.push(latents[:, :5])
+    resumed.load_state({name: values.clone() for name, values in decoder.state().items()})
+    assert torch.equal(decoder.push(latents[:, 5:]), resumed.push(latents[:, 5:]))
+
+
+def test_large_frames_decode_latent_by_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One latent a pass: then the bits do not depend on the pushes at all."""
+    monkeypatch.setattr(wan_vae_layers, "_PASS_BYTES", 1)
+    decoder, latents = WanStreamDecoder(make_vae("2.2")), make_latents()
+    whole = push_in(decoder, latents, (6,))
+    assert torch.equal(push_in(decoder, latents, (2, 1, 3)), whole)
+
+
+def test_a_pass_holds_fewer_latents_of_larger_frames() -> None:
+    decoder = ChannelsLastDecoder(make_vae("2.1 widening"))
+    counts = [decoder.latents_per_pass(side, side) for side in (4, 8, 16, 512)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 1
+    assert counts[-1] == 1
+
+
+def test_bfloat16_errs_as_little_as_the_stock_decoder_in_bfloat16() -> None:
+    latents = make_latents()
+    exact = whole_decode(make_vae("2.1 widening"), latents).float()
+    stock = whole_decode(make_vae("2.1 widening", torch.bfloat16), latents).float()
+    ours = WanStreamDecoder(make_vae("2.1 widening", torch.bfloat16)).push(latents).float()
+    assert (ours - exact).square().mean() <= 1.5 * (stock - exact).square().mean() + 0.1
