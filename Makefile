@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: setup
-	.venv/bin/longvid render examples/minute.yaml -o minute.mp4 --set output.scale=4
+	.venv/bin/longvid render examples/minute.yaml -o minute.mp4 --set output.scale=4 --ranks 2
 
 # mypy cannot follow the folder mapping in place, so it reads an installed copy. A left-over build/ would add stale files to it.
 test: setup

@@ -47,8 +47,8 @@ from longvid.launch.report import (
 HOST = "127.0.0.1"
 OPEN_STORE_AFTER_S = 1.0
 """Wrong input ends ranks at once, before anybody needs the store and torch with it."""
-END_S, KILL_S = 8.0, 9.0
-"""After a failure, ranks have so long to end by themselves, and so long until they are killed."""
+END_S, KILL_S = 8.0, 1.0
+"""After a failure, ranks have so long to end by themselves, and so long after SIGTERM until they are killed."""
 REPEAT_S = 1.0
 """A second signal later than this means it: all ranks are killed."""
 KEPT_LINES = 40
@@ -309,7 +309,7 @@ class _Supervisor:
         if not self._is_ending:
             self._is_ending = True
             self._later(END_S, lambda: self._send_all(signal.SIGTERM))
-            self._later(KILL_S, lambda: self._send_all(signal.SIGKILL))
+            self._later(END_S + KILL_S, lambda: self._send_all(signal.SIGKILL))
 
     def _send_all(self, number: int) -> None:
         for child in self._running():

@@ -146,6 +146,7 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
     grid: Annotated[bool, typer.Option("--grid", help="Show which chunk takes which step in which round.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, max=65536, help="Show what so many ranks would do.")] = 1,
 ) -> None:
     """Show what a render will do and hold. Loads no weights."""
     with _json_alone():
@@ -158,7 +159,7 @@ def plan(
         from longvid.models.facts import facts_of
 
         facts = facts_of(settings.model.path)
-        overview = Overview.of(make_plan(script, settings, facts), settings, facts)
+        overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks)
         picture = overview.grid() if grid else None
     if as_json:
         _print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})
@@ -225,6 +226,22 @@ def bench_film(
         bench = film.FilmBench(model, seconds, steps, dtype, threads)
         result = film.bench_film(bench, with_10min=not skip_10min, say=lambda line: typer.echo(line, err=True))
     _show(result, film.as_text(result), as_json)
+
+
+@bench_app.command("pipeline")
+def bench_pipeline(
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 60.0,
+    ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a film on one rank and on several, with a thread each, and predict it for many."""
+    with _json_alone():
+        from longvid.bench import pipeline
+
+        bench = pipeline.PipelineBench(seconds, ranks, tuple(overrides or ()))
+        result = pipeline.bench_pipeline(bench, say=lambda line: typer.echo(line, err=True))
+    _show(result, pipeline.as_text(result), as_json)
 
 
 Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,8 +124,7 @@ class Engine:
         if isinstance(model, str | Path):
             overrides = [*overrides, f"model.path={model}"]
         settings = load_settings(preset, overrides)
-        if settings.runtime.threads:
-            torch.set_num_threads(settings.runtime.threads)
+        set_threads(settings)
         is_pipeline = model is not None and not isinstance(model, str | Path)
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
         return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
@@ -272,7 +271,10 @@ class Engine:
                 if tools.ledger:
                     stack.callback(tools.ledger.close)
                 for frames in self._stream(job.plan, on_event, tools):
+                    began = time.monotonic_ns()
                     _writer(writer).append(frames)
+                    if tools.trace:
+                        tools.trace.add("write", f"{len(frames)} frames", began, time.monotonic_ns())
             return writer.finish() if writer else job.path
         except KeyboardInterrupt:
             raise Interrupted(_what_is_left(writer, job.path)) from None
@@ -280,8 +282,10 @@ class Engine:
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
         if self.mesh.is_leader:
-            write_trace(path, traces)
-            on_event(Notice(summary_text(summary(traces), self.predicted_bubble(plan))))
+            found = {**summary(traces), "predicted_bubble": self.predicted_bubble(plan)}
+            found["costs"] = asdict(self.costs) if self.costs else None
+            write_trace(path, traces, found)
+            on_event(Notice(summary_text(found)))
 
     def predicted_bubble(self, plan: Plan) -> float | None:
         """The share of the ranks' time without work, by a rehearsal with measured costs; None on a single stage."""
@@ -406,6 +410,15 @@ def pick_device(settings: Settings) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def set_threads(settings: Settings) -> None:
+    """The threads of this rank: those of the settings, else its share of the machine's cores."""
+    environment = rank_of(os.environ)
+    if settings.runtime.threads:
+        torch.set_num_threads(settings.runtime.threads)
+    elif environment and environment.local_world_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
 
 
 def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:

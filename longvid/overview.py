@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
+from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.topology import AXES, Topology, choose_topology, workload
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings
@@ -24,12 +27,23 @@ class Overview:
     settings: Settings
     facts: ModelFacts
     report: Report
+    topology: Topology
+    bubble: float
+    """The share of the ranks' time without work, if all layers cost the same and nothing else costs anything."""
 
     @classmethod
-    def of(cls, plan: Plan, settings: Settings, facts: ModelFacts) -> Overview:
-        """Simulate the plan's whole schedule; an error in it is ours (ScheduleError)."""
-        actions, rules = make_schedule(plan, settings), QueueRules.of(settings)
-        return cls(plan, settings, facts, simulate(actions, plan.chunks, settings.sampler.steps, rules))
+    def of(cls, plan: Plan, settings: Settings, facts: ModelFacts, num_ranks: int = 1) -> Overview:
+        """Simulate the plan's whole schedule, and rehearse it on the ranks; an error in it is ours (ScheduleError).
+
+        Raises InputError for a mesh that does not fit.
+        """
+        actions, rules, steps = make_schedule(plan, settings), QueueRules.of(settings), settings.sampler.steps
+        report = simulate(actions, plan.chunks, steps, rules)
+        topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+        costs = Costs((1.0,) * facts.num_layers)
+        cost = stage_costs(costs, topology, split_layers(costs, topology.stage), steps)
+        rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, settings.mesh.buffers, cost)
+        return cls(plan, settings, facts, report, topology, rehearsal.bubble)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""
@@ -52,6 +66,10 @@ class Overview:
             "max_live_latents": report.max_live_latents,
             "max_live_kv": report.max_live_kv,
             "latents_mb": self.latents_mb,
+            "ranks": self.topology.num_ranks,
+            "mesh": dict(zip(AXES, self.topology.sizes, strict=True)),
+            "layers": [[span.start, span.stop] for span in self.layers],
+            "bubble_predicted": self.bubble,
             "shots": [
                 {**asdict(shot), "scenes": [self._scene(scene) for scene in scenes]} for shot, scenes in self._shots()
             ],
@@ -70,6 +88,10 @@ class Overview:
             f"a unit    at most {self.max_unit_latents} latents with context, {self.max_unit_latents * tokens} tokens",
             f"at once   at most {live}",
         ]
+        if self.topology.num_ranks > 1:
+            spans = ", ".join(f"{span.start}-{span.stop - 1}" for span in self.layers)
+            lines.append(f"mesh      {self.topology}")
+            lines.append(f"stages    layers {spans} if all cost the same; bubble {self.bubble * 100:.1f} %")
         for shot, scenes in self._shots():
             lines.append(f"shot {shot.index}    {shot.num_latents} latents in {shot.num_chunks} chunks")
             lines += [
@@ -85,6 +107,11 @@ class Overview:
             return grid(actions)
         beginning = grid(takewhile(lambda action: action.round < GRID_ROUNDS, actions))
         return f"{beginning}\nand so on, to round {self.report.num_rounds - 1}"
+
+    @property
+    def layers(self) -> tuple[range, ...]:
+        """Each stage's layers, if all cost the same: a render measures what they cost."""
+        return split_layers(Costs((1.0,) * self.facts.num_layers), self.topology.stage)
 
     @property
     def tokens_per_latent(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from longvid.parallel.pipeline import RankAction, Receive, Send
 from longvid.parallel.schedule import Forward, Step
 
-KINDS = ("compute", "receive", "send", "decode")
+KINDS = ("compute", "receive", "send", "decode", "write")
 
 
 @dataclass
@@ -54,7 +54,7 @@ def summary(traces: Sequence[Trace]) -> dict[str, Any]:
     end = max(span[3] for trace in traces for span in trace.spans)
     wall = (end - start) / 1e9
     seconds = [trace.seconds() for trace in traces]
-    idle = [wall - rank["compute"] - rank["decode"] for rank in seconds]
+    idle = [wall - sum(rank[kind] for kind in ("compute", "decode", "write")) for rank in seconds]
     total = wall * len(traces)
     return {
         "wall_s": wall,
@@ -67,8 +67,8 @@ def summary(traces: Sequence[Trace]) -> dict[str, Any]:
     }
 
 
-def write_trace(path: Path, traces: Sequence[Trace]) -> None:
-    """All ranks' spans as one file for https://ui.perfetto.dev."""
+def write_trace(path: Path, traces: Sequence[Trace], facts: dict[str, Any]) -> None:
+    """All ranks' spans as one file for https://ui.perfetto.dev; `facts` goes with them as `otherData`."""
     start = min((span[2] for trace in traces for span in trace.spans), default=0)
     events: list[dict[str, Any]] = []
     for trace in traces:
@@ -81,17 +81,15 @@ def write_trace(path: Path, traces: Sequence[Trace]) -> None:
             events.append(
                 {"ph": "X", "name": name, "cat": kind, "ts": (begin - start) / 1e3, "dur": (end - begin) / 1e3, **place}
             )
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": facts}))
 
 
-def summary_text(found: dict[str, Any], predicted: float | None) -> str:
-    """The summary for people."""
-    lines = [f"{'':28}{'compute':>10}{'decode':>10}{'receive':>10}{'send':>10}{'idle':>10}"]
-    lines += [
-        f"{rank['name']:28}"
-        + "".join(f"{rank[kind]:9.2f}s" for kind in ("compute", "decode", "receive", "send", "idle"))
-        for rank in found["ranks"]
-    ]
+def summary_text(found: dict[str, Any]) -> str:
+    """The summary for people, with the bubble that was predicted if there is one."""
+    kinds = (*KINDS, "idle")
+    lines = [f"{'':28}" + "".join(f"{kind:>10}" for kind in kinds)]
+    lines += [f"{rank['name']:28}" + "".join(f"{rank[kind]:9.2f}s" for kind in kinds) for rank in found["ranks"]]
+    predicted = found.get("predicted_bubble")
     forecast = f", {predicted * 100:.1f} % predicted" if predicted is not None else ""
     lines.append(f"bubble {found['bubble'] * 100:.1f} % of {found['wall_s']:.2f} s{forecast}")
     return "\n".join(lines)

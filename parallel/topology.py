@@ -130,12 +130,12 @@ def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topol
 def predicted_time(topology: Topology, work: Workload) -> float:
     """Time of a film in units of the whole model, for comparing meshes.
 
-    A pipeline of N stages adds N^2 - 1 slots of 1/N unit (measured by `verify.time_programs`), and can use no more
+    A pipeline of N stages adds N^2 - 1 slots of 1/N unit (see `rehearsal`), and can use no more
     stages than there are units in flight; splitting tokens is taken to cost a tenth at every doubling.
     """
     stages = topology.stage
     per_unit = max(1 / stages, 1 / work.in_flight) / topology.guidance * work.branches
-    fill = (stages**2 - 1) / stages
+    fill = stages**2 - 1
     split: float = 0.9 ** math.log2(topology.seq) * topology.seq
     return (work.num_units + fill) * per_unit / split
 

@@ -18,7 +18,7 @@ LEVELS = {
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint",
+    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint trace ledger",
     5: "engine doctor",
     6: "launch",
     7: "cli __main__ progress overview",
@@ -31,7 +31,7 @@ LEVEL_OF |= {f"longvid.{name}": 8 for name in BESIDE.split()}
 MAY_IMPORT = {
     **{level: set(range(level + 1)) for level in (0, 1, 3, 4, 5)},
     2: {0, 2},
-    6: {0, 5, 6},
+    6: {0, 2, 5, 6},
     7: {*range(8), 8},
     8: {*range(6), 8},
 }

@@ -1,0 +1,129 @@
+"""`longvid bench pipeline`: one film on one rank and on two, a thread each, and what many ranks would make of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longvid.doctor import cpu_facts, package_version
+from longvid.errors import InputError, RuntimeFailure
+from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
+from longvid.parallel.schedule import QueueRules, queue_schedule
+from longvid.parallel.topology import Topology
+from longvid.plan import Chunk
+
+PROMPT = "a large red circle moving left over a blue background"
+SIM_CHUNKS, SIM_STEPS, SIM_LAYERS = 33, 50, 40
+"""The film of DualParal's longest measurement, by a model as deep as Wan 14B."""
+MESHES = (Topology(stage=8), Topology(stage=8, guidance=2, seq=4), Topology(stage=16, guidance=2, seq=32))
+
+
+@dataclass(frozen=True)
+class PipelineBench:
+    """What both sides render: `seconds` of one scene. `overrides` are settings of both."""
+
+    seconds: float = 60.0
+    ranks: int = 2
+    overrides: tuple[str, ...] = ()
+
+
+def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure both sides: seconds from the first forward to the last frame written, loading left out.
+
+    The films must be equal to the last byte. `bubble_` is the share of the ranks' time without work, `comm_wait_fraction`
+    that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks of 50 steps, 40 layers)
+    by a rehearsal with the measured costs; what the exchange of tokens on `seq` costs is not in it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sides = []
+        for ranks in (1, bench.ranks):
+            say(f"{ranks} rank{'s' * (ranks > 1)}: {bench.seconds:g} s of film")
+            sides.append(_render(bench, ranks, Path(folder)))
+    one, many = sides
+    if one["digest"] != many["digest"]:
+        raise RuntimeFailure("bench pipeline: the films differ")
+    costs = Costs(**{**many["costs"], "layers": tuple(many["costs"]["layers"])})
+    return {
+        "speedup": one["wall_s"] / many["wall_s"],
+        "seconds_1": one["wall_s"],
+        f"seconds_{bench.ranks}": many["wall_s"],
+        "bubble_measured": many["bubble"],
+        "bubble_predicted": many["predicted_bubble"],
+        "comm_wait_fraction": many["comm_wait_fraction"],
+        "ranks": many["ranks"],
+        "costs": many["costs"],
+        "sim": [simulate_mesh(costs, topology, left) for topology in MESHES for left in ("recompute", "cached")],
+        "machine": {**{key: cpu_facts()[key] for key in ("name", "cores")}, "torch": package_version("torch")},
+        "settings": list(bench.overrides),
+        "film_s": bench.seconds,
+    }
+
+
+def simulate_mesh(costs: Costs, topology: Topology, left: str) -> dict[str, Any]:
+    """The efficiency of a mesh, with the measured cost of a layer in a model of 40."""
+    decode = costs.decode * 8 / SIM_STEPS  # measured as a share of a film of 8 steps
+    deep = Costs(costs.layers[:1] * SIM_LAYERS, costs.first, costs.last, decode)
+    branches = topology.guidance
+    alone = (deep.total - decode) * branches + decode
+    split = Costs(
+        tuple(layer / topology.seq for layer in deep.layers),
+        deep.first / topology.seq,
+        deep.last / topology.seq,
+        decode,
+    )
+    chunks = [Chunk(i, 0, 6 * i, 6, 2 * (i > 0), 2 * (i + 1 < SIM_CHUNKS), (), (), (0, 0)) for i in range(SIM_CHUNKS)]
+    rules = QueueRules(left="cached" if left == "cached" else "recompute")
+    # Ranks of one stage do the same at the same time, so a rank a stage stands for all of them.
+    stages = Topology(stage=topology.stage)
+    cost = stage_costs(split, stages, split_layers(split, topology.stage), SIM_STEPS)
+    found = rehearse_schedule(lambda: queue_schedule(chunks, SIM_STEPS, rules), stages, 4, cost)
+    work = alone * SIM_CHUNKS * SIM_STEPS
+    return {
+        "ranks": topology.num_ranks,
+        "mesh": {"stage": topology.stage, "guidance": topology.guidance, "seq": topology.seq},
+        "left": left,
+        "efficiency": work / (topology.num_ranks * found.makespan),
+    }
+
+
+def _render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
+    """Render in processes of their own; what their trace says, and the film's digest."""
+    story, film, trace = folder / "story.yaml", folder / f"film{ranks}.mp4", folder / f"trace{ranks}.json"
+    story.write_text(f'scenes:\n  - {{prompt: "{PROMPT}", for: {bench.seconds}s}}\n')
+    settings = ["runtime.threads=1", "runtime.checkpoint_s=1e9", *bench.overrides]
+    command = [sys.executable, "-P", "-m", "longvid", "render", str(story), "-o", str(film), "--trace", str(trace)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    if ranks > 1:
+        command += ["--ranks", str(ranks)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        kind = InputError if done.returncode == InputError.exit_code else RuntimeFailure
+        raise kind(f"bench pipeline: {ranks} ranks failed:\n{done.stderr.strip()}")
+    found: dict[str, Any] = json.loads(trace.read_text())["otherData"]
+    return {**found, "digest": hashlib.sha256(film.read_bytes()).hexdigest()}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The result of `bench_pipeline` for people."""
+    many = len(result["ranks"])
+    bubble = f"{result['bubble_measured'] * 100:.1f} % measured, {result['bubble_predicted'] * 100:.1f} % predicted"
+    lines = [
+        f"1 rank {result['seconds_1']:.2f} s, {many} ranks {result[f'seconds_{many}']:.2f} s: {result['speedup']:.2f}x",
+        f"bubble {bubble}; waiting for messages {result['comm_wait_fraction'] * 100:.1f} %",
+        f"predicted for {SIM_CHUNKS} chunks of {SIM_STEPS} steps through {SIM_LAYERS} layers:",
+    ]
+    lines += [_sim_line(row) for row in result["sim"]]
+    return "\n".join(lines)
+
+
+def _sim_line(row: dict[str, Any]) -> str:
+    parts: Sequence[str] = [f"{axis} {size}" for axis, size in row["mesh"].items()]
+    return f"{row['ranks']:>6} ranks ({' x '.join(parts)}), left {row['left']}: {row['efficiency'] * 100:.1f} %"
