@@ -113,7 +113,8 @@ class _Board:
             master_listen_fd=self._socket.detach(),
         )
         store: Store = c10d.PrefixStore(f"{PREFIX}/0", server)
-        read(store, FAILED), read(store, STOP)
+        for key in (FAILED, STOP):
+            read(store, key)
         self._store = store
         if self._failure:
             self.report(self._failure)
@@ -202,7 +203,6 @@ class _Supervisor:
         self._board = _Board(num_ranks)
         self._children: list[_Child] = []
         self._failure: Report | None = None
-        self._failed: _Child | None = None
         self._interrupted: float | None = None
         self._is_ending = False
 
@@ -298,8 +298,6 @@ class _Supervisor:
         if code == Interrupted.exit_code and self._failure is None:
             self._interrupted = time.monotonic()
             return
-        if self._failed is None:
-            self._failed = child
         self._failure = self._board.report(Report(child.rank, with_place(_story(child, beat.name), beat.doing)))
         self._end_soon()
         if self._failure.is_lost:
@@ -324,8 +322,9 @@ class _Supervisor:
             if code != Interrupted.exit_code:
                 _say("longvid: interrupted")
             return Interrupted.exit_code
-        if self._failed and self._failed.rank != LEADER and self._failed.code not in _TOLD_CODES:
-            _say(*(line for line in self._failed.lines if not line.startswith(_OURS)))
+        failed = self._children[self._failure.rank] if self._failure else None
+        if failed and failed.code not in _TOLD_CODES:
+            _say(*(line for line in failed.lines if not line.startswith(_OURS)))
         if self._failure and code != RuntimeFailure.exit_code and not self._board.is_told():
             _say(f"{_ERROR}{with_hint(self._failure.text, self._resume)}")
         return RuntimeFailure.exit_code

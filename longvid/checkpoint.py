@@ -30,7 +30,7 @@ from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.sequence import KvPart
 from longvid.sampler import Sampler, Solver
-from longvid.writer import WriterState, segment_name, segment_name
+from longvid.writer import WriterState, segment_name
 
 Tensors = dict[str, Tensor]
 
@@ -272,7 +272,7 @@ def _key(done: int, rank: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -366,7 +366,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
     for name in manifest.files:
         tensors |= read_tensors(state_folder(film) / name, is_wanted, device)
     try:
-        kv = {version: _kv_span(version, tensors, holder) for version in versions}
+        kv: dict[KvVersion, KvSpan] = {version: _kv_span(version, tensors, holder) for version in versions}
         if not mesh.is_first:
             return Saved(manifest.round, {}, kv)
         latents = {LatentVersion(*v): tensors["latents/{}/{}".format(*v)] for v in manifest.latents}

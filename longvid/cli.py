@@ -230,8 +230,9 @@ def bench_film(
 
 @bench_app.command("pipeline")
 def bench_pipeline(
-    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
     ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -239,7 +240,7 @@ def bench_pipeline(
     with _json_alone():
         from longvid.bench import pipeline
 
-        bench = pipeline.PipelineBench(seconds, ranks, tuple(overrides or ()))
+        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
         result = pipeline.bench_pipeline(bench, say=lambda line: typer.echo(line, err=True))
     _show(result, pipeline.as_text(result), as_json)
 

@@ -119,13 +119,13 @@ class DistComm:
         self._sent[to] += 1
         if self._device.type == "cuda":
             packed, body = header.pack(), payload.contiguous()
-            works = [dist.isend(packed, to, tag=tag), dist.isend(body, to)]
+            works = self._start(to, lambda: [dist.isend(packed, to, tag=tag), dist.isend(body, to)])
             under_way.append(self._handle("to", to, works[:1], (packed, body), works[1:]))
             return
         buffer = torch.empty(HEADER_BYTES + payload.numel() * payload.element_size(), dtype=torch.uint8)
         buffer[:HEADER_BYTES] = header.pack()
         buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
-        under_way.append(self._handle("to", to, [dist.isend(buffer, to, tag=tag)], (buffer,)))
+        under_way.append(self._handle("to", to, self._start(to, lambda: [dist.isend(buffer, to, tag=tag)]), (buffer,)))
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
         tag = self._received[source] % _TAGS
@@ -133,13 +133,15 @@ class DistComm:
         if self._device.type == "cuda":
             packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
             body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-            works = [dist.irecv(packed, source, tag=tag), dist.irecv(body, source)]
+            works = self._start(source, lambda: [dist.irecv(packed, source, tag=tag), dist.irecv(body, source)])
             handle = self._handle("from", source, works[:1], (packed, body), works[1:])
         else:
             size = math.prod(shape) * dtype.itemsize
             buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
             packed, body = buffer[:HEADER_BYTES], buffer[HEADER_BYTES:].view(dtype).view(tuple(shape))
-            handle = self._handle("from", source, [dist.irecv(buffer, source, tag=tag)], (buffer,))
+            handle = self._handle(
+                "from", source, self._start(source, lambda: [dist.irecv(buffer, source, tag=tag)]), (buffer,)
+            )
         return _Posted(self, handle, source, packed, body)
 
     def flush(self) -> None:
@@ -154,6 +156,13 @@ class DistComm:
             waits = list(self._open)
         for future in waits:
             _settle(future, failure)
+
+    def _start(self, other: int, begin: Callable[[], list[Any]]) -> list[Any]:
+        """Begin works with another rank. A dead one may be known at once."""
+        try:
+            return begin()
+        except RuntimeError as error:
+            raise RuntimeFailure(f"{self._name(other)}: the connection is gone ({_first_line(error)})") from error
 
     def _handle(self, way: str, other: int, works: list[Any], keep: tuple[Tensor, ...], streams: Any = ()) -> _Handle:
         """Have works waited for by the thread of their channel; `streams` are those that wait on the device alone."""

@@ -58,8 +58,8 @@ class Unit:
 
     F is the chunk's own latents, behind the left context where that is recomputed. `timesteps` fp32 [F], one for each
     latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others
-    `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents (as indices into F)
-    K/V must be returned.
+    `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents
+    (as indices into F) K/V must be returned.
     """
 
     chunk: Chunk

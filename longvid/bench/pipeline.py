@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import InputError, RuntimeFailure
@@ -20,6 +20,8 @@ from longvid.parallel.schedule import QueueRules, queue_schedule
 from longvid.parallel.topology import Topology
 from longvid.plan import Chunk
 
+Left = Literal["recompute", "cached"]
+LEFT: tuple[Left, ...] = ("recompute", "cached")
 PROMPT = "a large red circle moving left over a blue background"
 SIM_CHUNKS, SIM_STEPS, SIM_LAYERS = 33, 50, 40
 """The film of DualParal's longest measurement, by a model as deep as Wan 14B."""
@@ -28,18 +30,19 @@ MESHES = (Topology(stage=8), Topology(stage=8, guidance=2, seq=4), Topology(stag
 
 @dataclass(frozen=True)
 class PipelineBench:
-    """What both sides render: `seconds` of one scene. `overrides` are settings of both."""
+    """What both sides render: `seconds` of one scene in `steps` steps. `overrides` are settings of both."""
 
-    seconds: float = 60.0
+    seconds: float = 30.0
     ranks: int = 2
+    steps: int = 50
     overrides: tuple[str, ...] = ()
 
 
 def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure both sides: seconds from the first forward to the last frame written, loading left out.
 
-    The films must be equal to the last byte. `bubble_` is the share of the ranks' time without work, `comm_wait_fraction`
-    that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks of 50 steps, 40 layers)
+    The films must be equal to the last byte. `bubble_` is the share of the ranks' time without work,
+    `comm_wait_fraction` that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks of 50 steps, 40 layers)
     by a rehearsal with the measured costs; what the exchange of tokens on `seq` costs is not in it.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -60,16 +63,30 @@ def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str
         "comm_wait_fraction": many["comm_wait_fraction"],
         "ranks": many["ranks"],
         "costs": many["costs"],
-        "sim": [simulate_mesh(costs, topology, left) for topology in MESHES for left in ("recompute", "cached")],
+        "sim": [simulate_mesh(costs, bench.steps, topology, left) for topology in MESHES for left in LEFT],
         "machine": {**{key: cpu_facts()[key] for key in ("name", "cores")}, "torch": package_version("torch")},
         "settings": list(bench.overrides),
+        "steps": bench.steps,
         "film_s": bench.seconds,
     }
 
 
-def simulate_mesh(costs: Costs, topology: Topology, left: str) -> dict[str, Any]:
-    """The efficiency of a mesh, with the measured cost of a layer in a model of 40."""
-    decode = costs.decode * 8 / SIM_STEPS  # measured as a share of a film of 8 steps
+def simulate_mesh(costs: Costs, steps: int, topology: Topology, left: Left) -> dict[str, Any]:
+    """The efficiency of a mesh, with the measured cost of a layer in a model of 40: with decoding, and without.
+
+    Decoding is the leader's alone, so it weighs the more the more ranks there are. `costs` are of films of `steps`.
+    """
+    with_decode = _efficiency(costs, costs.decode * steps / SIM_STEPS, topology, left)
+    return {
+        "ranks": topology.num_ranks,
+        "mesh": {"stage": topology.stage, "guidance": topology.guidance, "seq": topology.seq},
+        "left": left,
+        "efficiency": _efficiency(costs, 0.0, topology, left),
+        "efficiency_with_decode": with_decode,
+    }
+
+
+def _efficiency(costs: Costs, decode: float, topology: Topology, left: Left) -> float:
     deep = Costs(costs.layers[:1] * SIM_LAYERS, costs.first, costs.last, decode)
     branches = topology.guidance
     alone = (deep.total - decode) * branches + decode
@@ -80,25 +97,18 @@ def simulate_mesh(costs: Costs, topology: Topology, left: str) -> dict[str, Any]
         decode,
     )
     chunks = [Chunk(i, 0, 6 * i, 6, 2 * (i > 0), 2 * (i + 1 < SIM_CHUNKS), (), (), (0, 0)) for i in range(SIM_CHUNKS)]
-    rules = QueueRules(left="cached" if left == "cached" else "recompute")
     # Ranks of one stage do the same at the same time, so a rank a stage stands for all of them.
     stages = Topology(stage=topology.stage)
     cost = stage_costs(split, stages, split_layers(split, topology.stage), SIM_STEPS)
-    found = rehearse_schedule(lambda: queue_schedule(chunks, SIM_STEPS, rules), stages, 4, cost)
-    work = alone * SIM_CHUNKS * SIM_STEPS
-    return {
-        "ranks": topology.num_ranks,
-        "mesh": {"stage": topology.stage, "guidance": topology.guidance, "seq": topology.seq},
-        "left": left,
-        "efficiency": work / (topology.num_ranks * found.makespan),
-    }
+    found = rehearse_schedule(lambda: queue_schedule(chunks, SIM_STEPS, QueueRules(left=left)), stages, 4, cost)
+    return alone * SIM_CHUNKS * SIM_STEPS / (topology.num_ranks * found.makespan)
 
 
 def _render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
     """Render in processes of their own; what their trace says, and the film's digest."""
     story, film, trace = folder / "story.yaml", folder / f"film{ranks}.mp4", folder / f"trace{ranks}.json"
     story.write_text(f'scenes:\n  - {{prompt: "{PROMPT}", for: {bench.seconds}s}}\n')
-    settings = ["runtime.threads=1", "runtime.checkpoint_s=1e9", *bench.overrides]
+    settings = [f"sampler.steps={bench.steps}", "runtime.threads=1", "runtime.checkpoint_s=1e9", *bench.overrides]
     command = [sys.executable, "-P", "-m", "longvid", "render", str(story), "-o", str(film), "--trace", str(trace)]
     command += [part for setting in settings for part in ("--set", setting)]
     if ranks > 1:
@@ -126,4 +136,5 @@ def as_text(result: dict[str, Any]) -> str:
 
 def _sim_line(row: dict[str, Any]) -> str:
     parts: Sequence[str] = [f"{axis} {size}" for axis, size in row["mesh"].items()]
-    return f"{row['ranks']:>6} ranks ({' x '.join(parts)}), left {row['left']}: {row['efficiency'] * 100:.1f} %"
+    shares = f"{row['efficiency'] * 100:.1f} %, with decoding {row['efficiency_with_decode'] * 100:.1f} %"
+    return f"{row['ranks']:>6} ranks ({' x '.join(parts)}), left {row['left']}: {shares}"

@@ -52,7 +52,10 @@ class Ring:
             self.comm = DistComm(torch.device("cpu"), 60.0, lambda rank: f"rank {rank} (stage {rank})")
             for unit in range(self.units):
                 self.unit = unit
-                self.pass_on()
+                try:
+                    self.pass_on()
+                except RuntimeError as error:  # of a connection that is gone
+                    raise error if isinstance(error, RuntimeFailure) else RuntimeFailure(str(error)) from error
                 if self.unit == 10:
                     (self.folder / f"{os.getpid()}.running").touch()
                     self.fault("middle")

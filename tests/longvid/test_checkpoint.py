@@ -11,6 +11,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, make_plan
 from longvid.sampler import EulerSampler
 from longvid.script import parse_script
-from longvid.settings import SamplerSettings, load_settings
+from longvid.settings import load_settings
 from longvid.writer import FilmWriter, WriterState
 
 NUM_LAYERS = 5
@@ -155,11 +156,17 @@ def assert_saved(saved: Saved, holder: Holder, done: int) -> None:
     assert np.array_equal(saved.film.writer.open_frames, film_state(done).writer.open_frames)
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory, where there is such a disk: hundreds of checkpoints are synced there."""
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """Where there is such a disk, for hundreds of checkpoints are synced there."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
         yield Path(path)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with folder_in_memory() as path:
+        yield path
 
 
 @pytest.fixture
@@ -209,14 +216,14 @@ def test_a_later_checkpoint_takes_the_place_of_the_one_before(film: Path) -> Non
     st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool]),
 )
 def test_tensors_come_back_with_values_dtype_and_strides(
-    tmp_path_factory: pytest.TempPathFactory, shape: list[int], order: list[int], dtype: torch.dtype
+    shape: list[int], order: list[int], dtype: torch.dtype
 ) -> None:
-    path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
     whole = torch.randint(0, 2, shape).to(dtype)
     turned = whole.permute([dim for dim in order if dim < whole.dim()])
     tensors = {"whole": whole, "turned": turned, "alias": whole, "sliced": whole[:1] if shape else whole}
-    checkpoint.write_tensors(path, tensors)
-    found = dict(checkpoint.read_tensors(path, lambda name: name != "sliced", CPU))
+    with folder_in_memory() as folder:
+        checkpoint.write_tensors(folder / "a.safetensors", tensors)
+        found = dict(checkpoint.read_tensors(folder / "a.safetensors", lambda name: name != "sliced", CPU))
     assert found.keys() == tensors.keys() - {"sliced"}
     for name, tensor in found.items():
         assert tensor.dtype == dtype
@@ -443,7 +450,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(film: Path) -> None:
 def test_a_damaged_manifest_is_refused(film: Path, damage: str) -> None:
     save(film, holders(), 5)
     (state_folder(film) / "manifest.json").write_text(damage)
-    with pytest.raises(InputError, match="manifest.json: is damaged"):
+    with pytest.raises(InputError, match=r"manifest\.json: is damaged"):
         find_manifest(film)
 
 
@@ -453,7 +460,7 @@ def test_missing_and_damaged_files_are_refused(film: Path) -> None:
     file = state_folder(film) / "round_000005" / "rank_000.safetensors"
     content = file.read_bytes()
     file.write_bytes(b"\xff" * len(content))
-    with pytest.raises(InputError, match=r"rank_000.safetensors: is damaged"):
+    with pytest.raises(InputError, match=r"rank_000\.safetensors: is damaged"):
         load(film, holder)
     file.write_bytes(content[:-1])
     with pytest.raises(InputError, match="missing or damaged"):
@@ -482,7 +489,7 @@ def test_a_render_that_would_change_the_film_is_refused_with_all_reasons(film: P
 
 STORY = """\
 fps: 8
-size: [32, 32]
+size: [48, 48]
 scenes:
   - {prompt: a, for: 33f}
   - {prompt: b, for: 17f, transition: {kind: blend, over: 5f}}
@@ -513,7 +520,7 @@ class Film:
         self.decoder = WanStreamDecoder(
             diffusers.AutoencoderKLWan(**shape, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
         )
-        self.facts = ModelFacts("tiny", "wan", LatentGrid(), 4, NUM_LAYERS, 8.0, 32, 32, True, 64)
+        self.facts = ModelFacts("tiny", "wan", LatentGrid(), 4, NUM_LAYERS, 8.0, 48, 48, True, 64)
         self.plan = make_plan(parse_script(STORY, "story.yaml"), self.settings, self.facts)
         branches = (0,) if self.settings.sampler.guidance == 1 else (0, 1)
         self.stage = WanStage(dit, branches=branches)
@@ -524,15 +531,15 @@ class Film:
         self.executor = Executor(
             self.stage,
             self.sampler,
-            lambda chunk: chunk_noise(chunk, 4, 4, 4),
+            lambda chunk: chunk_noise(chunk, 4, 6, 6),
             self.facts,
-            (4, 4),
+            (6, 6),
             guidance=self.settings.sampler.guidance,
         )
 
     def render(self, *, resume: bool = False, stop_after: int | None = None) -> bool:
-        """Render the film, or stop as a killed process does when so many units are done. Returns whether it is complete."""
-        size: Any = {"width": 32, "height": 32, "fps": 8, "output": self.settings.output}
+        """Render the film, or stop like a killed process when so many units are done. Returns whether it is complete."""
+        size: Any = {"width": 48, "height": 48, "fps": 8, "output": self.settings.output}
         manifest = find_manifest(self.path) if resume else None
         actions, live = make_schedule(self.plan, self.settings), Live()
         if manifest:
@@ -618,15 +625,14 @@ def test_a_killed_render_goes_on_to_the_same_bytes(
         assert film.path.read_bytes() == expected
         assert not film.path.with_name(f"{film.path.name}.longvid").exists()
     assert len(rounds) > 1, "the cuts must lie between different checkpoints"
-    print("ROUNDS", rounds, num_units)
 
 
 def test_a_render_that_is_killed_over_and_over_ends_with_the_same_bytes(
     folder: Path, whole_films: Callable[[list[str]], tuple[bytes, int]]
 ) -> None:
-    overrides = ["queue.left=cached", "sampler.solver=unipc"]
+    overrides = ["queue.left=cached", "sampler.solver=unipc", "queue.chunk_latents=1", "queue.context_latents=1"]
     path, runs = folder / "film.mp4", 1
-    while not Film(path, overrides).render(resume=runs > 1, stop_after=21):
+    while not Film(path, overrides).render(resume=runs > 1, stop_after=20):
         runs += 1
-    assert runs > 3
+    assert runs > 2
     assert path.read_bytes() == whole_films(overrides)[0]

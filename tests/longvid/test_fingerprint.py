@@ -102,8 +102,15 @@ def test_settings_that_change_pixels_count(override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["model.path=/elsewhere", "mesh.stage=3", "mesh.guidance=2", "mesh.buffers=5", "output.keep_state=true"]
-    + ["runtime.threads=7", "runtime.timeout_s=5.0"],
+    [
+        "model.path=/elsewhere",
+        "mesh.stage=3",
+        "mesh.guidance=2",
+        "mesh.buffers=5",
+        "output.keep_state=true",
+        "runtime.threads=7",
+        "runtime.timeout_s=5.0",
+    ],
 )
 def test_settings_that_do_not_change_pixels_do_not_count(override: str) -> None:
     assert fingerprint_of(overrides=(override,)) == fingerprint_of()

@@ -289,7 +289,7 @@ def test_a_film_is_not_resumed_on_segments_that_are_not_whole(tmp_path: Path, da
         last = (writer.folder / "seg_00003.ts").read_bytes()
         segment.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "other": last}[damage])
     before = snapshot(writer.folder)
-    with pytest.raises(InputError, match="seg_00001.ts"):
+    with pytest.raises(InputError, match=r"seg_00001\.ts"):
         FilmWriter.resume(path, **size, segments=3, open_frames=numbered(24, 2))
     assert snapshot(writer.folder) == before
     FilmWriter.resume(path, **size, segments=1, open_frames=numbered(8, 2)).close()
