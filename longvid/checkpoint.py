@@ -154,7 +154,6 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._notices: deque[str] = deque()
         self._told = ""
-        self._synced = 0
 
     @property
     def is_busy(self) -> bool:
@@ -222,10 +221,6 @@ class CheckpointSaver:
             path = self._state / name
             if not path.is_file() or path.stat().st_size != size:
                 raise RuntimeFailure(f"{path} was written where the leader cannot see it: ranks must share this disk")
-        segments = job.names["segments"]
-        for index in range(self._synced, segments):
-            sync(self._state.parent / segment_name(index))
-        self._synced = segments
         self._sync_film(job.names["segments"])
         manifest = Manifest(round=job.round, files=files, fingerprint=dict(self._fingerprint), **job.names)
         write_whole(self._state / MANIFEST, manifest.model_dump_json().encode(), durable=True)

@@ -31,7 +31,7 @@ _SHOWN = 48
 """Characters of a text in a message."""
 
 _LIBRARIES = ("longvid", "torch", "diffusers", "transformers", "av")
-_FREE = {
+_FREE: dict[str, Any] = {
     "model": {"path"},
     "mesh": True,
     "output": {"keep_state"},
@@ -53,7 +53,7 @@ def fingerprint(
     script: Script, plan: Plan, settings: Settings, facts: ModelFacts, *, model: Plain, machine: Machine
 ) -> Plain:
     """That of a render; `model` as `describe_model` says. Layers and guidance branches may be spread in any way."""
-    kept: Plain = settings.model_dump(mode="json", exclude=dict(_FREE))
+    kept: Plain = settings.model_dump(mode="json", exclude=_FREE)
     kept["mesh"] = {"seq": machine.topology.seq, "ring": machine.topology.ring}
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}

@@ -212,8 +212,8 @@ class FilmWriter:
     def _check_segment(self, path: Path) -> None:
         try:
             problem = f"holds {num_frames} frames" if (num_frames := count_frames(path)) != self._segment_frames else ""
-        except (OSError, av.FFmpegError) as error:
-            problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
         if problem:
             raise InputError(f"{path}: {problem}, but {self._segment_frames} frames were written there; {ANEW}")
 

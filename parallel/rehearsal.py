@@ -55,7 +55,8 @@ def rehearse(
     A message counts until its receiver comes to it; real receives are posted earlier, which can only help. Velocities
     and latents are small, and bounded by how long programs put steps off: they never hold their sender up. The
     ranks of each tuple in `together` exchange tokens inside forwards, so none goes through one before all have come
-    to it. Raises ScheduleError for ranks that wait for each other, a message that is not the one expected, and one left over.
+    to it. Raises ScheduleError for ranks that wait for each other, a message that is not the one expected, and one
+    left over.
     """
     channels: dict[tuple[int, int], _Channel] = {}
     ranks = [_Rank(rank, iter(program), channels, capacity) for rank, program in enumerate(programs)]

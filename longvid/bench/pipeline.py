@@ -42,8 +42,9 @@ def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str
     """Measure both sides: seconds from the first forward to the last frame written, loading left out.
 
     The films must be equal to the last byte. `bubble_` is the share of the ranks' time without work,
-    `comm_wait_fraction` that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks of 50 steps, 40 layers)
-    by a rehearsal with the measured costs; what the exchange of tokens on `seq` costs is not in it.
+    `comm_wait_fraction` that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks
+    of 50 steps, 40 layers) by a rehearsal with the measured costs; what the exchange of tokens on `seq` costs is not
+    in it.
     """
     with tempfile.TemporaryDirectory() as folder:
         sides = []

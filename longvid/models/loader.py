@@ -122,8 +122,8 @@ def load_part(folder: Path, part: ModelPart, dtype: torch.dtype, device: torch.d
         with safe_open(path, framework="pt") as file:
             for name in wanted & set(file.keys()):
                 kept = torch.float32 if in_fp32 & set(name.split(".")) else dtype
-                value = file.get_tensor(name).to(kept)
-                set_module_tensor_to_device(dit, part.local_name(name), device, value)
+                value = file.get_tensor(name)
+                set_module_tensor_to_device(dit, part.local_name(name), device, value, dtype=kept)
                 wanted.discard(name)
     if wanted:
         raise InputError(f"{folder}: lacks {len(wanted)} tensors that its config asks for, first {min(wanted)}")

@@ -12,12 +12,11 @@ from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 
 
 class WanStreamDecoder:
-    """Decodes a shot in pushes of any size. Memory does not grow: of the past only the causal convolutions' last
-    two inputs are kept.
+    """Decodes a shot in pushes of any size; the frames are bit-equal to one whole decode, wherever it is cut.
 
-    The frames follow to the last bit from the latents and from where the pushes were cut. Cut elsewhere,
-    they may differ by fp32 rounding on a CPU, where several latents are decoded in one pass and oneDNN
-    chooses its kernels by size; a plan fixes its cuts, for any number of ranks and for a resumed film.
+    Memory does not grow: of the past only the causal convolutions' last two inputs are kept. Latents are decoded one at
+    a time, for oneDNN chooses its kernels, and so its rounding, by size. On a CPU the layers are our own
+    (``ChannelsLastDecoder``), within fp32 rounding of diffusers'.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -44,12 +43,10 @@ class WanStreamDecoder:
         weight = self.vae.post_quant_conv.weight
         latents = latents[None].to(weight.device) * self._std.to(weight.device) + self._mean.to(weight.device)
         frames = []
-        while latents.shape[2]:
-            count = 1 if self._is_first else self._decoder.latents_per_pass(*latents.shape[3:])
-            x = self._decoder(latents[:, :, :count].to(weight.dtype), self._state, self._is_first)
+        for i in range(latents.shape[2]):
+            x = self._decoder(latents[:, :, i : i + 1].to(weight.dtype), self._state, self._is_first)
             frames.append(_unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1))
             self._is_first = False
-            latents = latents[:, :, count:]
         return torch.cat(frames)
 
     def state(self) -> dict[str, Tensor]:
@@ -93,9 +90,6 @@ class _StockDecoder:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
-
-    def latents_per_pass(self, height: int, width: int) -> int:
-        return 1
 
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""

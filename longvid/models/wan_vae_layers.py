@@ -35,9 +35,6 @@ State: TypeAlias = list[Tensor | str | None]
 REPEAT = "Rep"
 """What the cache holds for a temporal upsampling that has seen the shot's first latent alone."""
 
-_PASS_BYTES = 16 * 2**20
-"""The widest activation of a pass of several latents: beyond this a larger pass gains nothing."""
-
 _TILE_VALUES = 2**18
 """Values that elementwise work takes at a time, so that they stay in the core's cache."""
 
@@ -55,12 +52,6 @@ class ChannelsLastDecoder:
             self._mid += [_Attention(attention), _ResidualBlock(resnet, scratch)]
         self._up = [_UpBlock(block, scratch) for block in decoder.up_blocks]
         self._conv_out = _CausalConvolution(decoder.conv_out, scratch, decoder.norm_out)
-        self._values_per_position = self._widest()
-
-    def latents_per_pass(self, height: int, width: int) -> int:
-        """Latents [height, width] that one call should take: large frames one, since memory grows with them."""
-        values = self._values_per_position * height * width
-        return max(1, _PASS_BYTES // (values * self._post_quant.weight.itemsize))
 
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need.
@@ -75,15 +66,6 @@ class ChannelsLastDecoder:
         for block in self._up:
             x = block(x, cache, first_chunk)
         return _as_ncthw(self._conv_out(x, cache))
-
-    def _widest(self) -> int:
-        """Values of the widest activation for each position of a latent."""
-        positions = 1
-        widest = self._conv_in.conv.weight.shape[0]
-        for block in self._up:
-            positions *= block.growth
-            widest = max(widest, positions * block.channels)
-        return int(widest)
 
 
 class _Cache:
@@ -175,7 +157,6 @@ class _ResidualBlock:
         self._conv1 = _CausalConvolution(block.conv1, scratch, block.norm1)
         self._conv2 = _CausalConvolution(block.conv2, scratch, block.norm2)
         self._shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
-        self.channels: int = block.out_dim
 
     def __call__(self, x: Tensor, cache: _Cache) -> Tensor:
         y = self._conv2(self._conv1(x, cache), cache)
@@ -211,8 +192,6 @@ class _UpBlock:
         self._resnets = [_ResidualBlock(resnet, scratch) for resnet in block.resnets]
         self._upsample = None if resample is None else _Upsample(resample, scratch)
         self._shortcut = None if shortcut is None else _Shortcut(shortcut)
-        self.growth = 1 if self._upsample is None else self._upsample.growth
-        self.channels: int = self._resnets[-1].channels
 
     def __call__(self, x: Tensor, cache: _Cache, first_chunk: bool) -> Tensor:
         y = x
@@ -235,7 +214,6 @@ class _Upsample:
     def __init__(self, resample: WanResample, scratch: _Scratch) -> None:
         in_time = resample.mode == "upsample3d"
         self._time_conv = _CausalConvolution(resample.time_conv, scratch) if in_time else None
-        self.growth = 8 if in_time else 4
         conv = resample.resample[1]
         kernels = [_halved(_halved(conv.weight.detach().float(), 2, i), 3, j) for i, j in product((0, 1), (0, 1))]
         self._weight = _channels_last(torch.cat(kernels)[:, :, None].to(conv.weight.dtype))

@@ -538,7 +538,7 @@ class Film:
         )
 
     def render(self, *, resume: bool = False, stop_after: int | None = None) -> bool:
-        """Render the film, or stop like a killed process when so many units are done. Returns whether it is complete."""
+        """Render the film, or stop like a killed process after so many units. Returns whether it is complete."""
         size: Any = {"width": 48, "height": 48, "fps": 8, "output": self.settings.output}
         manifest = find_manifest(self.path) if resume else None
         actions, live = make_schedule(self.plan, self.settings), Live()

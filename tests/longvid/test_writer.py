@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from longvid.errors import InputError, RuntimeFailure
-from longvid.segments import frame_rate
+from longvid.segments import count_frames, frame_rate
 from longvid.settings import OutputSettings
 from longvid.writer import FilmWriter
 
@@ -140,6 +140,7 @@ def test_every_segment_decodes_by_itself_and_knows_its_time(tmp_path: Path) -> N
         seen = numbers_of([frame.to_ndarray(format="rgb24") for frame in decoded])
         assert decoded[0].key_frame
         assert [float(frame.time) for frame in decoded] == pytest.approx([n / 16 for n in seen], abs=1e-4)
+        assert count_frames(segment) == len(seen)
         numbers.append(seen)
     assert [len(seen) for seen in numbers] == [24, 24, 24, 24, 4]
     assert list(chain.from_iterable(numbers)) == list(range(100))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -87,3 +90,71 @@ def test_facts_come_from_config_files_alone(euler_checkpoint: Path, tmp_path: Pa
     facts = facts_of(str(bare))
     assert (facts.grid, facts.num_layers, facts.latent_channels) == (loaded.grid, 3, 4)
     assert (facts.grid.temporal, facts.grid.spatial, facts.max_latents) == (4, 8, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_hold_the_same_tensors_as_the_whole_model(euler_checkpoint: Path, dtype: torch.dtype) -> None:
+    whole = diffusers.WanTransformer3DModel.from_pretrained(euler_checkpoint / "transformer", torch_dtype=dtype)
+    checkpoint, seen = open_checkpoint(str(euler_checkpoint)), set()
+    count = checkpoint.facts.num_layers
+    for part in (ModelPart(range(1), is_last=False), ModelPart(range(1, count), is_first=False)):
+        dit = checkpoint.load_layers(part, dtype, CPU)
+        for name, tensor in whole.state_dict().items():
+            if part.owns(name):
+                loaded = dit.state_dict()[part.local_name(name)]
+                assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor), name
+                seen.add(name)
+    assert seen == set(whole.state_dict())
+
+
+def test_a_part_reads_its_own_tensors_alone(tmp_path: Path) -> None:
+    """In a fresh process: the bytes that come from the disk, and the peak of memory."""
+    dit = diffusers.WanTransformer3DModel(
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        ffn_dim=2048,
+        num_layers=24,
+    )
+    dit.save_pretrained(tmp_path, max_shard_size="100MB")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    whole, half = (peak_growth(tmp_path, layers) for layers in (24, 12))
+    assert size > 400e6
+    assert whole[0] == pytest.approx(size, rel=0.05)
+    assert half[0] < 0.6 * size
+    assert half[1] < 0.7 * whole[1]
+
+
+def peak_growth(folder: Path, layers: int) -> tuple[int, int]:
+    """Bytes of tensors that were read, and by how much memory grew."""
+    code = f"""
+import json, torch
+from pathlib import Path
+from safetensors import safe_open
+import longvid.models.loader as loader
+read = 0
+class Counting:
+    def __init__(self, file): self.file = file
+    def __enter__(self): self.open = self.file.__enter__(); return self
+    def __exit__(self, *error): return self.file.__exit__(*error)
+    def keys(self): return self.open.keys()
+    def get_tensor(self, name):
+        global read
+        tensor = self.open.get_tensor(name)
+        read += tensor.nbytes
+        return tensor
+loader.safe_open = lambda *args, **options: Counting(safe_open(*args, **options))
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+before = peak()
+part = loader.ModelPart(range({layers}), is_last={layers == 24})
+dit = loader.load_part(Path({str(folder)!r}), part, torch.float32, torch.device("cpu"))
+sum(float(tensor.sum()) for tensor in dit.parameters() if not tensor.is_meta)  # the file may only be mapped
+print(json.dumps([read, peak() - before]))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    read, growth = json.loads(done.stdout)
+    return read, growth
