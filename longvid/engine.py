@@ -40,7 +40,6 @@ from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, d
 from longvid.parallel.executor import Executor, Finished
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
-from longvid.parallel.pipeline import after_round
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
@@ -320,10 +319,10 @@ class Engine:
         )
         done = tools.saved.round if tools.saved else -1
         rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
-        actions = after_round(make_schedule(plan, self.settings), done)
+        actions = make_schedule(plan, self.settings)
         live = tools.saved.live(self._sampler) if tools.saved else None
         try:
-            yield from self._executor.run(actions, plan, rounds.on_unit, live)
+            yield from self._executor.run(actions, plan, rounds.on_unit, live, done)
         finally:
             self._executor = None
 

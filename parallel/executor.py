@@ -171,8 +171,9 @@ class Executor:
         plan: Plan,
         on_unit: Callable[[Step], None] | None = None,
         live: Live | None = None,
+        done: int = -1,
     ) -> Iterator[Finished]:
-        """Carry out a schedule, or what is left of one, whose values at that point are then in `live`.
+        """Carry out a schedule; or what is left of it after round `done`, with the values of that moment in `live`.
 
         On the leader, yields each chunk as it finishes, in the order of the film, and calls `on_unit` after every
         unit's step. On other ranks it yields nothing. Raises RuntimeFailure when latents stop being finite, and when
@@ -180,7 +181,7 @@ class Executor:
         """
         live = live or Live()
         self._save_at = -1
-        for action, incoming in self._with_receives(actions, plan):
+        for action, incoming in self._with_receives(actions, plan, done):
             self.current = action
             start = time.monotonic_ns()
             finished = self._act(action, incoming, plan, live)
@@ -192,17 +193,20 @@ class Executor:
                 on_unit(action)
         self.mesh.comm.flush()
 
-    def _with_receives(self, actions: Iterable[Action], plan: Plan) -> Iterator[tuple[RankAction, Incoming | None]]:
+    def _with_receives(
+        self, actions: Iterable[Action], plan: Plan, done: int
+    ) -> Iterator[tuple[RankAction, Incoming | None]]:
         """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
-        program = rank_program(actions, self.mesh.topology, self.mesh.rank)
+        whole = rank_program(actions, self.mesh.topology, self.mesh.rank)
+        program = (action for action in whole if action.round > done)
         ahead: deque[tuple[RankAction, Incoming | None]] = deque()
         posted: Counter[int] = Counter()
         for action in chain(program, [None]):
             while ahead and (action is None or len(ahead) >= LOOK_AHEAD or not self._may_post(action, posted)):
-                done, incoming = ahead.popleft()
-                yield done, incoming
-                if isinstance(done, Receive) and isinstance(done.message, Hidden):
-                    posted[done.source] -= 1
+                ready, incoming = ahead.popleft()
+                yield ready, incoming
+                if isinstance(ready, Receive) and isinstance(ready.message, Hidden):
+                    posted[ready.source] -= 1
             if isinstance(action, Receive):
                 if isinstance(action.message, Hidden):
                     posted[action.source] += 1

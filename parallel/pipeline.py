@@ -118,16 +118,14 @@ RankAction = Action | Send | Receive | Boundary | SaveLatents
 
 
 def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> Iterator[RankAction]:
-    """What one rank does for a schedule. For a single rank it is the schedule, with boundaries."""
+    """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
+
+    Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
+    """
     place = topology.coordinate(rank)
     if place.stage == 0:
         return _FirstStage(topology, place).program(actions)
     return _later_stage(actions, topology, place)
-
-
-def after_round(actions: Iterable[Action], done: int) -> Iterator[Action]:
-    """What is left of a schedule when round `done` and all before are carried out."""
-    return (action for action in actions if action.round > done)
 
 
 @dataclass

@@ -36,7 +36,6 @@ from longvid.noise import chunk_noise
 from longvid.parallel.comm import Group, LoneComm
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import after_round
 from longvid.parallel.schedule import KvVersion, LatentVersion, make_schedule
 from longvid.parallel.sequence import KvPart
 from longvid.parallel.topology import Topology
@@ -541,11 +540,11 @@ class Film:
         """Render the film, or stop like a killed process after so many units. Returns whether it is complete."""
         size: Any = {"width": 48, "height": 48, "fps": 8, "output": self.settings.output}
         manifest = find_manifest(self.path) if resume else None
-        actions, live = make_schedule(self.plan, self.settings), Live()
+        live, done = Live(), -1
         if manifest:
             saved = load_checkpoint(self.path, manifest, self.holder, CPU)
             assert saved.film
-            actions, live = after_round(actions, saved.round), saved.live(self.sampler)
+            live, done = saved.live(self.sampler), saved.round
             self.decoder.load_state(saved.film.decoder)
             state = saved.film.writer
             writer = FilmWriter.resume(self.path, **size, segments=state.segments, open_frames=state.open_frames)
@@ -570,7 +569,8 @@ class Film:
                 raise KeyboardInterrupt
 
         try:
-            for finished in self.executor.run(actions, self.plan, on_unit, live):
+            actions = make_schedule(self.plan, self.settings)
+            for finished in self.executor.run(actions, self.plan, on_unit, live, done):
                 self.write(writer, finished)
         except KeyboardInterrupt:
             return False
@@ -607,6 +607,7 @@ def whole_films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]
         ["queue.left=cached", "sampler.solver=unipc"],
         ["queue.left_level=same", "sampler.guidance=3.0", "sampler.solver=unipc"],
         ["queue.left=cached", "queue.gap=2", "sampler.guidance=3.0", "queue.chunk_latents=3"],
+        ["queue.left=cached", "queue.gap=6", "sampler.steps=12", "queue.chunk_latents=3"],
         ["schedule=sequential", "sampler.solver=unipc"],
     ],
     ids=" ".join,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 STORY = """
 seed: 5
@@ -169,3 +170,40 @@ def test_a_resume_of_another_film_is_refused(story: Path, tmp_path: Path) -> Non
     )
     assert refused.returncode == 2
     assert "sampler.steps: 3 then, 4 now" in refused.stderr
+
+
+LATENTS = """
+import sys, torch
+from longvid.engine import Engine
+engine = Engine.load("mini", overrides=sys.argv[3:])
+chunks = [finished.latents for finished in engine.denoise(engine.plan(sys.argv[1]))]
+if engine.mesh.is_leader:
+    torch.save(chunks, sys.argv[2])
+engine.leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "axes"),
+    [
+        (4, ["mesh.stage=2", "mesh.seq=2", "queue.left=cached"]),
+        (8, ["mesh.stage=2", "mesh.guidance=2", "mesh.seq=2", "sampler.guidance=2"]),
+    ],
+)
+def test_tokens_over_ranks_give_the_same_latents_but_for_rounding(
+    story: Path, tmp_path: Path, ranks: int, axes: list[str]
+) -> None:
+    program = tmp_path / "latents.py"
+    program.write_text(LATENTS)
+    alone = ["runtime.threads=1", "sampler.steps=2", *(axis for axis in axes if not axis.startswith("mesh."))]
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    found = []
+    for launcher, settings in (([], alone), (many, [*alone, *axes])):
+        out = tmp_path / f"{len(found)}.pt"
+        arguments = [sys.executable, "-P", *launcher, str(program), str(story), str(out), *settings]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(out, weights_only=True))
+    assert len(found[0]) == len(found[1]) > 5
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()

@@ -1,7 +1,5 @@
 """The rehearsal gives the overheads that theory gives, and refuses programs that would wait for ever."""
 
-from itertools import islice
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +12,10 @@ from longvid.parallel.pipeline import (
     Receive,
     SaveLatents,
     Send,
-    after_round,
     rank_program,
 )
 from longvid.parallel.rehearsal import rehearse, rehearse_schedule, stage_costs
-from longvid.parallel.schedule import Action, Finish, Forward, LatentVersion, QueueRules, Step, queue_schedule
+from longvid.parallel.schedule import Finish, Forward, LatentVersion, QueueRules, queue_schedule
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
 
@@ -151,10 +148,3 @@ def test_decoding_counts_where_chunks_are_handed_out(make_film):
     cost = stage_costs(costs, topology, [range(2), range(2, 4)], 10)
     found = rehearse_schedule(lambda: queue_schedule(chunks, 10, SAME), topology, 2, cost)
     assert found.busy == (len(chunks) * 10 * 2.5, len(chunks) * 10 * 2.0)
-
-
-def test_what_is_left_after_a_round_begins_with_the_next(make_film):
-    chunks = make_film([20], 3, 2).chunks
-    actions: list[Action] = list(after_round(queue_schedule(chunks, 4, FRESHER), 2))
-    assert min(action.round for action in actions) == 3
-    assert [a for a in islice(actions, 3) if isinstance(a, Step | Forward)]
