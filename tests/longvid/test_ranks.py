@@ -204,6 +204,6 @@ def test_tokens_over_ranks_give_the_same_latents_but_for_rounding(
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(out, weights_only=True))
-    assert len(found[0]) == len(found[1]) > 5
+    assert len(found[0]) == len(found[1]) == 5
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 1e-5 * one.abs().max()
