@@ -104,6 +104,8 @@ def test_all_ranks_raise_the_first_failure() -> None:
             raise RuntimeFailure("no memory")
         # What follows from it on this rank gives way to it.
         raise RuntimeError("connection reset by peer")
+    for watch in (leader, other):
+        watch.close()  # this process goes on, so they must not end it
     assert [str(failure) for failure in failures] in ([], ["rank 1 failed: no memory, at work"])
 
 
