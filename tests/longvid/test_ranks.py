@@ -144,7 +144,7 @@ def test_a_killed_rank_ends_all_and_the_resumed_film_is_the_same(
         if len(ranks) == 2:
             os.kill(ranks[victim], signal.SIGKILL)
         _, errors = supervisor.communicate(timeout=30)
-    if supervisor.returncode == 0:  # it was faster than the kill
+    if supervisor.returncode == 0 or not manifest.parent.exists():  # the film was complete before the kill
         assert digest(film) == alone
         return
     assert supervisor.returncode == 3

@@ -170,16 +170,16 @@ def test_neighbours_at_the_same_step_are_refused(make_film):
     chunks = make_film([6], 3, 1).chunks
     z00, z01, z10, z11 = (LatentVersion(i, v) for i in (0, 1) for v in (0, 1))
     together = [Admit(0, 0), Admit(0, 1), Forward(0, 1, 0, left=z00), Step(0, 1, 0), Forward(0, 0, 0), Step(0, 0, 0)]
-    together += [DropLatents(0, z00), DropLatents(0, z10), Forward(1, 1, 1, left=z01, store=KvVersion(1, 1))]
+    together += [DropLatents(0, z00), DropLatents(0, z10), Forward(1, 1, 1, left=z01, store=(KvVersion(1, 1),))]
     together += [Step(1, 1, 1), DropLatents(1, z11), Forward(1, 0, 1, right=KvVersion(1, 1))]
-    with pytest.raises(ScheduleError, match="the right context is K/V of step 0"):
+    with pytest.raises(ScheduleError, match="chunk 1 enters in round 1"):
         simulate(together, chunks, 3, SAME)
 
 
 def test_chunks_that_do_not_finish_in_the_order_of_the_film_are_refused(make_film):
     chunks = make_film([2, 2], 2, 0).chunks
     actions = [Admit(0, 0), Admit(0, 1), Forward(0, 1, 0), Step(0, 1, 0), Finish(0, LatentVersion(1, 1))]
-    with pytest.raises(ScheduleError, match="chunk 0 finishes next"):
+    with pytest.raises(ScheduleError, match="chunk 1 enters in round 1"):
         simulate(actions, chunks, 1, SAME)
 
 
@@ -187,9 +187,9 @@ def test_kv_that_nobody_reads_is_refused(make_film):
     chunks = make_film([6], 3, 1).chunks
     actions = list(queue_schedule(chunks, 2, SAME))
     last = actions.index(Forward(2, 1, 1, left=LatentVersion(0, 1)))
-    actions[last] = replace(actions[last], store=KvVersion(1, 2))
+    actions[last] = replace(actions[last], store=(KvVersion(1, 2),))
     actions.insert(last + 1, DropKv(2, KvVersion(1, 2)))
-    with pytest.raises(ScheduleError, match="kv1@2 was stored and never read"):
+    with pytest.raises(ScheduleError, match="kv1<@2 was stored and never read"):
         simulate(actions, chunks, 2, SAME)
 
 
@@ -206,8 +206,8 @@ def wrong(action, delta):
             yield replace(action, left=None if left else LatentVersion(i - 1, k + 1))
             yield replace(action, right=None if right else KvVersion(i + 1, n))
             yield replace(action, right=replace(right, round=n + delta) if right else KvVersion(i + 1, n - 1))
-            yield replace(action, store=None if store else KvVersion(i, n))
-            yield replace(action, store=KvVersion(i, n + delta))
+            yield replace(action, store=() if store else (KvVersion(i, n),))
+            yield replace(action, store=(KvVersion(i, n + delta),))
             yield replace(action, round=n + delta)
         case Step(chunk=i, step=k):
             yield replace(action, step=k + delta)
