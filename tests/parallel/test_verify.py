@@ -193,6 +193,13 @@ def test_kv_that_nobody_reads_is_refused(make_film):
         simulate(actions, chunks, 2, SAME)
 
 
+def shifted(value, delta):
+    """Another version of latents, or K/V of another round."""
+    if isinstance(value, KvVersion):
+        return replace(value, round=value.round + delta)
+    return replace(value, version=value.version + delta)
+
+
 def wrong(action, delta):
     """All versions of an action that name a wrong value, chunk, step or round."""
     match action:
@@ -202,12 +209,12 @@ def wrong(action, delta):
         case Forward(round=n, chunk=i, step=k, left=left, right=right, store=store):
             yield replace(action, step=k + delta)
             yield replace(action, chunk=i + delta)
-            yield replace(action, left=replace(left, version=left.version + delta) if left else LatentVersion(i - 1, k))
+            yield replace(action, left=shifted(left, delta) if left else LatentVersion(i - 1, k))
             yield replace(action, left=None if left else LatentVersion(i - 1, k + 1))
             yield replace(action, right=None if right else KvVersion(i + 1, n))
             yield replace(action, right=replace(right, round=n + delta) if right else KvVersion(i + 1, n - 1))
-            yield replace(action, store=() if store else (KvVersion(i, n),))
-            yield replace(action, store=(KvVersion(i, n + delta),))
+            yield replace(action, store=store[1:] if store else (KvVersion(i, n),))
+            yield replace(action, store=(*store[1:], KvVersion(i, n + delta)))
             yield replace(action, round=n + delta)
         case Step(chunk=i, step=k):
             yield replace(action, step=k + delta)
