@@ -40,6 +40,7 @@ from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, d
 from longvid.parallel.executor import Executor, Finished
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.pipeline import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
@@ -139,7 +140,7 @@ class Engine:
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
         self._layers = layers
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
-        branches = _branches(self.settings)
+        branches = range(self.settings.sampler.num_branches)
         return WanStage(
             checkpoint.load_layers(part, dtype, self.device),
             branches=branches if mesh.topology.guidance == 1 else [branches[mesh.place.guidance]],
@@ -334,7 +335,7 @@ class Engine:
         """What this rank is doing, for people; from any thread."""
         executor = self._executor
         action = executor.current if executor else None
-        return str(action)[5:].strip() if action else ""
+        return name_of(action) if action else ""
 
     def abort(self, error: Exception) -> None:
         """From any thread: have this rank's waits for others raise this error."""
@@ -346,7 +347,7 @@ class Engine:
         disconnect()
 
     def _set_prompts(self, plan: Plan) -> None:
-        texts = [*plan.prompts, *(plan.negatives if len(_branches(self.settings)) == 2 else ())]
+        texts = [*plan.prompts, *(plan.negatives if self.settings.sampler.num_branches == 2 else ())]
         states = self._on_leader(lambda: encode_prompts(self._tokenizer, self._encoder, texts))
         states = [state.to(self.device) for state in states]
         self._stage.set_prompts(states[: len(plan.prompts)], states[len(plan.prompts) :])
@@ -432,11 +433,6 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
     connect(device, timeout)
     return make_mesh(topology, environment.rank, device, timeout)
-
-
-def _branches(settings: Settings) -> list[int]:
-    """0 follows the prompts, 1 the negatives."""
-    return [0] if settings.sampler.guidance == 1.0 else [0, 1]
 
 
 class _RoundCounter:

@@ -27,6 +27,11 @@ class SamplerSettings(Section):
     shift: Annotated[float, Field(gt=0, le=100)] | None = None
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
 
+    @property
+    def num_branches(self) -> int:
+        """Passes a step: one follows the prompts; with guidance, another the negatives."""
+        return 1 if self.guidance == 1.0 else 2
+
 
 class QueueSettings(Section):
     """The queue schedule: latents a chunk owns, latents it sees of each neighbour, and at which noise level."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longvid.parallel.pipeline import RankAction, Receive, Send
+from longvid.parallel.pipeline import RankAction, Receive, Send, name_of
 from longvid.parallel.schedule import Forward, Step
 
 KINDS = ("compute", "receive", "send", "decode", "write")
@@ -30,14 +30,14 @@ class Trace:
         """The executor's callback. Bookkeeping (drops, admissions) is left out."""
         match action:
             case Forward() | Step():
-                self.spans.append(("compute", str(action)[5:].strip(), start, end))
+                self.add("compute", name_of(action), start, end)
             case Receive():
-                self.spans.append(("receive", str(action)[5:].strip(), start, end))
+                self.add("receive", name_of(action), start, end)
             case Send():
-                self.spans.append(("send", str(action)[5:].strip(), start, end))
+                self.add("send", name_of(action), start, end)
 
     def add(self, kind: str, name: str, start: int, end: int) -> None:
-        """A span that is not an action's."""
+        """Add a span of any kind."""
         self.spans.append((kind, name, start, end))
 
     def seconds(self) -> dict[str, float]:

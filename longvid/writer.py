@@ -249,7 +249,6 @@ class FilmWriter:
 
 
 def segment_name(index: int) -> str:
-    """The file of a segment in the working folder."""
     """The file of a segment in the film's working folder."""
     return f"seg_{index:05d}.ts"
 

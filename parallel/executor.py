@@ -281,8 +281,12 @@ class Executor:
         if latents is not None and isinstance(action.left, LatentVersion):
             latents = torch.cat([live.latents[action.left][:, -before:], latents], dim=1)
         times = [self.sampler.timestep(level) for level in levels]
-        spans = {"first": lambda: slice(before, before + chunks[i - 1].num_right)}
-        spans["last"] = lambda: slice(len(levels) - chunks[i + 1].num_left, len(levels))
+
+        def span(kv: KvVersion) -> slice:
+            if kv.edge == "first":
+                return slice(before, before + chunks[i - 1].num_right)
+            return slice(len(levels) - chunks[i + 1].num_left, len(levels))
+
         return Unit(
             chunk=chunk,
             step=k,
@@ -292,7 +296,7 @@ class Executor:
             hidden=None if self.mesh.is_first else live.hidden.pop((i, k)),
             left=live.kv[action.left] if isinstance(action.left, KvVersion) else None,
             right=live.kv[action.right] if action.right else None,
-            store=tuple(spans[kv.edge]() for kv in action.store),
+            store=tuple(span(kv) for kv in action.store),
         )
 
     @torch.no_grad()

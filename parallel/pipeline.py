@@ -117,6 +117,11 @@ class SaveLatents:
 RankAction = Action | Send | Receive | Boundary | SaveLatents
 
 
+def name_of(action: RankAction) -> str:
+    """An action without its round, for people."""
+    return str(action)[5:].strip()
+
+
 def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
@@ -128,25 +133,36 @@ def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> It
     return _later_stage(actions, topology, place)
 
 
-@dataclass
-class _Live:
-    """What lives on across the end of a round, by the schedule."""
+@dataclass(frozen=True)
+class _End:
+    """The end of a round that another follows, and what lives on across it, by the schedule."""
 
-    latents: dict[LatentVersion, None]
-    kv: dict[KvVersion, None]
+    round: int
+    latents: tuple[LatentVersion, ...]
+    kv: tuple[KvVersion, ...]
 
-    def follow(self, action: Action) -> None:
+
+def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
+    """The actions, with ends between the rounds."""
+    latents: dict[LatentVersion, None] = {}
+    kv: dict[KvVersion, None] = {}
+    current: int | None = None
+    for action in actions:
+        if current is not None and action.round != current:
+            yield _End(current, tuple(latents), tuple(kv))
+        current = action.round
         match action:
             case Admit(chunk=i):
-                self.latents[LatentVersion(i, 0)] = None
+                latents[LatentVersion(i, 0)] = None
             case Forward(store=store):
-                self.kv |= dict.fromkeys(store)
+                kv |= dict.fromkeys(store)
             case Step(chunk=i, step=k):
-                self.latents[LatentVersion(i, k + 1)] = None
-            case DropLatents(latents=latents):
-                self.latents.pop(latents, None)
-            case DropKv(kv=kv):
-                self.kv.pop(kv, None)
+                latents[LatentVersion(i, k + 1)] = None
+            case DropLatents(latents=dropped):
+                del latents[dropped]
+            case DropKv(kv=gone):
+                del kv[gone]
+        yield action
 
 
 def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinate) -> Iterator[RankAction]:
@@ -156,13 +172,10 @@ def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinat
     if not is_last:
         rank_after = topology.rank(place._replace(stage=stage + 1))
     leader = topology.rank(Coordinate(place.replica, 0, place.chunk, 0, 0))
-    live, current = _Live({}, {}), None
-    for action in actions:
-        if current is not None and action.round != current:
-            yield Boundary(current, tuple(live.kv))
-        current = action.round
-        live.follow(action)
+    for action in _with_ends(actions):
         match action:
+            case _End(round=n, kv=kv):
+                yield Boundary(n, kv)
             case Forward(round=n, chunk=i, step=k):
                 with_left = isinstance(action.left, LatentVersion)
                 yield Receive(n, Hidden(i, k, stage - 1, with_left), before)
@@ -187,16 +200,11 @@ class _FirstStage:
         self.put_off: set[LatentVersion] = set()
 
     def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
-        live, current = _Live({}, {}), None
-        for action in actions:
-            if current is not None and action.round != current:
-                if self.is_leader:
-                    self.late.append(SaveLatents(current, tuple(live.latents)))
-                yield from self.flush_until(current - 1)
-                yield Boundary(current, tuple(live.kv))
-            current = action.round
-            live.follow(action)
+        for action in _with_ends(actions):
             match action:
+                case _End():
+                    yield from self.end(action)
+                    continue
                 case Admit():
                     yield action
                 case Forward(chunk=i, step=k, left=left):
@@ -220,6 +228,13 @@ class _FirstStage:
     @property
     def is_leader(self) -> bool:
         return self.place.guidance == self.place.seq == 0
+
+    def end(self, end: _End) -> Iterator[RankAction]:
+        """At the end of a round all that was put off in the one before is due."""
+        if self.is_leader:
+            self.late.append(SaveLatents(end.round, end.latents))
+        yield from self.flush_until(end.round - 1)
+        yield Boundary(end.round, end.kv)
 
     def pass_on(self, action: Forward) -> Iterator[RankAction]:
         """After a forward: its activations to the next stage; or, where this stage is the last too, its velocity."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from longvid.errors import InputError
+from longvid.parallel.schedule import QueueRules
 from longvid.plan import ModelFacts
 from longvid.settings import MeshSettings, Settings
 
@@ -98,9 +99,8 @@ class Workload:
 def workload(settings: Settings, facts: ModelFacts) -> Workload:
     """What a long film with these settings asks of a mesh."""
     steps = settings.sampler.steps
-    in_flight = 1 if settings.schedule == "sequential" else -(-steps // settings.queue.gap)
-    branches = 1 if settings.sampler.guidance == 1.0 else 2
-    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, facts.num_heads, branches)
+    in_flight = -(-steps // QueueRules.of(settings).gap)
+    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, facts.num_heads, settings.sampler.num_branches)
 
 
 def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
@@ -110,7 +110,7 @@ def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topol
     """
     fixed = {axis: size for axis in AXES if isinstance(size := getattr(mesh, axis), int)}
     if all(axis in fixed for axis in AXES):
-        topology = Topology(**fixed, ring=mesh.ring if fixed["seq"] % mesh.ring == 0 else 1)
+        topology = Topology(**fixed)
         if topology.num_ranks != num_ranks:
             raise InputError(f"mesh: {topology}, but {num_ranks} {'was' if num_ranks == 1 else 'were'} started")
     fits, reasons = [], []

@@ -1,4 +1,4 @@
-"""The Wan VAE's decoder for a CPU: diffusers' weights and arithmetic, channels last, several latents a pass.
+"""The Wan VAE's decoder for a CPU: diffusers' weights and arithmetic, channels last.
 
 Differs from diffusers' modules by rounding alone. What makes it faster: oneDNN's convolutions are at
 their best channels last; norm and activation write straight into the input of the next convolution,
