@@ -57,6 +57,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += [
             f"device     runtime.device=auto means {torch['device']}",
             f"attention  dense: {torch['attention']}",
+            f"attention  block-sparse: {torch['sparse_attention']}",
         ]
     model, x264 = facts["embedded_model"], "with libx264" if encoder["libx264"] else "without libx264"
     lines.append(f"encoder    FFmpeg {encoder['ffmpeg']} {x264}")
@@ -110,6 +111,7 @@ def _torch() -> dict[str, Any]:
         "device": device,
         "gpus": [{"name": gpu.name, "memory_mb": gpu.total_memory / 1e6} for gpu in gpus],
         "attention": f"torch scaled_dot_product_attention, {_dense_kernel(device)}",
+        "sparse_attention": _sparse_kernel(device),
     }
 
 
@@ -121,6 +123,22 @@ def _dense_kernel(device: str) -> str:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q_BHSD = torch.zeros(1, 1, 64, 64, dtype=dtype, device=device)
     return SDPBackend(torch._fused_sdp_choice(q_BHSD, q_BHSD, q_BHSD)).name
+
+
+def _sparse_kernel(device: str) -> str:
+    """Who computes block-sparse attention, and why."""
+    import torch
+
+    from longvid.kernels import cpu
+    from longvid.kernels.dispatch import backend_for
+
+    backend = backend_for(torch.device(device))
+    if backend == "triton":
+        return "triton, since there is a CUDA device"
+    if backend == "cpu":
+        return f"cpu, the C++ kernels for {cpu.isa()}, the best that this processor has"
+    missing = "triton is not installed" if device == "cuda" else "the C++ kernels were not built at installation"
+    return f"gather (torch, slower), since {missing}"
 
 
 def _encoder() -> dict[str, Any]:

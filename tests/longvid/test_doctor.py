@@ -24,6 +24,15 @@ def test_the_text_names_every_package_the_device_and_the_attention() -> None:
     text = doctor.as_text(facts)
     for word in (*doctor.REQUIRED, *doctor.OPTIONAL, facts["torch"]["device"], facts["torch"]["attention"]):
         assert word in text
+    assert f"block-sparse: {facts['torch']['sparse_attention']}" in text
+
+
+def test_the_backend_of_sparse_attention_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"triton": "CUDA device", "cpu": "C++ kernels for", "gather": "were not built"}
+    for backend, reason in reasons.items():
+        monkeypatch.setattr("longvid.kernels.dispatch.backend_for", lambda device, backend=backend: backend)
+        line = doctor._sparse_kernel("cpu")
+        assert line.startswith(backend) and reason in line
 
 
 def test_what_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

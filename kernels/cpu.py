@@ -1,0 +1,206 @@
+"""Block-sparse attention and block mass on the CPU, by the C++ of `csrc/`, where it was built at installation.
+
+Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from longvid.kernels.dense import Partial
+from longvid.kernels.layout import BlockLayout, Blocks
+
+Isa = Literal["portable", "avx2", "avx512"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
+"""The variants of the kernels, in the order of the C++ and of speed."""
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("offsets", "order")),
+        *((name, ctypes.c_int64) for name in ("offsets_stride", "order_stride")),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "num_tokens")),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "lse")),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bias_batch", "bias_head")),
+        *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
+        *((name, ctypes.c_void_p) for name in ("row_ptr", "col", "group")),
+        *((name, ctypes.c_int64) for name in ("group_batch", "num_col")),
+        *((name, ctypes.c_int32) for name in ("num_groups", "batch", "heads", "dim", "threads", "isa")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Mass(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tensor) for name in ("q", "k", "lse")),
+        ("mass", ctypes.c_void_p),
+        *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def _library() -> Any:
+    """The shared library; None where it was not built."""
+    # It is packaged as an extension module so that setuptools builds and places it, but nothing imports it: building
+    # it needs a compiler and no headers of Python.
+    for suffix in EXTENSION_SUFFIXES:
+        file = Path(__file__).parent / f"_sparse{suffix}"
+        if file.is_file():
+            return ctypes.CDLL(str(file))
+    return None
+
+
+def is_available() -> bool:
+    """Whether the C++ was built when longvid was installed."""
+    return _library() is not None
+
+
+@functools.cache
+def isa() -> Isa | None:
+    """The variant that this processor runs fastest; None where nothing was built."""
+    return ISAS[_library().longvid_best_isa()] if is_available() else None
+
+
+def forward(
+    q_BLHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    k_bias: Tensor | None,
+    isa: Isa | None = None,
+) -> Partial:
+    """See `dispatch.sparse_attention`. `isa`: a variant that this processor has; None: the fastest.
+
+    Computes in fp32. Raises ValueError where a layout's indices point outside of what they index.
+    """
+    q, k, v = (_dense_heads(x) for x in (q_BLHD, k_BTHD, v_BTHD))
+    batch, num_queries, num_heads, dim = q.shape
+    out = torch.empty(batch, num_queries, num_heads, dim)
+    lse = torch.empty(batch, num_queries, num_heads)
+    bias = None if k_bias is None else k_bias.float().contiguous()
+    q_blocks, k_blocks = _whole(layout.q), _whole(layout.k)
+    row_ptr, col, group = (x.int().contiguous() for x in (layout.row_ptr, layout.col, layout.group))
+    args = _Attention(
+        *(_tensor(x) for x in (q, k, v, out, lse)),
+        bias=None if bias is None else bias.data_ptr(),
+        bias_batch=_stride(bias, 0),
+        bias_head=_stride(bias, 1),
+        q_blocks=_blocks(q_blocks, num_queries),
+        k_blocks=_blocks(k_blocks, k.shape[1]),
+        row_ptr=row_ptr.data_ptr(),
+        col=col.data_ptr(),
+        group=group.data_ptr(),
+        group_batch=_stride(group, 0),
+        num_col=len(col),
+        num_groups=layout.num_groups,
+        batch=batch,
+        heads=num_heads,
+        dim=dim,
+        threads=torch.get_num_threads(),
+        isa=_index(isa),
+        scale=scale,
+    )
+    _check(_library().longvid_attention(ctypes.byref(args)))
+    return out.type_as(q_BLHD), lse
+
+
+def block_mass(
+    q_BLHD: Tensor,
+    k_BTHD: Tensor,
+    lse_BLH: Tensor,
+    q_blocks: Blocks,
+    k_blocks: Blocks,
+    *,
+    scale: float,
+    sample_every: int = 1,
+    isa: Isa | None = None,
+) -> Tensor:
+    """See `score.block_mass`. `isa`: a variant that this processor has; None: the fastest."""
+    q, k, lse = _dense_heads(q_BLHD), _dense_heads(k_BTHD), lse_BLH.float()
+    batch, num_queries, num_heads, dim = q.shape
+    q_blocks, k_blocks = _whole(q_blocks), _whole(k_blocks)
+    mass = torch.empty(batch, num_heads, q_blocks.num_blocks, k_blocks.num_blocks)
+    args = _Mass(
+        *(_tensor(x) for x in (q, k, lse)),
+        mass=mass.data_ptr(),
+        q_blocks=_blocks(q_blocks, num_queries),
+        k_blocks=_blocks(k_blocks, k.shape[1]),
+        batch=batch,
+        heads=num_heads,
+        dim=dim,
+        sample_every=sample_every,
+        threads=torch.get_num_threads(),
+        isa=_index(isa),
+        scale=scale,
+    )
+    _check(_library().longvid_block_mass(ctypes.byref(args)))
+    return mass
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """fp32, with the elements of a head side by side."""
+    x = x.detach().float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _whole(blocks: Blocks) -> Blocks:
+    order = blocks.order
+    return Blocks(blocks.offsets.int().contiguous(), None if order is None else order.int().contiguous())
+
+
+def _tensor(x: Tensor) -> _Tensor:
+    return _Tensor(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _blocks(blocks: Blocks, num_tokens: int) -> _Blocks:
+    order = blocks.order
+    return _Blocks(
+        blocks.offsets.data_ptr(),
+        None if order is None else order.data_ptr(),
+        _stride(blocks.offsets, 0),
+        _stride(order, 0),
+        blocks.num_blocks,
+        num_tokens,
+    )
+
+
+def _stride(x: Tensor | None, dim: int) -> int:
+    """The stride of a dim that is walked along; 0 where one serves for all."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+
+def _index(wanted: Isa | None) -> int:
+    best = ISAS.index(isa() or "portable")
+    index = best if wanted is None else ISAS.index(wanted)
+    if index > best:
+        raise ValueError(f"this processor runs {', '.join(ISAS[: best + 1])}, not {wanted}")
+    return index
+
+
+def _check(status: int) -> None:
+    """Raise what a status of the C++ says."""
+    if status == 3:
+        raise MemoryError("no memory for the packed keys of block-sparse attention")
+    assert status != 1, "neither the instruction set nor the head dim passed the checks"
+    if status:
+        raise ValueError("the layout's offsets, orders, columns or groups point outside of what they index")

@@ -1,0 +1,349 @@
+// Block-sparse attention and block mass on the CPU: plans the work, deals it to threads, and calls the kernels of a variant.
+// Plain C entry points, for ctypes. Every result is computed by one thread in one order, so it does not depend on how many
+// threads there are.
+
+#include "sparse.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "isa.h"
+
+namespace longvid {
+namespace {
+
+constexpr size_t PACKED_BYTES = size_t(128) << 20;  // of keys and values that are held packed at once, or one head's
+
+const Variant *find(int isa) {
+#ifdef LONGVID_X86_VARIANTS
+    if (isa == 2) return &avx512;
+    if (isa == 1) return &avx2;
+#endif
+    return isa == 0 ? &portable : nullptr;
+}
+
+struct Free {
+    void operator()(float *memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats allocate(size_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
+
+}  // namespace
+
+extern "C" {
+
+// Tokens cut into blocks. Offsets [groups or 1][blocks + 1]; order [groups or 1][tokens] or null. A stride of 0 says 1.
+struct BlocksArgs {
+    const int32_t *offsets, *order;
+    int64_t offsets_stride, order_stride;
+    int32_t num_blocks, num_tokens;
+};
+
+// Floats with strides between batch entries, tokens and heads; the elements of a head lie side by side.
+struct TensorArgs {
+    float *data;
+    int64_t batch, token, head;
+};
+
+struct AttentionArgs {
+    TensorArgs q, k, v, out, lse;
+    const float *bias;  // or null; the tokens lie side by side
+    int64_t bias_batch, bias_head;
+    BlocksArgs q_blocks, k_blocks;
+    const int32_t *row_ptr, *col, *group;
+    int64_t group_batch;
+    int64_t num_col;
+    int32_t num_groups, batch, heads, dim, threads, isa;
+    float scale;
+};
+
+struct MassArgs {
+    TensorArgs q, k, lse;
+    float *mass;  // [batch][heads][query blocks][key blocks]
+    BlocksArgs q_blocks, k_blocks;
+    int32_t batch, heads, dim, sample_every, threads, isa;
+    float scale;
+};
+
+enum Status { DONE = 0, UNSUPPORTED = 1, BAD_LAYOUT = 2, NO_MEMORY = 3 };
+
+}  // extern "C"
+
+namespace {
+
+const int32_t *offsets_of(const BlocksArgs &blocks, int group) { return blocks.offsets + group * blocks.offsets_stride; }
+
+const int32_t *order_of(const BlocksArgs &blocks, int group) {
+    return blocks.order ? blocks.order + group * blocks.order_stride : nullptr;
+}
+
+// Whether every index stays inside what it indexes.
+bool is_valid(const BlocksArgs &blocks, int num_groups) {
+    for (int g = 0; g < (blocks.offsets_stride ? num_groups : 1); g++) {
+        const int32_t *offsets = offsets_of(blocks, g);
+        if (offsets[0] != 0 || offsets[blocks.num_blocks] != blocks.num_tokens) return false;
+        if (!std::is_sorted(offsets, offsets + blocks.num_blocks + 1)) return false;
+    }
+    if (!blocks.order) return true;
+    const size_t rows = blocks.order_stride ? num_groups : 1;
+    return std::all_of(blocks.order, blocks.order + rows * blocks.num_tokens,
+                       [&](int32_t token) { return token >= 0 && token < blocks.num_tokens; });
+}
+
+bool is_valid(const AttentionArgs &args) {
+    if (!is_valid(args.q_blocks, args.num_groups) || !is_valid(args.k_blocks, args.num_groups)) return false;
+    const int rows = args.q_blocks.num_blocks;
+    for (int g = 0; g < args.num_groups; g++) {
+        const int32_t *row_ptr = args.row_ptr + int64_t(g) * (rows + 1);
+        if (row_ptr[0] < 0 || row_ptr[rows] > args.num_col || !std::is_sorted(row_ptr, row_ptr + rows + 1)) return false;
+        for (int i = row_ptr[0]; i < row_ptr[rows]; i++)
+            if (args.col[i] < 0 || args.col[i] >= args.k_blocks.num_blocks) return false;
+    }
+    const int groups = args.group_batch ? args.batch * args.heads : args.heads;
+    return std::all_of(args.group, args.group + groups, [&](int g) { return g >= -1 && g < args.num_groups; });
+}
+
+// The first panel of each block of keys, and past the last.
+std::vector<int32_t> panel_starts(const BlocksArgs &blocks, int group, int lanes) {
+    const int32_t *offsets = offsets_of(blocks, group);
+    std::vector<int32_t> starts(blocks.num_blocks + 1);
+    for (int c = 0; c < blocks.num_blocks; c++)
+        starts[c + 1] = starts[c] + (offsets[c + 1] - offsets[c] + lanes - 1) / lanes;
+    return starts;
+}
+
+struct Head {
+    int batch, head, group;
+};
+
+// Memory for the packed keys and values of some heads.
+class Packed {
+  public:
+    Packed(const Variant &variant, int dim, bool has_values, int max_panels, int num_heads)
+        : per_head_(floats(variant, dim, has_values, max_panels)), has_values_(has_values), lanes_(variant.lanes), dim_(dim),
+          max_panels_(max_panels), memory_(allocate(per_head_ * num_heads)) {}
+
+    static size_t floats(const Variant &variant, int dim, bool has_values, int max_panels) {
+        const size_t per_key = dim + (has_values ? padded(dim, variant.lanes) : 0) + 1;
+        return (per_key * max_panels * variant.lanes + 15) / 16 * 16;
+    }
+
+    Panels of(int slot, const BlocksArgs &blocks, int group, const std::vector<int32_t> &starts) const {
+        const size_t keys = size_t(max_panels_) * lanes_;
+        float *k = memory_.get() + per_head_ * slot, *bias = k + keys * dim_;
+        return {k, has_values_ ? bias + keys : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks};
+    }
+
+  private:
+    size_t per_head_;
+    bool has_values_;
+    int lanes_, dim_, max_panels_;
+    Floats memory_;
+};
+
+// Scratch memory of every thread.
+class Scratch {
+  public:
+    Scratch(size_t floats, int threads) : each_((floats + 31) / 16 * 16), memory_(allocate(each_ * threads)) {}
+    float *of(int thread) const { return memory_.get() + each_ * thread; }
+
+  private:
+    size_t each_;
+    Floats memory_;
+};
+
+int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// Calls work(i, scratch) for i in [0, count): whichever thread is free takes the next.
+template <typename Work>
+void deal(int64_t count, int threads, const Scratch &scratch, const Work &work) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) work(i, scratch.of(thread_index()));
+}
+
+float *at(const TensorArgs &x, const Head &head) { return x.data + head.batch * x.batch + head.head * x.head; }
+
+// Queries of one row of tiles of one head, and about how many scores they cost.
+struct Item {
+    int slot, row, first, count;
+    int64_t cost;
+};
+
+int64_t count_keys(const AttentionArgs &args, int group, int row) {
+    const int32_t *offsets = offsets_of(args.k_blocks, group);
+    const int32_t *tiles = args.row_ptr + int64_t(group) * (args.q_blocks.num_blocks + 1) + row;
+    int64_t keys = 0;
+    for (int i = tiles[0]; i < tiles[1]; i++) keys += offsets[args.col[i] + 1] - offsets[args.col[i]];
+    return keys;
+}
+
+// The rows of some heads, cut where they are long; the dearest first, so that no thread is left with a long one at the end.
+std::vector<Item> list_items(const AttentionArgs &args, const Head *heads, int num_heads) {
+    std::vector<Item> items;
+    for (int slot = 0; slot < num_heads; slot++) {
+        const int32_t *offsets = offsets_of(args.q_blocks, heads[slot].group);
+        for (int row = 0; row < args.q_blocks.num_blocks; row++) {
+            const int64_t keys = count_keys(args, heads[slot].group, row) + 1;
+            int first = offsets[row];
+            const int length = offsets[row + 1] - first;
+            for (int parts = (length + MAX_QUERIES - 1) / MAX_QUERIES; parts > 0; parts--) {
+                const int count = (offsets[row + 1] - first) / parts;
+                items.push_back({slot, row, first, count, keys * count});
+                first += count;
+            }
+        }
+    }
+    std::stable_sort(items.begin(), items.end(), [](const Item &a, const Item &b) { return a.cost > b.cost; });
+    return items;
+}
+
+// A skipped head has output 0 and LSE -inf.
+void skip(const AttentionArgs &args, const Head &head) {
+    for (int64_t token = 0; token < args.q_blocks.num_tokens; token++) {
+        std::fill_n(at(args.out, head) + token * args.out.token, args.dim, 0.0f);
+        at(args.lse, head)[token * args.lse.token] = -std::numeric_limits<float>::infinity();
+    }
+}
+
+int heads_at_once(size_t floats_per_head, size_t num_heads) {
+    return int(std::clamp<size_t>(PACKED_BYTES / sizeof(float) / floats_per_head, 1, std::max<size_t>(num_heads, 1)));
+}
+
+void attend_all(const AttentionArgs &args, const Variant &variant) {
+    std::vector<Head> heads;
+    for (int b = 0; b < args.batch; b++) {
+        for (int h = 0; h < args.heads; h++) {
+            const Head head{b, h, args.group[b * args.group_batch + h]};
+            if (head.group < 0)
+                skip(args, head);
+            else
+                heads.push_back(head);
+        }
+    }
+    std::vector<std::vector<int32_t>> starts;
+    int max_panels = 0;
+    for (int g = 0; g < args.num_groups; g++) {
+        starts.push_back(panel_starts(args.k_blocks, g, variant.lanes));
+        max_panels = std::max(max_panels, starts.back().back());
+    }
+    const int wave = heads_at_once(Packed::floats(variant, args.dim, true, max_panels) + 1, heads.size());
+    const Packed packed(variant, args.dim, true, max_panels, wave);
+    const Scratch scratch(variant.scratch(args.dim, 0), args.threads);
+
+    for (size_t begin = 0; begin < heads.size(); begin += wave) {
+        const Head *now = heads.data() + begin;
+        const int count = int(std::min<size_t>(wave, heads.size() - begin));
+        const auto panels = [&](int slot) {
+            return packed.of(slot, args.k_blocks, now[slot].group, starts[now[slot].group]);
+        };
+        deal(int64_t(count) * args.k_blocks.num_blocks, args.threads, scratch, [&](int64_t i, float *) {
+            const int slot = int(i / args.k_blocks.num_blocks);
+            const Head &head = now[slot];
+            const float *bias = args.bias ? args.bias + head.batch * args.bias_batch + head.head * args.bias_head : nullptr;
+            const Source source{at(args.k, head), at(args.v, head), bias,
+                                args.k.token,     args.v.token,     order_of(args.k_blocks, head.group)};
+            variant.pack(source, panels(slot), args.dim, int(i % args.k_blocks.num_blocks));
+        });
+        const std::vector<Item> items = list_items(args, now, count);
+        deal(int64_t(items.size()), args.threads, scratch, [&](int64_t i, float *memory) {
+            const Item &item = items[i];
+            const Head &head = now[item.slot];
+            const int32_t *tiles = args.row_ptr + int64_t(head.group) * (args.q_blocks.num_blocks + 1) + item.row;
+            const Queries queries{at(args.q, head), args.q.token, order_of(args.q_blocks, head.group), item.first, 1, item.count};
+            const Output output{at(args.out, head), at(args.lse, head), args.out.token, args.lse.token};
+            variant.attend(queries, panels(item.slot), args.col + tiles[0], tiles[1] - tiles[0], args.dim, args.scale, output,
+                           memory);
+        });
+    }
+}
+
+void sum_mass(const MassArgs &args, const Variant &variant) {
+    const std::vector<int32_t> starts = panel_starts(args.k_blocks, 0, variant.lanes);
+    const int rows = args.q_blocks.num_blocks, cols = args.k_blocks.num_blocks, num_heads = args.batch * args.heads;
+    const int wave = heads_at_once(Packed::floats(variant, args.dim, false, starts.back()) + 1, num_heads);
+    const Packed packed(variant, args.dim, false, starts.back(), wave);
+    const Scratch scratch(variant.scratch(args.dim, cols), args.threads);
+    const int32_t *offsets = offsets_of(args.q_blocks, 0);
+    std::vector<int> longest(rows);
+    std::iota(longest.begin(), longest.end(), 0);
+    std::stable_sort(longest.begin(), longest.end(),
+                     [&](int a, int b) { return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b]; });
+
+    for (int begin = 0; begin < num_heads; begin += wave) {
+        const int count = std::min(wave, num_heads - begin);
+        const auto head = [&](int slot) { return Head{(begin + slot) / args.heads, (begin + slot) % args.heads, 0}; };
+        deal(int64_t(count) * cols, args.threads, scratch, [&](int64_t i, float *) {
+            const int slot = int(i / cols);
+            const Source source{at(args.k, head(slot)), nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0)};
+            variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i % cols));
+        });
+        deal(int64_t(count) * rows, args.threads, scratch, [&](int64_t i, float *memory) {
+            const int row = longest[i / count], slot = int(i % count), first = offsets[row];
+            const int length = offsets[row + 1] - first;
+            const int sampled = (length + args.sample_every - 1) / args.sample_every;
+            const Queries queries{at(args.q, head(slot)), args.q.token, order_of(args.q_blocks, 0), first, args.sample_every, sampled};
+            const float factor = sampled ? float(length) / float(sampled) : 0.0f;
+            variant.mass(queries, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale, at(args.lse, head(slot)),
+                         args.lse.token, factor, args.mass + (int64_t(begin + slot) * rows + row) * cols, memory);
+        });
+    }
+}
+
+}  // namespace
+}  // namespace longvid
+
+extern "C" {
+
+using namespace longvid;
+
+// The best variant for this processor: 0 portable, 1 AVX2, 2 AVX-512.
+int longvid_best_isa() {
+#ifdef LONGVID_X86_VARIANTS
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+int longvid_attention(const AttentionArgs *args) {
+    const Variant *variant = find(args->isa);
+    if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
+    if (!is_valid(*args)) return BAD_LAYOUT;
+    try {
+        attend_all(*args, *variant);
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return DONE;
+}
+
+int longvid_block_mass(const MassArgs *args) {
+    const Variant *variant = find(args->isa);
+    if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
+    if (!is_valid(args->q_blocks, 1) || !is_valid(args->k_blocks, 1)) return BAD_LAYOUT;
+    try {
+        sum_mass(*args, *variant);
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return DONE;
+}
+
+}  // extern "C"

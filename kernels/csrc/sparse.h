@@ -1,0 +1,68 @@
+// What the entry points (sparse.cpp) and the variants of the kernels (variant.inc) share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace longvid {
+
+constexpr int MAX_QUERIES = 128;  // of one work item
+constexpr int MAX_DIM = 256;  // of a head
+
+// Some queries of one head: the places first, first + step, ... of an order.
+struct Queries {
+    const float *data;
+    int64_t stride;  // between tokens; the elements of one lie side by side
+    const int32_t *order;  // the token at each place; null: its own
+    int first, step, count;
+
+    int64_t token(int i) const {
+        const int place = first + i * step;
+        return order ? order[place] : place;
+    }
+};
+
+// The keys and values of one head, gathered into panels of as many keys as a vector has lanes. Each block of keys begins
+// with a panel of its own.
+struct Panels {
+    float *k;     // [panel][dim][lane]; 0 past the end of a block
+    float *v;     // [panel][lane][padded dim]; null where values are not needed
+    float *bias;  // [panel][lane], in units of log2; -inf past the end of a block
+    const int32_t *starts;   // [blocks + 1]: the first panel of each block
+    const int32_t *offsets;  // [blocks + 1]: the first place of each block
+    int num_blocks;
+};
+
+// The keys, values and bias of one head as they came.
+struct Source {
+    const float *k, *v, *bias;  // v and bias may be null
+    int64_t k_stride, v_stride;
+    const int32_t *order;
+};
+
+struct Output {
+    float *out, *lse;
+    int64_t out_stride, lse_stride;
+};
+
+// The kernels for one instruction set.
+struct Variant {
+    int lanes;
+    // Floats that a thread needs as scratch memory, aligned to 64 bytes.
+    size_t (*scratch)(int dim, int num_blocks);
+    void (*pack)(const Source &source, const Panels &panels, int dim, int block);
+    // At most MAX_QUERIES queries against the tiles of one row.
+    void (*attend)(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
+                   const Output &output, float *scratch);
+    // mass[block] = factor * sum over queries and keys of exp(score - lse), for every block of keys.
+    void (*mass)(const Queries &queries, const Panels &panels, int dim, float scale, const float *lse, int64_t lse_stride,
+                 float factor, float *mass, float *scratch);
+};
+
+inline int padded(int dim, int lanes) { return (dim + lanes - 1) / lanes * lanes; }
+
+extern const Variant portable;
+extern const Variant avx2;
+extern const Variant avx512;
+
+}  // namespace longvid

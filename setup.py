@@ -1,0 +1,28 @@
+"""The C++ kernels, which pyproject.toml cannot describe. Without a compiler longvid installs without them."""
+
+from setuptools import Extension, setup
+
+SOURCES = ("sparse", "portable", "avx2", "avx512")
+
+setup(
+    ext_modules=[
+        Extension(
+            "longvid.kernels._sparse",
+            sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
+            depends=[f"kernels/csrc/{name}" for name in ("isa.h", "sparse.h", "variant.inc")],
+            # Never -ffast-math: the kernels rely on rounding, infinities and NaN.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fopenmp",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-psabi",
+            ],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)
