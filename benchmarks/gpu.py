@@ -1,0 +1,434 @@
+"""Kernels of block-sparse attention on one GPU: held to fp64 oracles, then timed beside every dense kernel at hand.
+
+python benchmarks/gpu.py                       # writes benchmarks/results/gpu-<device>.json
+python benchmarks/gpu.py --films               # and films end to end, dense beside each policy
+python benchmarks/gpu.py --device cpu --quick  # the same code on small shapes, through the CPU's kernels
+
+Needs torch, and Triton on a GPU; whatever else is absent is named in the result.
+Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longvid.kernels import reference
+from longvid.kernels.dispatch import backend_for, sparse_attention
+from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, make_layout, one_group, own_groups
+from longvid.kernels.pool import pool
+from longvid.kernels.score import block_mass
+from longvid.kernels.select import top_k, top_p
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+POLICIES = ("radial", "sta", "adaspa", "svg2")
+STORY = 'scenes:\n  - {prompt: "a large red circle moving left", for: 5s}\n'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    tiles: tuple[int, ...] = (64, 128)
+    densities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    flex_from: int = 16384
+    """FlexAttention compiles for every point, which takes longer than all the rest: only from this length on."""
+
+
+FULL = Plan((1024, 2048, 4096, 8192, 16384, 32760), 24, 128, torch.bfloat16)
+QUICK = Plan((256, 500), 2, 64, torch.float32, densities=(1.0, 0.25), flex_from=1 << 30)
+
+
+# What the machine is.
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    facts = {name: _version(name) for name in ("torch", "triton", "flash-attn", "diffusers")}
+    facts |= {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    if device.type != "cuda":
+        return facts | {"device": "cpu", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    facts |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return facts | {"capability": [properties.major, properties.minor], "driver": _driver()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        return f"unknown: {error}"
+
+
+# Correctness, before anything is timed.
+
+
+def gates(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Every kernel against its oracle: the largest error beside its bound."""
+    torch.manual_seed(0)
+    dtypes = TOLERANCE if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    for dtype in dtypes:
+        for head_dim in (64, 80, 256):
+            for name, layout in test_layouts(device):
+                q, k, v = random_qkv(device, dtype, 2, 400, 500, 3, head_dim)
+                bias = torch.randn(1, 3, 500, device=device) if "bias" in name else None
+                if bias is not None:
+                    bias[..., ::5] = -math.inf
+                found = sparse_attention(q, k, v, layout, k_bias=bias)
+                expected = reference.sparse_attention(q, k, v, layout, k_bias=bias)
+                yield gate(f"attention, {name}, D {head_dim}", dtype, found, expected)
+        q, k, _ = random_qkv(device, dtype, 2, 400, 500, 3, 64)
+        lse = torch.einsum("blhd,bthd->blht", q.double(), k.double()).div(8).logsumexp(-1).float()
+        for name, layout in test_layouts(device):
+            if layout.num_groups == 1:
+                mass = block_mass(q, k, lse, layout.q, layout.k)
+                exact = reference.block_mass(q, k, lse, layout.q, layout.k)
+                yield gate(f"block mass, {name}", dtype, [mass], [exact])
+                yield gate(f"pool, {name}", dtype, pool(q, layout.q), reference.pool(q, layout.q))
+    yield from select_gates(device)
+
+
+def gate(name: str, dtype: torch.dtype, found: Any, expected: Any) -> dict[str, Any]:
+    """Errors are relative to values over 1. What is infinite must be so in both."""
+    errors = [0.0]
+    for one, other in zip(found, expected, strict=True):
+        finite = other.isfinite()
+        same = torch.equal(one.isfinite(), finite)
+        error = (one.double() - other)[finite].abs() / other[finite].abs().clamp(min=1)
+        errors.append(float(error.amax()) if same and error.numel() else 0.0 if same else math.inf)
+    bound = TOLERANCE[dtype]
+    return {"gate": name, "dtype": _name(dtype), "error": max(errors), "bound": bound, "ok": max(errors) <= bound}
+
+
+def select_gates(device: torch.device) -> Iterator[dict[str, Any]]:
+    """On a GPU the fused selection against torch's sort on the CPU; ties and infinities are among the scores."""
+    scores = torch.randint(0, 50, (4, 64, 700), device=device).float()
+    scores[0, :, ::7] = math.inf
+    pairs = {
+        "top-k": (top_k(scores, 70), top_k(scores.cpu(), 70)),
+        "top-p": (top_p(scores[1:], 0.9), top_p(scores[1:].cpu(), 0.9)),
+    }
+    for name, (found, expected) in pairs.items():
+        wrong = int((found.cpu() != expected).sum())
+        yield {"gate": name, "dtype": "float32", "error": wrong, "bound": 0, "ok": wrong == 0}
+
+
+def test_layouts(device: torch.device) -> list[tuple[str, BlockLayout]]:
+    """Layouts of 400 queries and 500 keys of 2 × 3 heads."""
+    cuts = torch.tensor([[0, 3, 3, 130, 400]], dtype=torch.int32)
+    ragged_q = Blocks(cuts, torch.randperm(400)[None].int())
+    own = Blocks(
+        torch.cat([torch.zeros(6, 1), torch.randint(0, 501, (6, 8)).sort(-1).values, torch.full((6, 1), 500)], 1).int(),
+        torch.stack([torch.randperm(500) for _ in range(6)]).int(),
+    )
+    skipping = own_groups(2, 3)
+    skipping[0, 1] = -1
+    cases = {
+        "64": (even_blocks(400, 64), even_blocks(500, 64), one_group(3)),
+        "128, bias": (even_blocks(400, 128), even_blocks(500, 128), one_group(3)),
+        "ragged": (ragged_q, Blocks(torch.tensor([[0, 100, 100, 101, 500]], dtype=torch.int32)), one_group(3)),
+        "every head its own, one skipped, bias": (ragged_q, own, skipping),
+    }
+    return [(name, random_layout(*case).to(device)) for name, case in cases.items()]
+
+
+def random_layout(q: Blocks, k: Blocks, group: Tensor) -> BlockLayout:
+    mask = torch.rand(int(group.max()) + 1, q.num_blocks, k.num_blocks) < 0.5
+    mask[0, 0] = False
+    return make_layout(q, k, mask, group)
+
+
+def random_qkv(
+    device: torch.device, dtype: torch.dtype, batch: int, queries: int, keys: int, heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(batch, n, heads, head_dim, device=device).to(dtype) for n in (queries, keys, keys))
+    return q, k, v
+
+
+def check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int) -> float:
+    """The largest error of a few queries, all heads, in a layout of one group a head and blocks of one size."""
+    rows = torch.randint(0, q.shape[1], (4,), device=q.device)
+    mask_HnT = layout.mask()[:, rows // tile].repeat_interleave(tile, -1)[..., : k.shape[1]]
+    errors = []
+    for head in range(q.shape[2]):
+        scores = q[0, rows, head].double() @ k[0, :, head].double().T / math.sqrt(q.shape[-1])
+        weights = scores.masked_fill(~mask_HnT[head], -math.inf).softmax(-1)
+        errors.append((weights @ v[0, :, head].double() - out[0, rows, head].double()).abs().amax())
+    return float(torch.stack(errors).amax())
+
+
+# Time.
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of repeated runs that fill half a second, after two to warm up."""
+    for _ in range(2):
+        work()
+    started = time.perf_counter()
+    _once(work, device)
+    repeats = max(3, min(50, int(0.5 / max(time.perf_counter() - started, 1e-4))))
+    return statistics.median(_once(work, device) for _ in range(repeats))
+
+
+def _once(work: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
+def dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+    """Dense attention, by every library; whether one is there shows when it is called."""
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads_first)
+
+    def flash_attn() -> object:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+
+    def flash_attn_3() -> object:
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+
+    names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    fused = {f"SDPA {name}": functools.partial(sdpa, backend) for name, backend in names.items()}
+    return {**fused, "flash-attn": flash_attn, "flash-attn 3": flash_attn_3}
+
+
+def flex_kernel(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int) -> Callable[[], Tensor]:
+    """FlexAttention with the same tiles; its output is [B, H, L, D]."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    mask = layout.mask()[None]
+    counts = mask.sum(-1, dtype=torch.int32)
+    columns = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
+    # All its tiles are full ones, whose scores need no look at the mask; without compilation there is only the mask.
+    block_mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(columns),
+        counts,
+        columns,
+        BLOCK_SIZE=tile,
+        mask_mod=lambda b, h, i, j: mask[b, h, i // tile, j // tile],
+        seq_lengths=(q.shape[1], k.shape[1]),
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    return lambda: compiled(*heads_first, block_mask=block_mask)
+
+
+def try_seconds(work: Callable[[], object], device: torch.device) -> float | str:
+    """Seconds, or why there are none: a library is absent, or does not do this."""
+    try:
+        return seconds(work, device)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# What is timed.
+
+
+def time_length(plan: Plan, length: int, device: torch.device) -> list[dict[str, Any]]:
+    """All tiles and densities of one length, beside the fastest dense kernel."""
+    q, k, v = random_qkv(device, plan.dtype, 1, length, length, plan.heads, plan.head_dim)
+    dense = {name: try_seconds(kernel, device) for name, kernel in dense_kernels(q, k, v).items()}
+    fastest = min((value for value in dense.values() if isinstance(value, float)), default=math.nan)
+    points = []
+    for tile in plan.tiles:
+        blocks = even_blocks(length, tile, device)
+        everything = torch.ones(1, blocks.num_blocks, blocks.num_blocks, dtype=torch.bool, device=device)
+        _, lse = sparse_attention(q, k, v, make_layout(blocks, blocks, everything, one_group(plan.heads, device)))
+        for density in plan.densities:
+            find = functools.partial(find_layout, q, k, lse, blocks, density)
+            point = time_point(q, k, v, find, tile, fastest, with_flex=length >= plan.flex_from)
+            points.append({"length": length, "tile": tile, "wanted_density": density, "dense_s": dense, **point})
+            print(as_line(points[-1]), file=sys.stderr, flush=True)
+    return points
+
+
+def find_layout(q: Tensor, k: Tensor, lse: Tensor, blocks: Blocks, density: float) -> BlockLayout:
+    """Planning as AdaSpa does it: mass by a cached LSE of every fourth query, top-k, compressed rows."""
+    mass = block_mass(q, k, lse, blocks, blocks, sample_every=4)
+    mask = top_k(mass.flatten(0, 1), round(density * blocks.num_blocks))
+    return make_layout(blocks, blocks, mask, own_groups(q.shape[0], q.shape[2], q.device))
+
+
+def time_point(
+    q: Tensor, k: Tensor, v: Tensor, find: Callable[[], BlockLayout], tile: int, dense_s: float, *, with_flex: bool
+) -> dict[str, Any]:
+    layout = find()
+    out, _ = sparse_attention(q, k, v, layout)
+    error = check_rows(out, q, k, v, layout, tile)
+    attention_s = seconds(lambda: sparse_attention(q, k, v, layout), q.device)
+    planning_s = seconds(find, q.device)
+    return {
+        **figures(layout.density(), attention_s, planning_s, dense_s, num_scores(q, k), q.shape[3]),
+        **(time_flex(q, k, v, layout, tile, out) if with_flex else {"flex_s": "not timed at this length"}),
+        "error": error,
+        "ok": error <= TOLERANCE[q.dtype],
+    }
+
+
+def time_flex(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int, out: Tensor) -> dict[str, Any]:
+    """FlexAttention's seconds, or why there are none, and how far its output is from ours."""
+    torch.compiler.reset()  # it stops to compile after some shapes
+    kernel = flex_kernel(q, k, v, layout, tile)
+    flex_s = try_seconds(kernel, q.device)
+    difference = float((kernel().transpose(1, 2) - out).abs().amax()) if isinstance(flex_s, float) else None
+    return {"flex_s": flex_s, "flex_difference": difference}
+
+
+def num_scores(q: Tensor, k: Tensor) -> int:
+    return q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]
+
+
+def figures(
+    density: float, attention_s: float, planning_s: float, dense_s: float, scores: int, head_dim: int
+) -> dict[str, float]:
+    """What follows from the times. Only computed scores count as work: 4 · D operations each."""
+    return {
+        "density": density,
+        "attention_s": attention_s,
+        "planning_s": planning_s,
+        "sum_s": attention_s + planning_s,
+        "speedup": dense_s / attention_s,
+        "speedup_with_planning": dense_s / (attention_s + planning_s),
+        "efficiency": dense_s / attention_s * density,
+        "tflops": 4 * head_dim * density * scores / attention_s / 1e12,
+    }
+
+
+def crossovers(points: list[dict[str, Any]], key: str) -> dict[str, int | None]:
+    """For each tile and density the shortest length from which on sparse is faster at every longer one too."""
+    found: dict[str, int | None] = {}
+    for point in sorted(points, key=lambda point: point["length"]):
+        case = f"tile {point['tile']}, density {point['wanted_density']}"
+        faster = point[key] > 1
+        found[case] = (found.get(case) or point["length"]) if faster else None
+    return found
+
+
+def as_line(point: dict[str, Any]) -> str:
+    flex = f"{point['flex_s'] * 1e3:.3f} ms" if isinstance(point["flex_s"], float) else "-"
+    return (
+        f"{point['length']:6} tokens, tile {point['tile']:3}, density {point['density']:.3f}:"
+        f" {point['attention_s'] * 1e3:8.3f} ms, planning {point['planning_s'] * 1e3:7.3f} ms,"
+        f" {point['speedup']:5.2f}x dense, {point['tflops']:6.1f} TFLOP/s, flex {flex}"
+        + ("" if point["ok"] else f"  WRONG by {point['error']:.2g}")
+    )
+
+
+# Films.
+
+
+def time_films(model: str, device: torch.device) -> dict[str, Any]:
+    """Films end to end, dense and by policy, and how near to the dense film they are; without diffusers, why not."""
+    try:
+        from longvid.engine import Engine
+    except ImportError as error:
+        return {"absent": str(error)}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        story = Path(folder) / "story.yaml"
+        story.write_text(STORY)
+        for policy in ("dense", *POLICIES):
+            engine = Engine.load(model, overrides=[f"runtime.device={device.type}", f"attention.policy={policy}"])
+            film = Path(folder) / f"{policy}.mp4"
+            times = []
+            for _ in range(2):  # the first render compiles and warms up
+                film.unlink(missing_ok=True)
+                started = time.perf_counter()
+                engine.render(story, film)
+                times.append(time.perf_counter() - started)
+            psnr = psnr_of(film, film.with_name("dense.mp4"))
+            speedup = results["dense"]["seconds"] / times[1] if results else 1.0
+            results[policy] = {"first_s": times[0], "seconds": times[1], "speedup": speedup, "psnr_db": psnr}
+    return results
+
+
+def psnr_of(film: Path, dense: Path) -> float:
+    from longvid.metrics.fidelity import Fidelity
+    from longvid.metrics.reader import FilmReader
+
+    fidelity = Fidelity()
+    with FilmReader(film) as one, FilmReader(dense) as other:
+        for image, expected in zip(one.frames(), other.frames(), strict=True):
+            fidelity.push(image, expected)
+    return fidelity.psnr()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--films", action="store_true", help="render films too")
+    parser.add_argument("--model", default="mini", help="of the films; a small one stays dense, below the crossover")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<device>.json; none with --quick")
+    args = parser.parse_args()
+    device, plan = torch.device(args.device), QUICK if args.quick else FULL
+    result: dict[str, Any] = {"machine": machine(device), "backend": backend_for(device), "gates": list(gates(device))}
+    for wrong in (found for found in result["gates"] if not found["ok"]):
+        print(f"WRONG: {wrong}", file=sys.stderr, flush=True)
+    result["shape"] = {"heads": plan.heads, "head_dim": plan.head_dim, "dtype": _name(plan.dtype)}
+    result["points"] = [point for length in plan.lengths for point in time_length(plan, length, device)]
+    result["crossover"] = crossovers(result["points"], "speedup")
+    result["crossover_with_planning"] = crossovers(result["points"], "speedup_with_planning")
+    if args.films:
+        result["films"] = time_films(args.model, device)
+    name = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
+    out = args.out or (None if args.quick else Path(__file__).parent / "results" / f"gpu-{name}.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("gates", "points")}, indent=1))
+    sys.exit(not all(found["ok"] for found in [*result["gates"], *result["points"]]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()
