@@ -220,8 +220,21 @@ def validate(model: type[SectionT], document: Document) -> SectionT:
         return model.model_validate(document.data)
     except ValidationError as error:
         first = error.errors()[0]
+        first["loc"] = _in_document(first["loc"], document.data)
         loc = (*first["loc"], first["ctx"]["key"]) if first["type"] == "unknown_key" else first["loc"]
         raise InputError(f"{document.place(loc)}: {_describe(first)}") from None
+
+
+def _in_document(loc: Loc, data: Any) -> Loc:
+    """A place without the tags that pydantic adds where a mapping's kind depends on one of its values."""
+    known: list[str | int] = []
+    for key in loc:
+        inside = isinstance(data, dict) and key in data
+        if known and isinstance(data, dict) and not inside and data.get("policy", "dense") == key:
+            continue
+        known.append(key)
+        data = data[key] if inside or (isinstance(data, list) and isinstance(key, int) and key < len(data)) else None
+    return tuple(known)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -233,7 +246,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _describe(error: ErrorDetails) -> str:
     name, kind = _name(error["loc"]), error["type"]
-    if kind == "unknown_key":
+    if kind in ("unknown_key", "unknown_policy"):
         return f"{name}: {error['msg']}" if name else error["msg"]
     if kind == "missing":
         return f"{name!r} is missing"

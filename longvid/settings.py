@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from longvid.document import Document, Section, nearest, parse_document, parse_scalar, read_document, validate
 from longvid.errors import InputError
+from longvid.sparsity.settings import AttentionSettings, Dense
 
 
 class ModelSettings(Section):
@@ -112,6 +113,7 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     mesh: MeshSettings = MeshSettings()
     sequence: SequenceSettings = SequenceSettings()
+    attention: AttentionSettings = Dense()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -127,8 +129,12 @@ def load_settings(preset: str | None = None, overrides: Sequence[str] = ()) -> S
         option = f"--set {override}"
         if not equals or not all(keys.split(".")):
             raise InputError(f"{option}: must look like section.key=value")
-        document.set(tuple(keys.split(".")), parse_scalar(value), option)
+        document.set(tuple(keys.split(".")), _parse_value(value, option), option)
     return validate(Settings, document)
+
+
+def _parse_value(text: str, option: str) -> Any:
+    return parse_document(text.encode(), option).data if text.startswith("[") else parse_scalar(text)
 
 
 def preset_names() -> list[str]:

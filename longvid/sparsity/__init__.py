@@ -1,0 +1,1 @@
+"""Sparse attention policies: which tiles of an attention are computed, one policy a file."""

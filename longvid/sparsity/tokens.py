@@ -1,0 +1,40 @@
+"""Where the tokens of an attention are in the film: what static layouts are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Queries and keys of one attention: latents in film order, row by row, with text before or behind them.
+
+    `queries` and `keys` are true latent positions; keys hold the queries' latents and the neighbours' context around
+    them. `own` are the positions that the chunk owns: the others are context, which every layout keeps whole. Text
+    (`text_before`, `text_behind` tokens, in queries and keys alike) is of models with joint attention, always visible.
+    """
+
+    queries: range
+    keys: range
+    own: range
+    height: int
+    width: int
+    text_before: int = 0
+    text_behind: int = 0
+
+    @property
+    def per_latent(self) -> int:
+        """Tokens of a latent."""
+        return self.height * self.width
+
+    @property
+    def num_text(self) -> int:
+        return self.text_before + self.text_behind
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.queries) * self.per_latent + self.num_text
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.keys) * self.per_latent + self.num_text

@@ -1,0 +1,112 @@
+"""k-means is Lloyd's, deterministic, and gives blocks that hold their tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longvid.kernels import permute, reference
+from longvid.kernels.permute import (
+    cluster_blocks,
+    cluster_sizes,
+    kmeans,
+    lloyd_step,
+    nearest_centroid,
+    spaced_tokens,
+)
+
+
+def random(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 40), clusters=st.integers(1, 9))
+def test_the_nearest_centroid_is_the_nearest(seed, tokens, clusters):
+    x, centroids = random(seed, 2, tokens, 3, 8), random(seed + 1, 2, 3, clusters, 8)
+    assert torch.equal(nearest_centroid(x, centroids), reference.nearest_centroid(x, centroids))
+
+
+def test_slabs_do_not_change_the_nearest(monkeypatch):
+    x, centroids = random(0, 2, 50, 3, 8), random(1, 2, 3, 7, 8)
+    whole = nearest_centroid(x, centroids)
+    monkeypatch.setattr("longvid.kernels.permute.CPU_SLAB", 100)
+    assert torch.equal(nearest_centroid(x, centroids), whole)
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 40), clusters=st.integers(1, 9))
+def test_a_step_moves_centroids_to_the_means_of_their_tokens(seed, tokens, clusters):
+    x, before = random(seed, 2, tokens, 3, 8), random(seed + 1, 2, 3, clusters, 8)
+    labels, after = lloyd_step(x, before)
+    for b in range(2):
+        for h in range(3):
+            for n in range(clusters):
+                members = x[b, labels[b, h] == n, h]
+                expected = members.mean(0) if len(members) else before[b, h, n]
+                torch.testing.assert_close(after[b, h, n], expected)
+
+
+def test_iterations_only_bring_tokens_closer():
+    x = random(0, 1, 300, 2, 8)
+    spread = []
+    for iterations in (1, 2, 5, 20):
+        labels, centroids = kmeans(x, None, 12, iterations)
+        own = centroids.gather(2, labels[..., None].expand(-1, -1, -1, 8))
+        spread.append((x.transpose(1, 2) - own).square().sum().item())
+    assert spread == sorted(spread, reverse=True)
+
+
+def test_iterations_from_the_centroids_of_before_go_on_where_those_ended():
+    x = random(0, 2, 100, 2, 8)
+    _, halfway = kmeans(x, None, 6, 3)
+    for result, expected in zip(kmeans(x, halfway, 6, 2), kmeans(x, None, 6, 5), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_without_iterations_tokens_go_to_the_centroids_as_they_are():
+    x, centroids = random(0, 1, 20, 2, 8), random(1, 1, 2, 4, 8)
+    labels, same = kmeans(x, centroids, 4, 0)
+    assert same is centroids and torch.equal(labels, reference.nearest_centroid(x, centroids))
+
+
+def test_heads_do_not_know_of_each_other():
+    x = random(0, 2, 60, 4, 8)
+    labels, centroids = kmeans(x, None, 5, 4)
+    for h in range(4):
+        alone, alone_centroids = kmeans(x[:, :, h : h + 1], None, 5, 4)
+        assert torch.equal(alone, labels[:, h : h + 1])
+        torch.testing.assert_close(alone_centroids, centroids[:, h : h + 1])
+
+
+def test_half_precision_is_clustered_in_fp32():
+    x = random(0, 1, 40, 2, 8).bfloat16()
+    labels, centroids = kmeans(x, None, 5, 3)
+    expected_labels, expected = kmeans(x.float(), None, 5, 3)
+    assert torch.equal(labels, expected_labels) and torch.equal(centroids, expected)
+
+
+@pytest.mark.parametrize(("tokens", "clusters"), [(10, 5), (7, 7), (9, 2), (5, 1)])
+def test_first_centroids_are_evenly_spaced_tokens(tokens, clusters):
+    x = torch.arange(tokens, dtype=torch.float32).view(1, tokens, 1, 1)
+    first = spaced_tokens(x, clusters).flatten()
+    assert len(first.unique()) == clusters
+    assert first.diff().max() - first.diff().min() <= 1 if clusters > 1 else first == tokens // 2
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 40), clusters=st.integers(1, 9))
+def test_blocks_hold_the_tokens_of_their_cluster_in_order(seed, tokens, clusters):
+    labels = torch.randint(0, clusters, (2, 3, tokens), generator=torch.Generator().manual_seed(seed))
+    blocks = cluster_blocks(labels, clusters)
+    assert blocks.offsets.dtype == blocks.order.dtype == torch.int32
+    assert torch.equal(blocks.block_of(tokens), labels.flatten(0, 1))
+    for group in range(6):
+        for start, stop in zip(blocks.offsets[group], blocks.offsets[group, 1:], strict=False):
+            assert (blocks.order[group, start:stop].diff() > 0).all()
+
+
+@pytest.mark.parametrize("cluster_sums", [permute.cluster_sums, permute._sums_by_index, permute._sums_by_segment])
+def test_sums_by_cluster(cluster_sums):
+    x, labels = random(0, 2, 30, 3, 4), torch.randint(0, 5, (2, 3, 30), generator=torch.Generator().manual_seed(1))
+    sums, sizes = cluster_sums(x, labels, 5), cluster_sizes(labels, 5)
+    member = torch.nn.functional.one_hot(labels, 5).float()
+    torch.testing.assert_close(sums, torch.einsum("bhtn,bthd->bhnd", member, x))
+    assert torch.equal(sizes, member.sum(2).long())

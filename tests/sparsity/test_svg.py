@@ -1,0 +1,175 @@
+"""Sparse VideoGen 2 keeps the heavy pairs of clusters; SVG-EAR sees the others by their centroids."""
+
+import math
+
+import pytest
+import torch
+
+from longvid.kernels import reference
+from longvid.kernels.dense import attend
+from longvid.kernels.dispatch import sparse_attention
+from longvid.kernels.layout import make_layout
+from longvid.sparsity.settings import Svg2, SvgEar
+from longvid.sparsity.skipped import attend_skipped
+from longvid.sparsity.svg2 import Clusters, Svg2Policy, cluster_count
+from longvid.sparsity.svg_ear import SvgEarPolicy, log_error
+from longvid.sparsity.tokens import TokenMap
+
+JOINT = TokenMap(range(2, 8), range(2, 8), range(3, 7), 7, 9, text_before=5, text_behind=11)
+FILM = TokenMap(range(6), range(6), range(6), 10, 12)
+
+pytestmark = pytest.mark.usefixtures("_small_clusters")
+
+
+def make(policy=Svg2Policy, **changes):
+    settings = {Svg2Policy: Svg2, SvgEarPolicy: SvgEar}[policy]
+    name = {Svg2Policy: "svg2", SvgEarPolicy: "svg_ear"}[policy]
+    return policy(settings(policy=name, **{"first_iterations": 5, **changes}))
+
+
+def tokens_of(blocks, num_tokens, group):
+    block = blocks.block_of(num_tokens)
+    return [(block[group] == n).nonzero()[:, 0] for n in range(blocks.num_blocks)]
+
+
+def test_pairs_are_kept_by_the_mass_of_their_centroids(film, attend_by):
+    q, k, v = film(JOINT, batch=2)
+    memory = {}
+    _, layout = attend_by(make(top_p=0.8, min_keep=0.2), (q, k, v), 5, JOINT, memory)
+    mask = layout.mask()
+    for group in range(8):
+        b, h = divmod(group, 4)
+        q_tokens, k_tokens = tokens_of(layout.q, len(q[0]), group), tokens_of(layout.k, len(k[0]), group)
+        num_q, num_k = len(q_tokens) - 1, len(k_tokens) - 1
+        assert q_tokens[-1].tolist() == [*range(5), *range(len(q[0]) - 11, len(q[0]))]
+        assert k_tokens[-1].tolist() == [*range(5 + 63), *range(5 + 5 * 63, len(k[0]))]
+        means = torch.stack([k[b, n, h].mean(0) if len(n) else torch.zeros(16) for n in k_tokens[:-1]])
+        sizes = torch.tensor([len(n) for n in k_tokens[:-1]])
+        for row in range(num_q):
+            if len(q_tokens[row]):
+                scores = means @ q[b, q_tokens[row], h].mean(0) / 4
+                weights = (sizes * scores.double().exp()) / (sizes * scores.double().exp()).sum()
+                chosen, others = weights[mask[group, row, :-1]], weights[~mask[group, row, :-1]]
+                assert chosen.min() >= others.max() - 1e-6
+                assert chosen.sum() >= 0.8 - 1e-5 and len(chosen) >= 0.2 * num_k
+                assert chosen.sum() - chosen.min() < 0.8 or len(chosen) == math.ceil(0.2 * num_k)
+
+
+def test_clusters_go_on_from_those_of_the_last_step(film, attend_by, monkeypatch):
+    """With the same tokens, two iterations a step are as many in one go."""
+    memory, policy = {}, make(first_iterations=3, iterations=2)
+    inputs = film(JOINT)
+    for step in (2, 3, 4):
+        attend_by(policy, inputs, step, JOINT, memory)
+    at_once = {}
+    attend_by(make(first_iterations=7), inputs, 2, JOINT, at_once)
+    assert set(memory) == {"q_centroids", "k_centroids"}
+    for name, centroids in memory.items():
+        assert centroids.dtype == torch.float32
+        assert torch.equal(centroids, at_once[name])
+
+
+def test_few_tokens_have_few_clusters():
+    assert cluster_count(1000, 75600, 64) == 1000
+    assert cluster_count(1000, 6400, 64) == 100
+    assert cluster_count(1000, 10, 64) == 1
+
+
+def test_centroids_of_skipped_clusters_join_the_softmax(film, attend_by):
+    """SVG-EAR is one attention over the keys and the centroids, which have the bias log n."""
+    q, k, v = film(JOINT, batch=2)
+    out, layout = attend_by(make(SvgEarPolicy, top_p=0.5), (q, k, v), 5, JOINT, {})
+    assert layout.density() < 0.7
+    mask = layout.mask()
+    for group in range(8):
+        b, h = divmod(group, 4)
+        k_tokens = tokens_of(layout.k, len(k[0]), group)
+        full = [n for n in range(len(k_tokens)) if len(k_tokens[n])]
+        keys, values = (
+            torch.cat([x[b, :, h], torch.stack([x[b, k_tokens[n], h].mean(0) for n in full])]).double() for x in (k, v)
+        )
+        seen = mask[group][layout.q.block_of(len(q[0]))[group]]
+        bias = torch.tensor([len(k_tokens[n]) for n in full]).double().log()
+        exact = torch.zeros(seen.shape[0], len(k[0])).double()
+        exact.masked_fill_(~seen[:, layout.k.block_of(len(k[0]))[group]], -math.inf)
+        scores = q[b, :, h].double() @ keys.T / 4
+        scores = scores + torch.cat([exact, bias.masked_fill(seen[:, full], -math.inf)], 1)
+        torch.testing.assert_close(out[b, :, h].double(), scores.softmax(-1) @ values, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_skipped_weighs_nothing(film, attend_by):
+    q, k, v = film(JOINT)
+    _, layout = attend_by(make(), (q, k, v), 5, JOINT, {})
+    everything = make_layout(layout.q, layout.k, torch.ones_like(layout.mask()), layout.group)
+    means = torch.randn(2, 1, 4, layout.k.num_blocks, 16)
+    out, lse = attend_skipped(q, *means, everything)
+    assert out.isfinite().all() and (lse == -math.inf).all()
+
+
+def test_slabs_of_queries_do_not_change_what_is_skipped(film, attend_by, monkeypatch):
+    q, k, v = film(JOINT)
+    _, layout = attend_by(make(), (q, k, v), 5, JOINT, {})
+    means = torch.randn(2, 1, 4, layout.k.num_blocks, 16, generator=torch.Generator().manual_seed(0))
+    whole = attend_skipped(q, *means, layout)
+    monkeypatch.setattr("longvid.sparsity.skipped.CPU_SLAB", 5000)
+    for part, expected in zip(attend_skipped(q, *means, layout), whole, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_the_error_of_a_centroid_is_that_of_its_definition(scale):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, generator=generator) for n in (20, 40, 40))
+    k = k * scale
+    labels = torch.randint(0, 5, (2, 3, 40), generator=generator)
+    sizes = torch.nn.functional.one_hot(labels, 6).sum(2)  # the last is empty
+    centroids = torch.randn(2, 3, 4, 8, generator=generator)
+    queries = Clusters(q, torch.zeros(2, 3, 20).long(), centroids, torch.full((2, 3, 4), 5))
+    keys = Clusters(k, labels, torch.zeros(2, 3, 6, 8), sizes)
+    found = log_error(queries, keys, v)
+    for b in range(2):
+        for h in range(3):
+            for j in range(5):
+                ks, vs = (x[b, labels[b, h] == j, h].double() for x in (k, v))
+                for c in range(4):
+                    centroid = centroids[b, h, c].double() / math.sqrt(8)
+                    wrong = (ks @ centroid).exp()[:, None] * vs - (ks.mean(0) @ centroid).exp() * vs.mean(0)
+                    assert found[b, h, c, j].item() == pytest.approx(wrong.square().sum().log().item(), abs=1e-3)
+    assert found[..., 5].isfinite().all() and (found[..., 5] < found[..., :5].amin()).all()
+
+
+def test_far_scores_do_not_overflow():
+    q, k, v = (torch.full((1, 4, 1, 8), x) for x in (100.0, 1.0, 1.0))
+    k = k * torch.tensor([100.0, -100.0, 50.0, 0.0])[None, :, None, None]
+    queries = Clusters(q, torch.zeros(1, 1, 4).long(), q[:, :1].transpose(1, 2), torch.tensor([[[4]]]))
+    keys = Clusters(k, torch.zeros(1, 1, 4).long(), torch.zeros(1, 1, 1, 8), torch.tensor([[[4]]]))
+    assert log_error(queries, keys, v).isfinite().all()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.7, 0.9])
+def test_centroids_bring_the_output_nearer_to_dense_at_no_more_density(film, attend_by, top_p):
+    inputs = film(FILM, noise=0.6)
+    dense = attend(*inputs)
+    plain, plain_layout = attend_by(make(top_p=top_p), inputs, 5, FILM, {})
+    ear, ear_layout = attend_by(make(SvgEarPolicy, top_p=top_p), inputs, 5, FILM, {})
+    assert ear_layout.density() <= plain_layout.density() + 0.02
+    plain_error, ear_error = ((out - dense).square().mean() for out in (plain, ear))
+    assert ear_error < 0.5 * plain_error
+
+
+def test_choosing_by_error_beats_choosing_by_mass_with_the_same_centroids(film, attend_by):
+    """When both see the others' centroids, SVG-EAR's choice of clusters is better than the heaviest clusters."""
+    inputs = film(FILM, noise=0.6)
+    dense = attend(*inputs)
+    policy, by_mass = make(SvgEarPolicy, top_p=0.6), make(top_p=0.6)
+    by_mass.finish = policy.finish
+    errors = [(attend_by(p, inputs, 5, FILM, {})[0] - dense).square().mean() for p in (policy, by_mass)]
+    assert errors[0] < errors[1]
+
+
+def test_the_layout_is_block_sparse_attention_of_clusters(film, attend_by):
+    inputs = film(JOINT, batch=2)
+    out, layout = attend_by(make(), inputs, 5, JOINT, {})
+    expected, _ = reference.sparse_attention(*inputs, layout)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, sparse_attention(*inputs, layout, backend="gather")[0], rtol=1e-5, atol=1e-5)
