@@ -31,17 +31,25 @@ def digest(film: Path) -> str:
     return hashlib.sha256(film.read_bytes()).hexdigest()
 
 
-def kill_once(story: Path, film: Path, ranks: int, rng: random.Random) -> tuple[str, float]:
-    """Render until a random rank is killed. What the supervisor said, and the seconds until all ranks were gone."""
+def kill_once(story: Path, film: Path, ranks: int, delay_s: float, rng: random.Random) -> tuple[str, float] | None:
+    """Render until a random rank is killed, so long after the first checkpoint.
+
+    Returns what the supervisor said, and the seconds until all ranks were gone; None where the film was done before.
+    """
     process = subprocess.Popen(command(story, film, ranks), stderr=subprocess.PIPE, text=True, start_new_session=True)
     manifest = film.with_name(f"{film.name}.longvid") / "state" / "manifest.json"
     while not manifest.exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(rng.random() * 4)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    time.sleep(delay_s)
     killed = time.monotonic()
-    os.kill(int(rng.choice(children)), signal.SIGKILL)
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(rng.choice(children)), signal.SIGKILL)
+    except (OSError, IndexError):  # it has ended, or its ranks have
+        children = []
     _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        return None
     assert process.returncode == 3, f"exit code {process.returncode}: {errors}"
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     return errors.strip().splitlines()[-1], time.monotonic() - killed
@@ -58,11 +66,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         story, film = Path(folder) / "story.yaml", Path(folder) / "film.mp4"
         story.write_text(STORY)
+        began = time.monotonic()
         subprocess.run(command(story, film, args.ranks), check=True, capture_output=True)
-        expected = digest(film)
+        whole_s, expected = time.monotonic() - began, digest(film)
         for number in range(args.kills):
-            film.unlink()
-            message, seconds = kill_once(story, film, args.ranks, rng)
+            killed = None
+            while killed is None:
+                film.unlink()
+                killed = kill_once(story, film, args.ranks, rng.random() * whole_s / 2, rng)
+            message, seconds = killed
             on_ranks = rng.choice([1, 2, 3])
             subprocess.run(command(story, film, on_ranks, "--resume"), check=True, capture_output=True)
             same = digest(film) == expected

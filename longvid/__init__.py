@@ -5,22 +5,26 @@
     engine = longvid.Engine.load("mini")
     engine.render("story.yaml", "film.mp4")
 
-Importing this package loads no torch: `Engine` arrives with its first use.
+    longvid.accelerate(pipe, attention="adaspa")  # somebody's diffusers pipeline
+
+Importing this package loads no torch: what it offers arrives with its first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longvid.engine import Engine
+    from longvid.models.accelerate import accelerate, restore
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "accelerate", "restore"]
+
+_HOMES = {"Engine": "longvid.engine", "accelerate": "longvid.models.accelerate", "restore": "longvid.models.accelerate"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Engine":
-        from longvid.engine import Engine
-
-        return Engine
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'longvid' has no attribute {name!r}")

@@ -30,6 +30,8 @@ from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.sequence import KvPart
 from longvid.sampler import Sampler, Solver
+from longvid.sparsity.policy import Memory
+from longvid.sparsity.runtime import SparseRuntime
 from longvid.writer import WriterState, segment_name
 
 Tensors = dict[str, Tensor]
@@ -42,12 +44,13 @@ GRACE_S = 10.0
 class Holder:
     """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
 
-    Branch 0 follows the prompts, 1 the negatives.
+    Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense.
     """
 
     mesh: Mesh
     layers: range
     branches: Sequence[int]
+    attention: SparseRuntime | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class FilmState:
 class Saved:
     """A checkpoint as one rank reads it. `round` is the last that was carried out.
 
-    `latents` are on ranks of the first stage, `solvers` (states, by chunk) and `film` on the leader.
+    `latents` are on ranks of the first stage, `solvers` (states, by chunk) and `film` on the leader. `memory` is that
+    of the attention's policy, by (chunk, branch, layer).
     """
 
     round: int
@@ -70,6 +74,7 @@ class Saved:
     kv: dict[KvVersion, KvSpan]
     solvers: dict[int, Tensors] = field(default_factory=dict)
     film: FilmState | None = None
+    memory: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
 
     def live(self, sampler: Sampler) -> Live:
         """What lives on, for the executor."""
@@ -166,7 +171,8 @@ class CheckpointSaver:
 
     def save_kv(self, done: int, kv: dict[KvVersion, KvSpan]) -> None:
         self._began = time.monotonic()
-        job = _Job(done, kv_tensors(kv, self._holder), {"kv": [(v.chunk, v.round, v.edge) for v in kv]})
+        tensors = kv_tensors(kv, self._holder) | memory_tensors(self._holder)
+        job = _Job(done, tensors, {"kv": [(v.chunk, v.round, v.edge) for v in kv]})
         if self._holder.mesh.is_leader:
             self._kv = job
         elif self.is_busy:
@@ -291,6 +297,26 @@ def _kv_name(version: KvVersion, branch: int, layer: int, holder: Holder) -> str
     return f"kv/{version.chunk}/{version.round}/{version.edge}/branch_{branch}/layer_{layer}/seq_{seq}"
 
 
+def memory_tensors(holder: Holder) -> Tensors:
+    """What the attention's policy remembers on a rank."""
+    state = holder.attention.state() if holder.attention else {}
+    return {f"{_memory_name(*key, holder)}/{name}": x for key, kept in state.items() for name, x in kept.items()}
+
+
+def _memory_name(chunk: int, branch: int, layer: int, holder: Holder) -> str:
+    return f"memory/{chunk}/{branch}/{layer}/{holder.mesh.place.seq}"
+
+
+def _memory(tensors: Tensors) -> dict[tuple[int, int, int], Memory]:
+    found: dict[tuple[int, int, int], Memory] = {}
+    for path, value in tensors.items():
+        kind, _, rest = path.partition("/")
+        if kind == "memory":
+            chunk, branch, layer, _, name = rest.split("/")
+            found.setdefault((int(chunk), int(branch), int(layer)), {})[name] = value
+    return found
+
+
 def write_tensors(path: Path, tensors: Tensors) -> int:
     """Write a safetensors file that is whole whenever it is there. Returns its bytes. Raises OSError, SafetensorError.
 
@@ -355,21 +381,26 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
     kinds = ("latents",) * mesh.is_first + ("solver", "decoder", "frames") * mesh.is_leader
 
     def is_wanted(name: str) -> bool:
-        return name.partition("/")[0] in kinds or name.rpartition("/")[0] in own_kv
+        kind, _, rest = name.partition("/")
+        if kind == "memory":
+            _, branch, layer, seq = map(int, rest.split("/")[:4])
+            return branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
+        return kind in kinds or name.rpartition("/")[0] in own_kv
 
     tensors: Tensors = {}
     for name in manifest.files:
         tensors |= read_tensors(state_folder(film) / name, is_wanted, device)
     try:
         kv: dict[KvVersion, KvSpan] = {version: _kv_span(version, tensors, holder) for version in versions}
+        memory = _memory(tensors)
         if not mesh.is_first:
-            return Saved(manifest.round, {}, kv)
+            return Saved(manifest.round, {}, kv, memory=memory)
         latents = {LatentVersion(*v): tensors["latents/{}/{}".format(*v)] for v in manifest.latents}
         if not mesh.is_leader:
-            return Saved(manifest.round, latents, kv)
+            return Saved(manifest.round, latents, kv, memory=memory)
         solvers = {chunk: _under(f"solver/{chunk}", tensors) for chunk in manifest.solvers}
         writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
-        return Saved(manifest.round, latents, kv, solvers, FilmState(_under("decoder", tensors), writer))
+        return Saved(manifest.round, latents, kv, solvers, FilmState(_under("decoder", tensors), writer), memory)
     except KeyError as error:
         raise InputError(f"{film}: its checkpoint lacks {error}; {ANEW}") from None
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -209,6 +210,35 @@ def doctor(as_json: AsJson = False) -> None:
     _show(facts, as_text(facts), as_json)
 
 
+@app.command()
+def tune(
+    story: Story,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PROFILE", help="The JSON file to write.")],
+    model: Model = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+    chunks: Annotated[int, typer.Option(min=1, help="How many of the film's chunks to look at.")] = 4,
+    tile: Annotated[int, typer.Option(min=16, max=256, help="Tokens of a tile.")] = 64,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Error that a head's pattern may have, as a share of the output's variance.")
+    ] = 0.05,
+) -> None:
+    """Search for each head's sparse pattern on a film's attention, for attention.policy=sparse_vdit."""
+    settings = _settings(model, preset, overrides)
+
+    from longvid.sparsity.search import Search
+    from longvid.tune import tune as search_heads
+
+    how = Search(tile=tile, tolerance=tolerance)
+    profile = search_heads(
+        story, settings, chunks=chunks, how=how, on_chunk=lambda done, of: typer.echo(f"chunk {done} of {of}", err=True)
+    )
+    profile.write(out)
+    counts = Counter(str(pattern) for heads in profile.layers for pattern in heads)
+    typer.echo(", ".join(f"{pattern}: {count}" for pattern, count in sorted(counts.items())))
+    typer.echo(f"--set attention.policy=sparse_vdit --set attention.profile={out}")
+
+
 @bench_app.command("film")
 def bench_film(
     model: Annotated[str, typer.Option(help="mini, or the folder of a diffusers WanPipeline.")] = "mini",
@@ -243,6 +273,20 @@ def bench_pipeline(
         bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
         result = pipeline.bench_pipeline(bench, say=lambda line: typer.echo(line, err=True))
     _show(result, pipeline.as_text(result), as_json)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Of which the median counts.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Time block-sparse attention on the CPU beside torch's dense attention, and the search for layouts."""
+    with _json_alone():
+        from longvid.bench import attention
+
+        bench = attention.AttentionBench(repeats=repeats)
+        result = attention.bench_attention(bench, say=lambda line: typer.echo(line, err=True))
+    _show(result, attention.as_text(result), as_json)
 
 
 Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]

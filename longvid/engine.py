@@ -25,7 +25,9 @@ from longvid.checkpoint import (
 )
 from longvid.errors import InputError, Interrupted, LongvidError
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
-from longvid.fingerprint import Machine, describe_model, fingerprint
+from longvid.fingerprint import Machine, describe_model, fingerprint, mark_of
+from longvid.kernels import cpu
+from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
@@ -48,6 +50,11 @@ from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
+from longvid.sparsity.make import make_policy
+from longvid.sparsity.runtime import SparseRuntime
+from longvid.sparsity.settings import Dense
+from longvid.sparsity.sparse_vdit import SparseVditPolicy
+from longvid.sparsity.tokens import TokenMap
 from longvid.trace import Trace, summary, summary_text, write_trace
 from longvid.writer import FilmWriter, check_path
 
@@ -88,7 +95,9 @@ class Engine:
     nothing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, mesh: Mesh) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, mesh: Mesh, *, attention: SparseRuntime | None = None
+    ) -> None:
         self.settings, self.mesh = settings, mesh
         self.device = pick_device(settings)
         self.facts: ModelFacts = checkpoint.facts
@@ -103,6 +112,8 @@ class Engine:
             self.vae = checkpoint.load_vae(dtype, self.device)
             """The video VAE; on the leader alone."""
             self._decoder = WanStreamDecoder(self.vae)
+        self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
+        """The policy of sparse attention at work; None: dense."""
         self._stage = self._load_stage(checkpoint, dtype)
         self._sampler = make_sampler(checkpoint.scheduler, settings.sampler)
 
@@ -146,6 +157,8 @@ class Engine:
             branches=branches if mesh.topology.guidance == 1 else [branches[mesh.place.guidance]],
             is_first=mesh.is_first,
             is_last=mesh.is_last,
+            first_layer=layers.start,
+            attention=self.attention,
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
         )
 
@@ -209,7 +222,7 @@ class Engine:
             tools.ledger = Ledger(
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self._layers
             )
-        holder = Holder(self.mesh, self._layers, self._stage.branches)
+        holder = Holder(self.mesh, self._layers, self._stage.branches, self.attention)
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
         with self._open_film(job, tools) as writer:
@@ -240,7 +253,8 @@ class Engine:
             if resume:
                 raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
             return _Job(path, plan)
-        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology)
+        kernels = describe_kernels(self.device, sparse=self.attention is not None)
+        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
         model = describe_model(self._root)
         marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
         manifest = find_manifest(path) if resume else None
@@ -318,6 +332,8 @@ class Engine:
             on_action=tools.trace.on_action if tools.trace else None,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
+        if self.attention:
+            self.attention.load_state(tools.saved.memory if tools.saved else {})
         done = tools.saved.round if tools.saved else -1
         rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
         actions = make_schedule(plan, self.settings)
@@ -397,9 +413,25 @@ class Engine:
             if unknown:
                 hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
                 yield f"line {scene.line}: the model does not know {', '.join(hints)}"
+        if self.attention:
+            tokens = largest_tokens(plan, self.settings, self.facts)
+            if not self.attention.pays(tokens, self.device):
+                name, count = self.settings.attention.policy, tokens.num_keys
+                yield f"attention.policy: {name} would be slower than dense attention to {count} tokens: it stays dense"
         if (plan.width, plan.height) != (self.facts.width, self.facts.height):
             native = f"{self.facts.width}x{self.facts.height}"
             yield f"the model was trained at {native}; {plan.width}x{plan.height} may look wrong"
+
+
+def largest_tokens(plan: Plan, settings: Settings, facts: ModelFacts) -> TokenMap:
+    """The tokens of the plan's largest unit."""
+    chunk = max(plan.chunks, key=lambda chunk: chunk.num_left + chunk.num_latents + chunk.num_right)
+    width, height = facts.grid.latent_size(plan.width, plan.height)
+    _, rows, columns = facts.grid.patch
+    stop, first = chunk.start + chunk.num_latents, chunk.start - chunk.num_left
+    queries = range(first if settings.queue.left == "recompute" else chunk.start, stop)
+    own = range(chunk.start, stop)
+    return TokenMap(queries, range(first, stop + chunk.num_right), own, height // rows, width // columns)
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -410,6 +442,30 @@ def pick_device(settings: Settings) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def make_attention(settings: Settings, facts: ModelFacts, root: Path | None) -> SparseRuntime | None:
+    """The policy of sparse attention at work; None: dense. Raises InputError where mesh or model cannot serve it."""
+    chosen = settings.attention
+    if isinstance(chosen, Dense):
+        return None
+    policy = make_policy(chosen)
+    if isinstance(policy, SparseVditPolicy):
+        model = mark_of(root, "transformer") if root else None
+        policy.require(num_layers=facts.num_layers, num_heads=facts.num_heads, model=model)
+    if settings.sequence.backend == "xfuser":
+        raise InputError(f"sequence.backend: xfuser has no sparse attention, but attention.policy is {chosen.policy}")
+    if settings.mesh.ring > 1 and policy.data_dependent:
+        reason = "looks at all keys, which no rank of a ring has"
+        raise InputError(f"mesh.ring must be 1, not {settings.mesh.ring}: attention.policy {chosen.policy} {reason}")
+    always = chosen.crossover == "always"
+    return SparseRuntime(policy, facts.num_layers, settings.sampler.steps, always=always)
+
+
+def describe_kernels(device: torch.device, *, sparse: bool) -> str:
+    """Whose instructions compute: those of another kind of processor round differently."""
+    own = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{own}, {backend_for(device)} {cpu.isa() or ''}".rstrip() if sparse else own
 
 
 def set_threads(settings: Settings) -> None:

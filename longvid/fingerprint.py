@@ -1,6 +1,6 @@
 """The fingerprint of a render: all that its pixels depend on, as plain data, and what changed since another. Pure.
 
-Two renders of one fingerprint on one kind of processor give the same bytes; on another kind they differ by rounding.
+Two renders of one fingerprint give the same bytes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ _FREE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What was really used where the settings say `auto`. Tokens spread over ranks are summed in another order."""
+    """What was really used where the settings say `auto`. Tokens spread over ranks are summed in another order, and so
+    they are by another processor's instructions (`kernels`)."""
 
     device: str
     threads: int
     topology: Topology
+    kernels: str = ""
 
 
 def fingerprint(
@@ -55,7 +57,7 @@ def fingerprint(
     """That of a render; `model` as `describe_model` says. Layers and guidance branches may be spread in any way."""
     kept: Plain = settings.model_dump(mode="json", exclude=_FREE)
     kept["mesh"] = {"seq": machine.topology.seq, "ring": machine.topology.ring}
-    kept["runtime"] |= {"device": machine.device, "threads": machine.threads}
+    kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}
     kept_facts["grid"]["patch"] = list(facts.grid.patch)
     return {
@@ -89,6 +91,12 @@ def describe_model(root: Path) -> Plain:
     """Every file of a checkpoint's parts: its size and digest, by its path in the directory."""
     files = [*root.glob("*.json"), *(file for part in _PARTS for file in (root / part).rglob("*") if file.is_file())]
     return {str(file.relative_to(root)): _describe_file(file) for file in sorted(files)}
+
+
+def mark_of(root: Path, part: str) -> str:
+    """A short text that stands for the files of one part of a checkpoint."""
+    files = {name: mark for name, mark in describe_model(root).items() if name.startswith(f"{part}/")}
+    return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
 
 
 def _describe_file(path: Path) -> Plain:

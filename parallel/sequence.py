@@ -5,9 +5,9 @@ Shapes: B = 1, L tokens of a unit, l of them on this rank, H heads, D of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -21,6 +21,7 @@ from longvid.kernels.dense import Partial, attend, attend_lse
 from longvid.kernels.merge import merge_partials
 from longvid.parallel.comm import Group
 from longvid.settings import SequenceBackend
+from longvid.sparsity.policy import Heads
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, [1, tokens, 1, D]."""
@@ -41,9 +42,35 @@ class KvPart:
     lengths: tuple[int, ...] = ()
 
 
+class Attention(Protocol):
+    """Softmax attention, dense or by a policy of sparse attention."""
+
+    def whole(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, heads: Heads) -> Tensor:
+        """Attention to all keys, [B, L, H, D]."""
+        ...
+
+    def part(
+        self, q_BlHD: Tensor, k_BtHD: Tensor, v_BtHD: Tensor, heads: Heads, queries: slice, keys: tuple[range, ...]
+    ) -> Partial | None:
+        """Attention of some queries to some keys, whose places among all are given; None: none of them sees any."""
+        ...
+
+
+class DenseAttention:
+    """All scores."""
+
+    def whole(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, heads: Heads) -> Tensor:
+        return attend(q_BLHD, k_BTHD, v_BTHD)
+
+    def part(
+        self, q_BlHD: Tensor, k_BtHD: Tensor, v_BtHD: Tensor, heads: Heads, queries: slice, keys: tuple[range, ...]
+    ) -> Partial | None:
+        return attend_lse(q_BlHD, k_BtHD, v_BtHD) if k_BtHD.shape[1] else None
+
+
 @dataclass(frozen=True)
 class Around:
-    """What self-attention reads besides the unit's own tokens, and what it must keep.
+    """What self-attention reads besides the unit's own tokens, what it must keep, and how scores are chosen.
 
     `rope` covers all tokens in their order: those of `left`, the L of the unit, those of `right`. `store` are spans of
     the unit's L tokens whose K/V are to be kept.
@@ -55,6 +82,7 @@ class Around:
     num_left: int = 0
     """Tokens of the whole span that `left` is a part of."""
     store: tuple[slice, ...] = ()
+    attention: Attention = field(default_factory=DenseAttention)
 
 
 class SequenceAttention(Protocol):
@@ -87,7 +115,8 @@ class WholeSequence:
         return x_BlE
 
     def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
-        return attend_around(q_BlHD, k_BlHD, v_BlHD, around), store_whole(k_BlHD, v_BlHD, around)
+        heads = Heads(0, q_BlHD.shape[2], q_BlHD.shape[2])
+        return attend_around(q_BlHD, k_BlHD, v_BlHD, around, heads), store_whole(k_BlHD, v_BlHD, around)
 
 
 class UspAttention:
@@ -119,7 +148,7 @@ class UspAttention:
         assert q_BlHD.shape[1] == lengths[self._ulysses.index]
         q, k, v = to_heads(self._ulysses, (q_BlHD, k_BlHD, v_BlHD), lengths)
         if self._ring.size == 1:
-            out, stored = attend_around(q, k, v, around), store_whole(k, v, around)
+            out, stored = attend_around(q, k, v, around, share_of_heads(self._ulysses, q)), store_whole(k, v, around)
         else:
             spans = self._group_spans(num_tokens)
             out, stored = self._attend_ring(q, k, v, around), self._store(k, v, spans, around)
@@ -143,30 +172,39 @@ class UspAttention:
         own_rope = rows(around.rope, start, start + q_BnhD.shape[1])
         keys, values = neighbours(around)
         block = torch.stack([torch.cat([rotate(k_BnhD, own_rope), *keys], 1), torch.cat([v_BnhD, *values], 1)])
-        sides = [side for side in (around.left, around.right) if side]
-        counts = [length(span) + sum(side.lengths[i] for side in sides) for i, span in enumerate(spans)]
-        return self._pass_around(rotate(q_BnhD, own_rope), block, counts)
+        heads, queries = share_of_heads(self._ulysses, q_BnhD), spans[ring.index]
 
-    def _pass_around(self, q_BnhD: Tensor, block: Tensor, counts: Sequence[int]) -> Tensor:
-        """Attention to the K/V of all members of the ring, of which `block` [2, 1, counts[index], h, D] is our own.
+        def partial(block: Tensor, keys: tuple[range, ...]) -> Partial | None:
+            return around.attention.part(q_rotated, block[0], block[1], heads, queries, keys)
 
-        While attention to a block runs, the next one is on its way.
+        q_rotated = rotate(q_BnhD, own_rope)
+        merged = self._pass_around(partial, block, [key_places(around, spans, i) for i in range(ring.size)])
+        return merged[0].type_as(q_BnhD) if merged else torch.zeros_like(q_BnhD)
+
+    def _pass_around(
+        self,
+        partial: Callable[[Tensor, tuple[range, ...]], Partial | None],
+        block: Tensor,
+        places: Sequence[tuple[range, ...]],
+    ) -> Partial | None:
+        """Attention to the K/V of all members of the ring, of which `block` [2, 1, n, h, D] is our own.
+
+        `places` are those of every member's keys among all. While attention to a block runs, the next is on its way.
         """
         ring = self._ring
         merged: Partial | None = None
         for hop in range(ring.size):
-            source = ring.index - hop  # counts[-1] is that of the last member, so negative ones are right
+            source = ring.index - hop  # places[-1] are those of the last member, so negative ones are right
             arrive = None
             if hop + 1 < ring.size:
-                arrive = ring.rotate(block, (*block.shape[:2], counts[source - 1], *block.shape[3:]))
-            if merged is None:
-                merged = attend_lse(q_BnhD, *block)
-            elif counts[source]:
-                merged = merge_partials(*merged, *attend_lse(q_BnhD, *block))
+                count = sum(map(len, places[source - 1]))
+                arrive = ring.rotate(block, (*block.shape[:2], count, *block.shape[3:]))
+            found = partial(block, places[source])
+            if found:
+                merged = merge_partials(*merged, *found) if merged else found
             if arrive:
                 block = arrive()
-        assert merged
-        return merged[0].type_as(q_BnhD)
+        return merged
 
     def _store(self, k_BnhD: Tensor, v_BnhD: Tensor, spans: Sequence[slice], around: Around) -> list[KvPart]:
         """What this group holds of each span to be stored."""
@@ -203,11 +241,12 @@ class DeepSpeedAttention:
         out: Tensor = self._exchange(q_BlHD, k_BlHD, v_BlHD, batch_dim, rotary, around, stored)
         return out, stored
 
-    @staticmethod
-    def _attend_heads(q_BLhD: Tensor, k_BLhD: Tensor, v_BLhD: Tensor, around: Around, stored: list[KvPart]) -> Tensor:
+    def _attend_heads(
+        self, q_BLhD: Tensor, k_BLhD: Tensor, v_BLhD: Tensor, around: Around, stored: list[KvPart]
+    ) -> Tensor:
         """What DeepSpeed calls between its exchanges, with all tokens and a share of the heads."""
         stored += store_whole(k_BLhD, v_BLhD, around)
-        return attend_around(q_BLhD, k_BLhD, v_BLhD, around)
+        return attend_around(q_BLhD, k_BLhD, v_BLhD, around, share_of_heads(self._group, q_BLhD))
 
 
 class XfuserAttention:
@@ -302,6 +341,16 @@ def to_heads(ulysses: Group, tensors: Sequence[Tensor], lengths: Sequence[int]) 
     return list(torch.cat(received, 1).split(1))
 
 
+def share_of_heads(ulysses: Group, q_BnhD: Tensor) -> Heads:
+    """Which of the layer's heads are here after `to_heads`."""
+    count = q_BnhD.shape[2]
+
+    def gather(x: Tensor) -> Tensor:
+        return torch.cat(ulysses.all_gather(x, [x.shape] * ulysses.size))
+
+    return Heads(ulysses.index * count, count, ulysses.size * count, gather)
+
+
 def to_tokens(ulysses: Group, x_BnhD: Tensor, lengths: Sequence[int]) -> Tensor:
     """Back from [1, n, H / ulysses, D] to this rank's [1, l, H, D]."""
     if ulysses.size == 1:
@@ -313,7 +362,7 @@ def to_tokens(ulysses: Group, x_BnhD: Tensor, lengths: Sequence[int]) -> Tensor:
 # ----------------------------------------------------------------------------------------------- attention and its K/V
 
 
-def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> Tensor:
+def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around, heads: Heads) -> Tensor:
     """Attention of a unit's tokens to themselves and to the K/V of its neighbours, which this rank has whole."""
     first, num_tokens = around.num_left, q_BLHD.shape[1]
     if around.left or around.right:
@@ -321,7 +370,8 @@ def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around
         right = [(around.right.key, around.right.value)] if around.right else []
         parts = [*left, (k_BLHD, v_BLHD), *right]
         k_BLHD, v_BLHD = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    return attend(rotate(q_BLHD, rows(around.rope, first, first + num_tokens)), rotate(k_BLHD, around.rope), v_BLHD)
+    q_BLHD = rotate(q_BLHD, rows(around.rope, first, first + num_tokens))
+    return around.attention.whole(q_BLHD, rotate(k_BLHD, around.rope), v_BLHD, heads)
 
 
 def store_whole(k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> list[KvPart]:
@@ -360,6 +410,17 @@ def own_tokens(around: Around) -> int:
     right = around.right
     num_right = (sum(right.lengths) or right.key.shape[1]) if right else 0
     return around.rope[0].shape[1] - around.num_left - num_right
+
+
+def key_places(around: Around, spans: Sequence[slice], member: int) -> tuple[range, ...]:
+    """Where the keys of a member of the ring are among all: the unit's, then the left and the right neighbour's."""
+    own = spans[member]
+    places = [range(around.num_left + own.start, around.num_left + own.stop)]
+    for side, first in ((around.left, 0), (around.right, around.num_left + own_tokens(around))):
+        if side:
+            start = first + sum(side.lengths[:member])
+            places.append(range(start, start + side.lengths[member]))
+    return tuple(places)
 
 
 def split(num_tokens: int, num_parts: int) -> list[slice]:

@@ -6,7 +6,7 @@ Shapes: C channels, F latents (left context, then own), S tokens a latent, L = F
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -22,8 +22,10 @@ from longvid.models.wan_attention import (
     text_kv,
 )
 from longvid.parallel.executor import Output, Unit
-from longvid.parallel.sequence import KvPart, Rope, SequenceAttention, WholeSequence
+from longvid.parallel.sequence import Attention, DenseAttention, KvPart, Rope, SequenceAttention, WholeSequence
 from longvid.plan import PromptBlend
+from longvid.sparsity.runtime import Place, SparseRuntime
+from longvid.sparsity.tokens import TokenMap
 
 TEXT_COLUMNS = 512
 """Length to which the stock pipeline pads every prompt with zeros, unmasked."""
@@ -35,8 +37,9 @@ BranchKv = list[list[KvPart]]
 class WanStage:
     """Some layers of a ``WanTransformer3DModel``; implements the executor's Stage.
 
-    ``dit.blocks`` are this stage's layers alone. ``branches`` are those that it runs: 0 follows the prompts, 1 the
-    negatives. Takes the transformer over: its attention processors are replaced, its layers are not.
+    ``dit.blocks`` are this stage's layers alone, ``first_layer`` the first one's place in the model. ``branches`` are
+    those that it runs: 0 follows the prompts, 1 the negatives. ``attention`` makes self-attention sparse. Takes the
+    transformer over: its attention processors are replaced, its layers are not.
     """
 
     def __init__(
@@ -46,13 +49,16 @@ class WanStage:
         branches: Sequence[int] = (0,),
         is_first: bool = True,
         is_last: bool = True,
+        first_layer: int = 0,
         sequence: SequenceAttention | None = None,
+        attention: SparseRuntime | None = None,
     ) -> None:
         self.dit = dit.eval()
         self.branches = tuple(branches)
         self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
         self._is_first, self._is_last = is_first, is_last
         self._sequence = sequence or WholeSequence()
+        self._first_layer, self._attention = first_layer, attention
         for index, block in enumerate(dit.blocks):
             block.attn1.set_processor(QueueSelfAttention(index, self._sequence))
             block.attn2.set_processor(SceneTextAttention(index))
@@ -105,6 +111,8 @@ class WanStage:
             branches.append(self._head(hidden, temb, unit, grid) if self._is_last else hidden)
             stored.append(context.stored)
         kv = tuple([[layer[span] for layer in layers] for layers in stored] for span in range(len(unit.store)))
+        if self._attention:
+            self._attention.end_step(unit.chunk.index, unit.step)
         if self._is_last:
             return Output(velocity=torch.stack(branches), kv=kv)
         return Output(hidden=torch.cat(branches), kv=kv)
@@ -129,7 +137,18 @@ class WanStage:
             right=_of_branch(unit.right, branch),
             num_left=before * per_latent,
             store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
+            attention=self._layer_attention(unit, self.branches[branch], token_map(unit, before, after, grid)),
         )
+
+    def _layer_attention(self, unit: Unit, branch: int, tokens: TokenMap) -> Callable[[int], Attention]:
+        """Self-attention of each layer of the stage in one pass of a unit."""
+
+        def at(index: int) -> Attention:
+            place = Place(unit.chunk.index, branch, self._first_layer + index, unit.step)
+            sparse = self._attention.at(place, tokens, self.dit.scale_shift_table.device) if self._attention else None
+            return sparse or DenseAttention()
+
+        return at
 
     def _head(self, hidden: Tensor, temb: Tensor, unit: Unit, grid: tuple[int, int]) -> Tensor:
         """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
@@ -197,6 +216,14 @@ def text_spans(prompts: Sequence[PromptBlend], texts: Sequence[TextKv], per_late
             spans.append(TextSpan(inside, texts[blend.a], second, blend.weight))
         start = stop
     return spans
+
+
+def token_map(unit: Unit, num_before: int, num_after: int, grid: tuple[int, int]) -> TokenMap:
+    """Where a unit's tokens are, with so many latents of neighbours' K/V before and after them."""
+    chunk = unit.chunk
+    stop = chunk.start + chunk.num_latents
+    start = stop - len(unit.timesteps)
+    return TokenMap(range(start, stop), range(start - num_before, stop + num_after), range(chunk.start, stop), *grid)
 
 
 def _of_branch(kv: object, branch: int) -> list[KvPart] | None:

@@ -7,6 +7,7 @@ contexts below travel in their place, and no layer is changed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longvid.kernels.dense import attend
-from longvid.parallel.sequence import Around, KvPart, Rope, SequenceAttention
+from longvid.parallel.sequence import Around, Attention, DenseAttention, KvPart, Rope, SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
@@ -26,6 +27,7 @@ class SelfContext:
 
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
+    ``attention`` gives that of a layer of the stage.
     """
 
     rope: Rope
@@ -34,6 +36,7 @@ class SelfContext:
     num_left: int = 0
     store: tuple[slice, ...] = ()
     stored: list[list[KvPart]] = field(default_factory=list)
+    attention: Callable[[int], Attention] = field(default=lambda _layer: DenseAttention())
 
 
 class QueueSelfAttention:
@@ -54,6 +57,7 @@ class QueueSelfAttention:
             right=context.right[self.index] if context.right else None,
             num_left=context.num_left,
             store=context.store,
+            attention=context.attention(self.index),
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)

@@ -75,6 +75,23 @@ def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(story: 
     assert render(story, tmp_path / "four.mp4", "--ranks", "4", settings=axes) == one
 
 
+SPARSE = ["attention.policy=adaspa", "attention.crossover=always", "attention.tile=16", "attention.search_at=[0.3]"]
+
+
+STA = ["attention.policy=sta", "attention.tile=[2,2,2]", "attention.crossover=always"]
+
+
+def test_adaptive_attention_over_ranks_and_after_a_kill_gives_the_same_bytes(story: Path, tmp_path: Path) -> None:
+    one = render(story, tmp_path / "one.mp4", settings=SPARSE)
+    film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
+    with started(command(story, film, "--ranks", "3", settings=SPARSE)) as supervisor:
+        wait_for(manifest.exists)
+        os.kill(ranks_of(supervisor.pid)[-1], signal.SIGKILL)
+        supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 3
+    assert render(story, film, "--ranks", "2", "--resume", settings=SPARSE) == one
+
+
 def test_torchrun_gives_the_same_bytes(story: Path, alone: str, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -187,6 +204,7 @@ engine.leave()
     ("ranks", "axes"),
     [
         (4, ["mesh.stage=2", "mesh.seq=2", "queue.left=cached"]),
+        (4, ["mesh.seq=4", "mesh.ring=2", *STA]),
         (8, ["mesh.stage=2", "mesh.guidance=2", "mesh.seq=2", "sampler.guidance=2"]),
     ],
 )

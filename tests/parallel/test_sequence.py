@@ -36,6 +36,10 @@ from longvid.parallel.sequence import (
     split,
 )
 from longvid.parallel.topology import Topology
+from longvid.sparsity.make import make_policy
+from longvid.sparsity.runtime import Place, SparseRuntime
+from longvid.sparsity.settings import AdaSpa, Sta
+from longvid.sparsity.tokens import TokenMap
 
 NUM_RANKS = 4
 HEADS, WIDTH = 4, 8
@@ -121,6 +125,40 @@ def stored_error(units, ulysses, ring):
             assert one.shape == expected.shape and one.is_contiguous()
             errors += [(one - expected).abs().max().item()] if one.numel() else []
     return max(errors)
+
+
+STEPS = 5
+BETWEEN = TokenMap(range(2, 8), range(10), range(2, 8), 3, 3)
+"""Six latents of nine tokens between two neighbours, of each of which two latents are seen."""
+
+
+def run_sparse(sequence, settings):
+    """All steps of a chunk whose neighbours' K/V are cached, by a policy of sparse attention."""
+    generator = torch.Generator().manual_seed(2)
+    runtime = SparseRuntime(make_policy(settings), 1, STEPS, always=True)
+    layouts = []
+    runtime.on_layout = layouts.append
+    angles = torch.randn(1, 90, 1, WIDTH // 2, generator=generator).repeat_interleave(2, -1)
+    rope = angles.cos(), angles.sin()
+    neighbour = torch.randn(3, 1, 54, HEADS, WIDTH, generator=generator)[:, :, sequence.part(54)]
+    own_rope = rope[0][:, :54], rope[1][:, :54]
+    _, (left, right) = sequence.attend(*neighbour, Around(own_rope, store=(slice(36, 54), slice(0, 18))))
+    outputs = []
+    for step in range(STEPS):
+        qkv = torch.randn(3, 1, 54, HEADS, WIDTH, generator=generator)[:, :, sequence.part(54)]
+        attention = runtime.at(Place(0, 0, 0, step), BETWEEN, qkv.device)
+        out, _ = sequence.attend(*qkv, Around(rope, left, right, 18, attention=attention))
+        outputs.append(sequence.gather(out.flatten(2), 54))
+        runtime.end_step(0, step)
+    assert not runtime.state()
+    return torch.stack(outputs), layouts
+
+
+def sparse_error(sequence, settings):
+    ours, _ = run_sparse(sequence, settings)
+    alone, layouts = run_sparse(WholeSequence(), settings)
+    assert any(layout is not None and layout.density() < 0.9 for layout in layouts)
+    return (ours - alone).abs().max().item()
 
 
 # ------------------------------------------------------------------------------------------------ what the ranks run
@@ -228,6 +266,10 @@ def lost_member(mesh):
     return 0.0
 
 
+ADASPA = AdaSpa(policy="adaspa", tile=16, search_at=(0.2, 0.6), sample_every=1)
+STA = Sta(policy="sta", tile=(1, 2, 2), window=(3, 2, 2), dense_steps=0.2)
+
+
 def cases(rank):
     """Every case by its name; all ranks run them in this order."""
     pairs = {ring: make_mesh_of(2, ring, rank) for ring in (1, 2)}
@@ -246,6 +288,9 @@ def cases(rank):
         "gather both": lambda: gather_error(four[2]),
         "stored ulysses": lambda: stored_error(UNEVEN, four[1].ulysses, four[1].ring),
         "stored both": lambda: stored_error(UNEVEN, four[2].ulysses, four[2].ring),
+        "sparse ulysses": lambda: sparse_error(UspAttention(four[1].ulysses, four[1].ring), ADASPA),
+        "sparse ring": lambda: sparse_error(UspAttention(four[4].ulysses, four[4].ring), STA),
+        "sparse both": lambda: sparse_error(UspAttention(four[2].ulysses, four[2].ring), STA),
         "diffusers": lambda: diffusers_error(four[1]),
         "lone library handle": lone_library_handle,
         "xfuser": lambda: xfuser_case(four[2]),
@@ -322,6 +367,11 @@ def worst(found, name, ranks=range(NUM_RANKS)):
 
 @pytest.mark.parametrize("name", ["ulysses 2", "ulysses 4", "ring 2", "ring 4", "ulysses 2 x ring 2"])
 def test_attention_over_ranks_is_that_of_one_rank(found, name):
+    assert worst(found, name) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sparse ulysses", "sparse ring", "sparse both"])
+def test_sparse_attention_over_ranks_is_that_of_one_rank(found, name):
     assert worst(found, name) < 1e-5
 
 

@@ -1,0 +1,145 @@
+"""Every policy of sparse attention beside dense attention, on the same films of the embedded model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longvid.engine import Engine, largest_tokens
+from longvid.kernels.layout import BlockLayout
+from longvid.metrics.adherence import read_clip, score
+from longvid.metrics.fidelity import Fidelity
+from longvid.script import Duration, Scene, Script
+from longvid.training import world
+
+Frames = NDArray[np.uint8]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy and its settings. `published` is what its paper reports, for the table."""
+
+    name: str
+    overrides: tuple[str, ...]
+    published: str = ""
+
+
+@dataclass
+class _Side:
+    """One case at work, and what was measured of it."""
+
+    case: Case
+    engine: Engine
+    denoise_s: list[float] = field(default_factory=list)
+    total_s: list[float] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+    scores: list[dict[str, bool]] = field(default_factory=list)
+    fidelity: Fidelity = field(default_factory=Fidelity)
+
+    def render(self, look: world.Look, seed: int, num_frames: int) -> Frames:
+        """A film of one scene, timed."""
+        scene = Scene(world.caption(look, np.random.default_rng(seed)), Duration(num_frames, "f"))
+        plan = self.engine.plan(Script((scene,), seed=seed))
+        start = time.perf_counter()
+        finished = list(self.engine.denoise(plan))
+        self.denoise_s.append(time.perf_counter() - start)
+        frames = np.concatenate([self.engine.decode(plan, chunk) for chunk in finished])
+        self.total_s.append(time.perf_counter() - start)
+        self.scores.append(score(read_clip(frames), look.attributes()))
+        return frames
+
+    def count(self, layout: BlockLayout | None) -> None:
+        self.densities.append(1.0 if layout is None else layout.density())
+
+
+def measure_policies(
+    cases: Sequence[Case], common: Sequence[str], *, films: int, frames: int, model: str = "mini", say: Say
+) -> dict[str, Any]:
+    """Times as medians of ratios to dense attention on the same film, PSNR (dB) and SSIM to its frames, adherence.
+
+    `density` is the mean over all attentions, the dense ones of warm-up included; it is counted in a film that is not
+    timed. Every case renders a film before the next film begins, so that all see the same machine.
+    """
+    dense = _Side(Case("dense", ()), Engine.load(model, overrides=list(common)))
+    sides = [_Side(case, _load(model, common, case)) for case in cases]
+    rng = np.random.default_rng(7)
+    for seed in range(films + 1):
+        look = world.sample_look(rng)
+        if seed == 0:
+            _warm_up(dense, sides, look, frames)
+            continue
+        reference = dense.render(look, seed, frames)
+        for side in sides:
+            for image, original in zip(side.render(look, seed, frames), reference, strict=True):
+                side.fidelity.push(image, original)
+        say(f"film {seed} of {films}")
+    plan = dense.engine.plan(Script((Scene("a red circle", Duration(frames, "f")),)))
+    tokens = largest_tokens(plan, dense.engine.settings, dense.engine.facts)
+    return {
+        "films": films,
+        "frames": frames,
+        "settings": list(common),
+        "queries": tokens.num_queries,
+        "keys": tokens.num_keys,
+        "dense": _result(dense, dense),
+        "policies": [_result(side, dense) for side in sides],
+    }
+
+
+def _load(model: str, common: Sequence[str], case: Case) -> Engine:
+    return Engine.load(model, overrides=[*common, "attention.crossover=always", *case.overrides])
+
+
+def _warm_up(dense: _Side, sides: Sequence[_Side], look: world.Look, frames: int) -> None:
+    """A film of each that does not count, in which densities are counted."""
+    for side in (dense, *sides):
+        runtime = side.engine.attention
+        if runtime:
+            runtime.on_layout = side.count
+        side.render(look, 0, frames)
+        side.denoise_s, side.total_s, side.scores = [], [], []
+        if runtime:
+            runtime.on_layout = None
+
+
+def _result(side: _Side, dense: _Side) -> dict[str, Any]:
+    joint = [all(shown[name] for name in world.ATTRIBUTES) for shown in side.scores]
+    compared = side.fidelity.num_frames > 0
+    return {
+        "name": side.case.name,
+        "overrides": list(side.case.overrides),
+        "published": side.case.published,
+        "denoise_s": statistics.median(side.denoise_s),
+        "denoise_speedup": _ratio(dense.denoise_s, side.denoise_s),
+        "speedup": _ratio(dense.total_s, side.total_s),
+        "density": statistics.mean(side.densities) if side.densities else 1.0,
+        "sparse_density": statistics.mean([d for d in side.densities if d < 1] or [1.0]),
+        "psnr": side.fidelity.psnr() if compared else None,
+        "ssim": side.fidelity.ssim() if compared else None,
+        "joint_adherence": statistics.mean(joint),
+        "adherence": {name: statistics.mean(shown[name] for shown in side.scores) for name in world.ATTRIBUTES},
+    }
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"{result['films']} films of {result['frames']} frames, {result['queries']} x {result['keys']} tokens",
+        f"{'':14}{'denoise':>9}{'film':>8}{'density':>9}{'PSNR':>8}{'SSIM':>8}{'joint':>7}",
+    ]
+    for row in (result["dense"], *result["policies"]):
+        fidelity = f"{row['psnr']:8.2f}{row['ssim']:8.4f}" if row["psnr"] is not None else " " * 16
+        times = f"{row['denoise_speedup']:8.2f}x{row['speedup']:7.2f}x{row['density']:9.3f}"
+        lines.append(f"{row['name']:14}{times}{fidelity}{row['joint_adherence']:7.0%}")
+    return "\n".join(lines)
