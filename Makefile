@@ -7,8 +7,8 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# pyproject.toml decides what is installed, so a change there installs again.
-$(READY): pyproject.toml
+# What decides what is installed and built: a change there installs again.
+$(READY): pyproject.toml setup.py $(wildcard kernels/csrc/*)
 	@.venv/bin/python -c '' 2>/dev/null || { \
 	  for python in python3.12 python3.11 python3.13; do \
 	    if "$$python" -c 'import venv, ensurepip' 2>/dev/null; then \

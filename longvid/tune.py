@@ -50,6 +50,9 @@ class Listener:
             self._judge.add(Sample(call.layer, q_BLHD, k_BTHD, v_BTHD, call.tokens))
         return partial[0]
 
+    def head_costs(self, layer: int) -> None:
+        return None
+
     def density(self, tokens: TokenMap) -> float:
         return 1.0
 

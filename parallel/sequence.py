@@ -83,6 +83,8 @@ class Around:
     """Tokens of the whole span that `left` is a part of."""
     store: tuple[slice, ...] = ()
     attention: Attention = field(default_factory=DenseAttention)
+    head_costs: Sequence[float] | None = None
+    """What each head costs beside the others, where they are to be dealt to ranks by that."""
 
 
 class SequenceAttention(Protocol):
@@ -115,7 +117,7 @@ class WholeSequence:
         return x_BlE
 
     def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
-        heads = Heads(0, q_BlHD.shape[2], q_BlHD.shape[2])
+        heads = Heads.all(q_BlHD.shape[2])
         return attend_around(q_BlHD, k_BlHD, v_BlHD, around, heads), store_whole(k_BlHD, v_BlHD, around)
 
 
@@ -146,13 +148,18 @@ class UspAttention:
         num_tokens = own_tokens(around)
         lengths = self._lengths(num_tokens)
         assert q_BlHD.shape[1] == lengths[self._ulysses.index]
-        q, k, v = to_heads(self._ulysses, (q_BlHD, k_BlHD, v_BlHD), lengths)
+        order = deal_heads(around.head_costs, q_BlHD.shape[2], self._ulysses.size)
+        is_dealt = around.head_costs is not None and self._ulysses.size > 1
+        tensors = [x[:, :, order] if is_dealt else x for x in (q_BlHD, k_BlHD, v_BlHD)]
+        q, k, v = to_heads(self._ulysses, tensors, lengths)
+        heads = share_of_heads(self._ulysses, order)
         if self._ring.size == 1:
-            out, stored = attend_around(q, k, v, around, share_of_heads(self._ulysses, q)), store_whole(k, v, around)
+            out, stored = attend_around(q, k, v, around, heads), store_whole(k, v, around)
         else:
             spans = self._group_spans(num_tokens)
-            out, stored = self._attend_ring(q, k, v, around), self._store(k, v, spans, around)
-        return to_tokens(self._ulysses, out, lengths), stored
+            out, stored = self._attend_ring(q, k, v, around, heads), self._store(k, v, spans, around)
+        out_BlHD = to_tokens(self._ulysses, out, lengths)
+        return (out_BlHD[:, :, torch.tensor(order).argsort()] if is_dealt else out_BlHD), stored
 
     def _group_spans(self, num_tokens: int) -> list[slice]:
         """The tokens of each Ulysses group, in the order of the ring."""
@@ -164,7 +171,7 @@ class UspAttention:
         first = self._ring.index * self._ulysses.size
         return [length(part) for part in split(num_tokens, self._num_parts)[first : first + self._ulysses.size]]
 
-    def _attend_ring(self, q_BnhD: Tensor, k_BnhD: Tensor, v_BnhD: Tensor, around: Around) -> Tensor:
+    def _attend_ring(self, q_BnhD: Tensor, k_BnhD: Tensor, v_BnhD: Tensor, around: Around, heads: Heads) -> Tensor:
         """Attention of this group's n tokens to all, with h of the heads."""
         num_tokens, ring = own_tokens(around), self._ring
         spans = self._group_spans(num_tokens)
@@ -172,7 +179,7 @@ class UspAttention:
         own_rope = rows(around.rope, start, start + q_BnhD.shape[1])
         keys, values = neighbours(around)
         block = torch.stack([torch.cat([rotate(k_BnhD, own_rope), *keys], 1), torch.cat([v_BnhD, *values], 1)])
-        heads, queries = share_of_heads(self._ulysses, q_BnhD), spans[ring.index]
+        queries = spans[ring.index]
 
         def partial(block: Tensor, keys: tuple[range, ...]) -> Partial | None:
             return around.attention.part(q_rotated, block[0], block[1], heads, queries, keys)
@@ -246,7 +253,8 @@ class DeepSpeedAttention:
     ) -> Tensor:
         """What DeepSpeed calls between its exchanges, with all tokens and a share of the heads."""
         stored += store_whole(k_BLhD, v_BLhD, around)
-        return attend_around(q_BLhD, k_BLhD, v_BLhD, around, share_of_heads(self._group, q_BLhD))
+        heads = share_of_heads(self._group, range(q_BLhD.shape[2] * self._group.size))
+        return attend_around(q_BLhD, k_BLhD, v_BLhD, around, heads)
 
 
 class XfuserAttention:
@@ -341,14 +349,30 @@ def to_heads(ulysses: Group, tensors: Sequence[Tensor], lengths: Sequence[int]) 
     return list(torch.cat(received, 1).split(1))
 
 
-def share_of_heads(ulysses: Group, q_BnhD: Tensor) -> Heads:
-    """Which of the layer's heads are here after `to_heads`."""
-    count = q_BnhD.shape[2]
+def share_of_heads(ulysses: Group, order: Sequence[int]) -> Heads:
+    """Which of the layer's heads are here after `to_heads` of heads in that order."""
+    count = len(order) // ulysses.size
+    back = torch.tensor(order).argsort()
 
     def gather(x: Tensor) -> Tensor:
-        return torch.cat(ulysses.all_gather(x, [x.shape] * ulysses.size))
+        return torch.cat(ulysses.all_gather(x, [x.shape] * ulysses.size))[back.to(x.device)]
 
-    return Heads(ulysses.index * count, count, ulysses.size * count, gather)
+    return Heads(tuple(order[ulysses.index * count : (ulysses.index + 1) * count]), len(order), gather)
+
+
+def deal_heads(costs: Sequence[float] | None, num_heads: int, num_ranks: int) -> list[int]:
+    """An order of heads of which each rank takes an equal run, so that no rank's cost much more than another's.
+
+    The costliest head goes to the rank of least cost that has room (longest processing time first). A layer's order
+    must never change: the neighbours' K/V lie where it put their heads.
+    """
+    if costs is None:
+        return list(range(num_heads))
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    for head in sorted(range(num_heads), key=lambda head: -costs[head]):
+        with_room = [hand for hand in hands if len(hand) < num_heads // num_ranks]
+        min(with_room, key=lambda hand: sum(costs[i] for i in hand)).append(head)
+    return [head for hand in hands for head in sorted(hand)]
 
 
 def to_tokens(ulysses: Group, x_BnhD: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -20,7 +20,8 @@
 namespace longvid {
 namespace {
 
-constexpr size_t PACKED_BYTES = size_t(128) << 20;  // of keys and values that are held packed at once, or one head's
+// Of keys and values that are held packed at once, or one head's. Not much: memory that is touched for the first time is slow.
+constexpr size_t PACKED_BYTES = size_t(16) << 20;
 
 const Variant *find(int isa) {
 #ifdef LONGVID_X86_VARIANTS

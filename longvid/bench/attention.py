@@ -5,10 +5,14 @@ Shapes: B batch, H heads, L tokens, D of a head.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import median
 from typing import Any, Literal
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import RuntimeFailure
-from longvid.kernels import cpu, score
+from longvid.kernels import cpu
 from longvid.kernels.dense import attend, attend_lse
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, make_layout, one_group
 
@@ -30,6 +34,11 @@ SHAPES: tuple[Shape, ...] = ((1, 8, 8192, 64), (1, 8, 4096, 128))
 DENSITIES = (0.1, 0.25, 1.0)
 TILES = (64, 128)
 SAMPLE_EVERY = (1, 4)
+ENVIRONMENTS: dict[cpu.Isa, dict[str, str]] = {
+    "avx512": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+"""What holds torch and its libraries to an instruction set."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class AttentionBench:
 
 
 def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
-    """Speed-ups over dense attention, fp32; a case's dense and sparse calls take turns, so both meet the same noise.
+    """Speed-ups over dense attention, fp32, each variant beside a torch that is held to the same instruction set.
 
     `efficiency` is speed-up x density: 1 says that a score costs what it costs dense. `spread` is the interquartile
     range of the speed-up over its median. `error` is the largest difference, of output and LSE, from softmax in fp64
@@ -53,7 +62,47 @@ def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[s
     best = cpu.isa()
     if best is None:
         raise RuntimeFailure("bench attention: the C++ kernels are not there: install longvid where a C++ compiler is")
-    isas = cpu.ISAS[cpu.ISAS.index(best) :: -1]
+    isas = [isa for isa in ENVIRONMENTS if cpu.ISAS.index(isa) <= cpu.ISAS.index(best)]
+    measured = []
+    for isa in isas:
+        say(f"{isa}:")
+        measured.append(run_isa(isa, bench, say))
+    return {
+        "cases": [case for found in measured for case in found["cases"]],
+        "search": [case for found in measured for case in found["search"]],
+        "repeats": bench.repeats,
+        "machine": {
+            **{key: cpu_facts()[key] for key in ("name", "cores", "flags")},
+            "isa": best,
+            "threads": torch.get_num_threads(),
+            "torch": package_version("torch"),
+        },
+    }
+
+
+def run_isa(isa: cpu.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """`measure_isa` in a process of its own: torch reads what it may use when it is loaded."""
+    command = [sys.executable, "-P", "-m", "longvid.bench.attention", isa, json.dumps(asdict(bench))]
+    environment = {**os.environ, **ENVIRONMENTS[isa]}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        *lines, last = _relay(process.stdout, say)
+    if process.returncode:
+        raise RuntimeFailure(f"bench attention: {isa} failed with exit code {process.returncode}: {lines}")
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
+def _relay(lines: Iterable[str], say: Callable[[str], None]) -> Iterator[str]:
+    """What a process prints; all but the JSON at its end is said at once."""
+    for line in lines:
+        if not line.startswith("{"):
+            say(line.rstrip())
+        yield line
+
+
+def measure_isa(isa: cpu.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """All cases of one variant. A case's dense and sparse calls take turns, so both meet the same noise."""
     cases: list[dict[str, Any]] = []
     search: list[dict[str, Any]] = []
     for shape in bench.shapes:
@@ -62,24 +111,14 @@ def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[s
         q, k, v = (torch.randn(batch, num_tokens, num_heads, dim, generator=generator) for _ in range(3))
         for density, tile, rows in product(bench.densities, bench.tiles, ROWS):
             layout = random_layout(num_tokens, num_heads, tile, density, rows)
-            for found in _time_case(q, k, v, layout, isas, bench.repeats):
-                cases.append({"shape": list(shape), "tile": tile, "rows": rows, **found})
-                say(_case_line(cases[-1]))
+            found = _time_case(q, k, v, layout, isa, bench.repeats)
+            cases.append({"shape": list(shape), "tile": tile, "rows": rows, "isa": isa, **found})
+            say(_case_line(cases[-1]))
         for every in SAMPLE_EVERY:
-            cost = _time_search(q, k, v, every, bench.repeats)
-            search.append({"shape": list(shape), "sample_every": every, "cost": cost})
-    return {
-        "cases": cases,
-        "search": search,
-        "repeats": bench.repeats,
-        "machine": {
-            **{key: cpu_facts()[key] for key in ("name", "cores", "flags")},
-            "isa": best,
-            "threads": torch.get_num_threads(),
-            "torch": package_version("torch"),
-            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        },
-    }
+            cost = _time_search(q, k, v, every, isa, bench.repeats)
+            search.append({"shape": list(shape), "sample_every": every, "isa": isa, "cost": cost})
+            say(_search_line(search[-1]))
+    return {"cases": cases, "search": search}
 
 
 def random_layout(num_tokens: int, num_heads: int, tile: int, density: float, rows: Rows) -> BlockLayout:
@@ -96,13 +135,14 @@ def random_layout(num_tokens: int, num_heads: int, tile: int, density: float, ro
 def as_text(result: dict[str, Any]) -> str:
     """The result of `bench_attention` for people."""
     machine = result["machine"]
-    lines = [f"fp32, {machine['threads']} threads of {machine['name']}, torch with {machine['torch_cpu_capability']}"]
+    lines = [f"fp32, {machine['threads']} threads of {machine['name']}"]
     lines += [_case_line(case) for case in result["cases"]]
-    lines += [
-        f"{case['shape']} block mass of every {case['sample_every']}. query: {case['cost']:.3f} of dense attention"
-        for case in result["search"]
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_search_line(case) for case in result["search"])])
+
+
+def _search_line(case: dict[str, Any]) -> str:
+    sampled = f"block mass of every {case['sample_every']}. query {case['isa']}"
+    return f"{case['shape']} {sampled}: {case['cost']:.3f} of dense attention"
 
 
 def _case_line(case: dict[str, Any]) -> str:
@@ -121,40 +161,32 @@ def _cut(num_tokens: int, tile: int, rows: Rows, generator: torch.Generator) -> 
     return Blocks(torch.cat([ends.new_zeros(1), ends])[None])
 
 
-def _time_case(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isas: tuple[cpu.Isa, ...], repeats: int
-) -> list[dict[str, Any]]:
-    """The figures of every variant of the kernels on one layout."""
+def _time_case(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isa: cpu.Isa, repeats: int) -> dict[str, float]:
+    """The figures of a variant of the kernels on one layout."""
     scale, density = 1 / math.sqrt(q.shape[-1]), layout.density()
-    found = [(isa, cpu.forward(q, k, v, layout, scale, None, isa=isa)) for isa in isas]
-    errors = {isa: _error(q, k, v, layout, *partial) for isa, partial in found}
-    ratios: dict[cpu.Isa, list[float]] = {isa: [] for isa in isas}
+    error = _error(q, k, v, layout, *cpu.forward(q, k, v, layout, scale, None, isa=isa))
+    ratios = []
     for _ in range(repeats):
         dense_s = _seconds(lambda: attend(q, k, v))
-        for isa in isas:
-            sparse_s = _seconds(lambda isa=isa: cpu.forward(q, k, v, layout, scale, None, isa=isa))  # type: ignore[misc]
-            ratios[isa].append(dense_s / sparse_s)
-    return [
-        {
-            "density": density,
-            "isa": isa,
-            "speedup": median(of_isa),
-            "efficiency": median(of_isa) * density,
-            "spread": _spread(of_isa),
-            "error": errors[isa],
-        }
-        for isa, of_isa in ratios.items()
-    ]
+        ratios.append(dense_s / _seconds(lambda: cpu.forward(q, k, v, layout, scale, None, isa=isa)))
+    return {
+        "density": density,
+        "speedup": median(ratios),
+        "efficiency": median(ratios) * density,
+        "spread": _spread(ratios),
+        "error": error,
+    }
 
 
-def _time_search(q: Tensor, k: Tensor, v: Tensor, every: int, repeats: int) -> float:
+def _time_search(q: Tensor, k: Tensor, v: Tensor, every: int, isa: cpu.Isa, repeats: int) -> float:
     """The time of block mass over that of dense attention."""
     _, lse = attend_lse(q, k, v)
-    blocks = even_blocks(q.shape[1], TILES[0])
+    blocks, scale = even_blocks(q.shape[1], TILES[0]), 1 / math.sqrt(q.shape[-1])
     costs = []
     for _ in range(repeats):
         dense_s = _seconds(lambda: attend(q, k, v))
-        costs.append(_seconds(lambda: score.block_mass(q, k, lse, blocks, blocks, sample_every=every)) / dense_s)
+        mass_s = _seconds(lambda: cpu.block_mass(q, k, lse, blocks, blocks, scale=scale, sample_every=every, isa=isa))
+        costs.append(mass_s / dense_s)
     return median(costs)
 
 
@@ -178,3 +210,16 @@ def _seconds(call: Callable[[], object]) -> float:
 def _spread(values: list[float]) -> float:
     ordered = sorted(values)
     return (ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]) / median(ordered)
+
+
+def main() -> None:
+    """One variant, as `run_isa` asks for it: lines for people, then JSON."""
+    isa, text = sys.argv[1:]
+    fields = json.loads(text)
+    fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
+    found = measure_isa(cpu.ISAS[cpu.ISAS.index(isa)], AttentionBench(**fields), lambda line: print(line, flush=True))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -149,6 +149,5 @@ class PolicySelfAttention:
         sparse = now.runtime.at(place, now.tokens, q_BLHD.device)
         if sparse is None:
             return attend(q_BLHD, k_BLHD, v_BLHD)
-        heads = q_BLHD.shape[2]
         with torch.no_grad():
-            return sparse.whole(q_BLHD, k_BLHD, v_BLHD, Heads(0, heads, heads))
+            return sparse.whole(q_BLHD, k_BLHD, v_BLHD, Heads.all(q_BLHD.shape[2]))

@@ -138,7 +138,11 @@ class WanStage:
             num_left=before * per_latent,
             store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
             attention=self._layer_attention(unit, self.branches[branch], token_map(unit, before, after, grid)),
+            head_costs=self._head_costs,
         )
+
+    def _head_costs(self, index: int) -> Sequence[float] | None:
+        return self._attention.policy.head_costs(self._first_layer + index) if self._attention else None
 
     def _layer_attention(self, unit: Unit, branch: int, tokens: TokenMap) -> Callable[[int], Attention]:
         """Self-attention of each layer of the stage in one pass of a unit."""

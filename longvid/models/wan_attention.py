@@ -7,7 +7,7 @@ contexts below travel in their place, and no layer is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class SelfContext:
 
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
-    ``attention`` gives that of a layer of the stage.
+    ``attention`` and ``head_costs`` give those of a layer of the stage.
     """
 
     rope: Rope
@@ -37,6 +37,7 @@ class SelfContext:
     store: tuple[slice, ...] = ()
     stored: list[list[KvPart]] = field(default_factory=list)
     attention: Callable[[int], Attention] = field(default=lambda _layer: DenseAttention())
+    head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
 
 
 class QueueSelfAttention:
@@ -58,6 +59,7 @@ class QueueSelfAttention:
             num_left=context.num_left,
             store=context.store,
             attention=context.attention(self.index),
+            head_costs=context.head_costs(self.index),
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)

@@ -62,6 +62,10 @@ class AdaSpaPolicy:
             self._search(q_BLHD, k_BTHD, call)
         return out
 
+    def head_costs(self, layer: int) -> None:
+        """They differ from step to step, and K/V of neighbours stay where their heads are."""
+        return
+
     def density(self, tokens: TokenMap) -> float:
         """Own keys at 1 - sparsity, which the heads' budgets keep on average; text and context whole."""
         return density_of(tokens, 1 - self.settings.sparsity)
@@ -84,7 +88,7 @@ class AdaSpaPolicy:
         found = mass_BHRC * choose(mass_BHRC, even, tiles)
         recall = call.heads.gather(found.sum((0, 2, 3)) / mass_BHRC.sum((0, 2, 3)))
         sparsity = head_sparsity(recall, settings.sparsity, settings.recall)
-        mine = sparsity[call.heads.first : call.heads.first + call.heads.count]
+        mine = sparsity[list(call.heads.indices)]
         memory["mask"] = choose(mass_BHRC, mine, tiles).flatten(0, 1)
         if call.step >= max(self._searches(call)):
             del memory["lse"]

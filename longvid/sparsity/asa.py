@@ -64,6 +64,10 @@ class AsaPolicy:
             return partial[0]
         return with_skipped(q_BLHD, k_BTHD, v_BTHD, partial, layout)
 
+    def head_costs(self, layer: int) -> None:
+        """They differ from step to step, and K/V of neighbours stay where their heads are."""
+        return
+
     def density(self, tokens: TokenMap) -> float:
         """Text and context whole; of own keys the share that is expected to hold `mass`, within its bounds."""
         settings = self.settings

@@ -31,10 +31,18 @@ class Heads:
     call it together.
     """
 
-    first: int
-    count: int
+    indices: tuple[int, ...]
     total: int
     gather: Callable[[Tensor], Tensor] = _alone
+
+    @classmethod
+    def all(cls, count: int) -> Heads:
+        """All heads of a layer."""
+        return cls(tuple(range(count)), count)
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Policy(Protocol):
         call: Call,
     ) -> Tensor:
         """The attention's output, from the output and LSE that the layout gave; here a policy learns and corrects."""
+        ...
+
+    def head_costs(self, layer: int) -> tuple[float, ...] | None:
+        """What each head of a layer costs beside the others, so that ranks get equal shares; None: all the same."""
         ...
 
     def density(self, tokens: TokenMap) -> float:

@@ -52,7 +52,10 @@ _Layer = Annotated[tuple[Pattern, ...], Field(strict=False, min_length=1)]
 
 
 class Profile(Section):
-    """The pattern of each head of each layer. `tile` is the size of tiles in tokens, `model` whose heads they are."""
+    """The pattern of each head of each layer. `tile` is the size of tiles in tokens, `model` whose heads they are.
+
+    `times` are the patterns' shares of dense attention's time, by their names, where they were searched for.
+    """
 
     format: Literal[1] = 1
     model: str
@@ -60,6 +63,7 @@ class Profile(Section):
     num_heads: Annotated[int, Field(ge=1)]
     tile: Annotated[int, Field(ge=16, le=256)]
     costs: Costs
+    times: dict[str, Seconds] = Field(default_factory=dict)
     layers: Annotated[tuple[_Layer, ...], Field(strict=False)]
 
     @model_validator(mode="after")
@@ -92,6 +96,10 @@ class Profile(Section):
         for what, mine, other in (("layers", self.num_layers, num_layers), ("heads", self.num_heads, num_heads)):
             if mine != other:
                 raise InputError(f"{name}: is of a model with {mine} {what}, but this one has {other}; tune this one")
+
+    def time_of(self, pattern: Pattern) -> float:
+        """A pattern's share of dense attention's time, as far as it is known."""
+        return 0.0 if pattern == SKIP else self.times.get(str(pattern), 1.0)
 
     def patterns(self) -> tuple[Pattern, ...]:
         """All that some head computes, each once, in a fixed order."""

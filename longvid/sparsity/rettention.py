@@ -61,6 +61,10 @@ class RettentionPolicy:
                 call.memory["residual"] = (out - rho[..., None] * window).type_as(out)
         return out
 
+    def head_costs(self, layer: int) -> tuple[float, ...] | None:
+        """All heads have the same tiles."""
+        return None
+
     def density(self, tokens: TokenMap) -> float:
         """Exact, of a step that is not dense."""
         settings = self.settings

@@ -78,13 +78,14 @@ class Judge:
         errors_NPH = torch.stack([torch.stack([errors for errors, _ in kept]).mean(0) for kept in by_layer])
         savings_NP = torch.stack([torch.stack([savings for _, savings in kept]).mean(0) for kept in by_layer])
         names = (FULL, *self._how.patterns)
-        chosen = choose(errors_NPH, savings_NP, self._how)
+        chosen, saved = choose(errors_NPH, savings_NP, self._how), savings_NP.mean(0).clamp(max=1.0)
         return Profile(
             model=model,
             num_layers=len(by_layer),
             num_heads=errors_NPH.shape[2],
             tile=self._how.tile,
             costs=self._costs,
+            times={str(pattern): 1 - float(saving) for pattern, saving in zip(self._how.patterns, saved, strict=True)},
             layers=tuple(tuple(names[i] for i in heads) for heads in chosen.tolist()),
         )
 

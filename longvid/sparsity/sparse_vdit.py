@@ -38,7 +38,11 @@ class SparseVditPolicy(StaticPolicy[SparseVdit]):
         return pattern_layout(self._patterns, tokens, self.profile.tile)
 
     def groups(self, call: Call) -> Groups:
-        return self._groups[call.layer][call.heads.first : call.heads.first + call.heads.count]
+        return tuple(self._groups[call.layer][head] for head in call.heads.indices)
+
+    def head_costs(self, layer: int) -> tuple[float, ...] | None:
+        """By the share of dense attention's time that the search expected of each pattern."""
+        return tuple(self.profile.time_of(pattern) for pattern in self.profile.layers[layer])
 
     def all_groups(self) -> Groups:
         return tuple(group for layer in self._groups for group in layer)

@@ -79,6 +79,10 @@ class StaticPolicy(ABC, Generic[SettingsT]):
         """See `Policy`: nothing is corrected."""
         return partial[0]
 
+    def head_costs(self, layer: int) -> tuple[float, ...] | None:
+        """All heads have the same tiles."""
+        return None
+
     def density(self, tokens: TokenMap) -> float:
         """The share of scores that a sparse step computes, exactly."""
         return self._find(tokens, torch.device("cpu")).density

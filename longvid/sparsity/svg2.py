@@ -83,6 +83,10 @@ class Svg2Policy:
         """The output as it is."""
         return partial[0]
 
+    def head_costs(self, layer: int) -> None:
+        """They differ from step to step, and K/V of neighbours stay where their heads are."""
+        return
+
     def density(self, tokens: TokenMap) -> float:
         """Text and context whole; of own keys the published share for `top_p`, at least `min_keep`."""
         return density_of(tokens, max(self.settings.min_keep, share_of_mass(self.settings.top_p)))

@@ -28,14 +28,14 @@ def scale_of(q):
     return 1 / math.sqrt(q.shape[-1])
 
 
-def assert_close(found, expected, dtype=torch.float32):
-    """fp32 within 1e-5; halves within the rounding of their output."""
+def assert_close(found, expected, dtype=torch.float32, q_scale=1.0):
+    """fp32 within 1e-5 for unit normal inputs; a score's rounding error grows with it. Halves as they round."""
     out, lse = found
     expected_out, expected_lse = expected
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 1e-5 * max(1.0, q_scale), torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     assert out.dtype == dtype and lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected_out, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5 * max(1.0, q_scale))
 
 
 def dense_layout(num_queries, num_keys, num_heads, tile=16):
@@ -52,7 +52,8 @@ def test_it_is_the_oracle_on_any_layout(forward, layouts, data):
     dim = data.draw(st.sampled_from([1, 3, 8, 16, 20, 33, 64, 100, 128, 256]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     seed = data.draw(st.integers(0, 1000))
-    q = random(seed, batch, num_queries, num_heads, dim, scale=data.draw(st.sampled_from([0.1, 1.0, 6.0]))).to(dtype)
+    q_scale = data.draw(st.sampled_from([0.1, 1.0, 6.0]))
+    q = random(seed, batch, num_queries, num_heads, dim, scale=q_scale).to(dtype)
     k, v = (random(seed + i, batch, num_keys, num_heads, dim).to(dtype) for i in (1, 2))
     bias = None
     if data.draw(st.booleans()):
@@ -63,7 +64,7 @@ def test_it_is_the_oracle_on_any_layout(forward, layouts, data):
         bias = bias.masked_fill(hidden, -math.inf)
     layout = data.draw(layouts(num_queries, num_keys, batch, num_heads))
     expected = reference.sparse_attention(q, k, v, layout, k_bias=bias)
-    assert_close(forward(q, k, v, layout, scale_of(q), bias), expected, dtype)
+    assert_close(forward(q, k, v, layout, scale_of(q), bias), expected, dtype, q_scale)
 
 
 @forwards

@@ -30,6 +30,7 @@ from longvid.parallel.sequence import (
     DeepSpeedAttention,
     UspAttention,
     WholeSequence,
+    deal_heads,
     even_part,
     make_sequence,
     overlap,
@@ -75,7 +76,7 @@ EVEN = (
 )
 
 
-def run_units(units, sequence, num_heads, dtype):
+def run_units(units, sequence, num_heads, dtype, costs=None):
     """All outputs, whole on every rank, and what each unit stored. Every rank draws the same tensors."""
     generator = torch.Generator().manual_seed(1)
     outputs, parts = [], []
@@ -86,7 +87,7 @@ def run_units(units, sequence, num_heads, dtype):
         angles = angles.repeat_interleave(2, -1)
         left, right = (parts[name[0]][name[1]] if name else None for name in (unit.left, unit.right))
         store = tuple(slice(*span) for span in unit.store)
-        around = Around((angles.cos(), angles.sin()), left, right, lengths[0], store)
+        around = Around((angles.cos(), angles.sin()), left, right, lengths[0], store, head_costs=costs)
         out, stored = sequence.attend(*qkv[:, :, sequence.part(unit.num_tokens)], around)
         outputs.append(sequence.gather(out.flatten(2), unit.num_tokens))
         parts.append(stored)
@@ -100,9 +101,9 @@ def length_of(units, name):
     return stop - start
 
 
-def error_against_one_rank(units, sequence, num_heads=HEADS, dtype=torch.float32):
+def error_against_one_rank(units, sequence, num_heads=HEADS, dtype=torch.float32, costs=None):
     """The largest difference of any output."""
-    outputs, _ = run_units(units, sequence, num_heads, dtype)
+    outputs, _ = run_units(units, sequence, num_heads, dtype, costs)
     expected, _ = run_units(units, WholeSequence(), num_heads, dtype)
     assert [out.dtype for out in outputs] == [dtype] * len(units)
     return max((out - whole).abs().max().item() for out, whole in zip(outputs, expected, strict=True))
@@ -288,6 +289,9 @@ def cases(rank):
         "gather both": lambda: gather_error(four[2]),
         "stored ulysses": lambda: stored_error(UNEVEN, four[1].ulysses, four[1].ring),
         "stored both": lambda: stored_error(UNEVEN, four[2].ulysses, four[2].ring),
+        "dealt heads": lambda: error_against_one_rank(
+            UNEVEN, UspAttention(four[2].ulysses, four[2].ring), costs=(0.1, 1.0, 0.9, 0.2)
+        ),
         "sparse ulysses": lambda: sparse_error(UspAttention(four[1].ulysses, four[1].ring), ADASPA),
         "sparse ring": lambda: sparse_error(UspAttention(four[4].ulysses, four[4].ring), STA),
         "sparse both": lambda: sparse_error(UspAttention(four[2].ulysses, four[2].ring), STA),
@@ -370,7 +374,7 @@ def test_attention_over_ranks_is_that_of_one_rank(found, name):
     assert worst(found, name) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sparse ulysses", "sparse ring", "sparse both"])
+@pytest.mark.parametrize("name", ["dealt heads", "sparse ulysses", "sparse ring", "sparse both"])
 def test_sparse_attention_over_ranks_is_that_of_one_rank(found, name):
     assert worst(found, name) < 1e-5
 
@@ -483,3 +487,17 @@ def test_one_rank_attends_to_neighbours_by_the_definition():
     scores = torch.einsum("blhd,bthd->bhlt", q, k.conj()).real / math.sqrt(WIDTH)
     expected = torch.einsum("bhlt,bthd->blhd", scores.softmax(-1), v).flatten(2)
     torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=24), st.integers(1, 6))
+def test_heads_are_dealt_once_each_and_no_rank_has_more_than_a_head_s_cost_too_much(costs, num_ranks):
+    costs = costs * num_ranks
+    order = deal_heads(costs, len(costs), num_ranks)
+    assert sorted(order) == list(range(len(costs)))
+    each = len(costs) // num_ranks
+    hands = [sum(costs[head] for head in order[i * each : (i + 1) * each]) for i in range(num_ranks)]
+    assert max(hands) - min(hands) <= max(costs) + 1e-9
+
+
+def test_heads_without_costs_stay_in_their_order():
+    assert deal_heads(None, 6, 3) == [0, 1, 2, 3, 4, 5]

@@ -47,7 +47,7 @@ def attend_by():
 
 def _attend_by(policy, inputs, step, tokens, memory, *, heads=None, layer=3, num_steps=10):
     num_heads = inputs[0].shape[2]
-    call = Call(layer, 4, step, num_steps, tokens, heads or Heads(0, num_heads, num_heads), memory)
+    call = Call(layer, 4, step, num_steps, tokens, heads or Heads.all(num_heads), memory)
     layout = policy.layout(*inputs, call)
     partial = attend_lse(*inputs) if layout is None else sparse_attention(*inputs, layout)
     return policy.finish(*inputs, partial, layout, call), layout

@@ -137,7 +137,7 @@ def test_heads_on_two_ranks_are_the_heads_on_one(policy, film, run):
     gather = Meeting(2)
 
     def rank(first):
-        heads = Heads(first, HEADS // 2, HEADS, lambda x: gather(first, x))
+        heads = Heads(tuple(range(first, first + HEADS // 2)), HEADS, lambda x: gather(first, x))
         mine = [tuple(x[:, :, first : first + HEADS // 2] for x in inputs) for inputs in films]
         return run(type(policy)(policy.settings), JOINT, mine, heads)[0]
 

@@ -62,7 +62,7 @@ def vdit(tmp_path_factory):
 
 
 def call_of(tokens, heads=1, **changes):
-    values = {"layer": 0, "num_layers": 1, "step": 9, "num_steps": 10, "heads": Heads(0, heads, heads)}
+    values = {"layer": 0, "num_layers": 1, "step": 9, "num_steps": 10, "heads": Heads.all(heads)}
     return Call(**{**values, "tokens": tokens, **changes})
 
 
@@ -337,7 +337,7 @@ def test_heads_of_a_rank_follow_the_profile_in_one_launch(vdit, first, count):
     draw = torch.Generator().manual_seed(1)
     q = torch.randn(2, tokens.num_queries, count, 16, generator=draw)
     k, v = torch.randn(2, 2, tokens.num_keys, count, 16, generator=draw)
-    layout = layout_of(policy, replace(call_of(tokens), heads=Heads(first, count, 6)))
+    layout = layout_of(policy, replace(call_of(tokens), heads=Heads(tuple(range(first, first + count)), 6)))
     assert layout.group.tolist()[0] == [0, -1, 2, 1, 3, 0][first : first + count]
     out, lse = sparse_attention(q, k, v, layout)
     for head, pattern in enumerate(patterns[first : first + count]):
@@ -351,7 +351,7 @@ def test_heads_of_a_rank_follow_the_profile_in_one_launch(vdit, first, count):
 
 def test_a_layer_of_full_heads_is_dense(vdit):
     policy = make_policy(vdit(FULL, FULL, DIAGONAL))
-    first, last = (replace(call_of(film(4, 4, 4)), heads=Heads(first, 2, 3)) for first in (0, 1))
+    first, last = (replace(call_of(film(4, 4, 4)), heads=Heads((first, first + 1), 3)) for first in (0, 1))
     assert layout_of(policy, first) is None
     assert layout_of(policy, last) is not None
     assert make_policy(vdit(FULL, SKIP)).density(film(4, 4, 4)) == 0.5
