@@ -7,5 +7,7 @@
 #define ROWS 6
 #define VECTORS 2
 #define CHUNK 8
+#include <immintrin.h>
+
 #include "variant.inc"
 #endif

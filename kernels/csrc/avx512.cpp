@@ -7,5 +7,7 @@
 #define ROWS 6
 #define VECTORS 4
 #define CHUNK 4
+#include <immintrin.h>
+
 #include "variant.inc"
 #endif
