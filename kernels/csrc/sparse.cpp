@@ -273,6 +273,33 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
     }
 }
 
+// Queries of a row that stand for all of them.
+int num_sampled(const MassArgs &args, int row) {
+    const int32_t *offsets = offsets_of(args.q_blocks, 0);
+    return (offsets[row + 1] - offsets[row] + args.sample_every - 1) / args.sample_every;
+}
+
+// Rows that follow each other, and how many queries they have.
+struct Rows {
+    int first, stop, count;
+};
+
+// Rows in groups that fill the packed queries; the longest first.
+std::vector<Rows> group_rows(const MassArgs &args) {
+    std::vector<Rows> groups;
+    for (int row = 0; row < args.q_blocks.num_blocks; row++) {
+        const int count = num_sampled(args, row);
+        const bool fits = !groups.empty() && groups.back().count + count <= MAX_QUERIES &&
+                          row - groups.back().first < MAX_PIECES;
+        if (fits)
+            groups.back() = {groups.back().first, row + 1, groups.back().count + count};
+        else
+            groups.push_back({row, row + 1, count});
+    }
+    std::stable_sort(groups.begin(), groups.end(), [](const Rows &a, const Rows &b) { return a.count > b.count; });
+    return groups;
+}
+
 void sum_mass(const MassArgs &args, const Variant &variant) {
     const std::vector<int32_t> starts = panel_starts(args.k_blocks, 0, variant.lanes);
     const int rows = args.q_blocks.num_blocks, cols = args.k_blocks.num_blocks, num_heads = args.batch * args.heads;
@@ -280,10 +307,12 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
     const Packed packed(variant, args.dim, false, starts.back(), wave);
     const Scratch scratch(variant.scratch(args.dim, cols), args.threads);
     const int32_t *offsets = offsets_of(args.q_blocks, 0);
-    std::vector<int> longest(rows);
-    std::iota(longest.begin(), longest.end(), 0);
-    std::stable_sort(longest.begin(), longest.end(),
-                     [&](int a, int b) { return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b]; });
+    const std::vector<Rows> groups = group_rows(args);
+    std::vector<float> factors(rows);
+    for (int row = 0; row < rows; row++) {
+        const int sampled = num_sampled(args, row);
+        factors[row] = sampled ? float(offsets[row + 1] - offsets[row]) / float(sampled) : 0.0f;
+    }
 
     for (int begin = 0; begin < num_heads; begin += wave) {
         const int count = std::min(wave, num_heads - begin);
@@ -293,14 +322,17 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
             const Source source{at(args.k, head(slot)), nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0)};
             variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i % cols));
         });
-        deal(int64_t(count) * rows, args.threads, scratch, [&](int64_t i, float *memory) {
-            const int row = longest[i / count], slot = int(i % count), first = offsets[row];
-            const int length = offsets[row + 1] - first;
-            const int sampled = (length + args.sample_every - 1) / args.sample_every;
-            const Queries queries{at(args.q, head(slot)), args.q.token, order_of(args.q_blocks, 0), first, args.sample_every, sampled};
-            const float factor = sampled ? float(length) / float(sampled) : 0.0f;
-            variant.mass(queries, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale, at(args.lse, head(slot)),
-                         args.lse.token, factor, args.mass + (int64_t(begin + slot) * rows + row) * cols, memory);
+        deal(int64_t(count) * groups.size(), args.threads, scratch, [&](int64_t i, float *memory) {
+            const Rows &group = groups[i / count];
+            const int slot = int(i % count);
+            std::vector<Queries> queries;
+            for (int row = group.first; row < group.stop; row++) {
+                const int first = offsets[row], sampled = num_sampled(args, row);
+                queries.push_back({at(args.q, head(slot)), args.q.token, order_of(args.q_blocks, 0), first, args.sample_every, sampled});
+            }
+            variant.mass(queries.data(), group.stop - group.first, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale,
+                         at(args.lse, head(slot)), args.lse.token, factors.data() + group.first,
+                         args.mass + (int64_t(begin + slot) * rows + group.first) * cols, memory);
         });
     }
 }

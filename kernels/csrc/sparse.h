@@ -7,6 +7,7 @@
 namespace longvid {
 
 constexpr int MAX_QUERIES = 128;  // of one work item
+constexpr int MAX_PIECES = 16;  // of rows whose masses are summed together
 constexpr int MAX_DIM = 256;  // of a head
 
 // Some queries of one head: the places first, first + step, ... of an order.
@@ -54,9 +55,9 @@ struct Variant {
     // At most MAX_QUERIES queries against the tiles of one row.
     void (*attend)(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
                    const Output &output, float *scratch);
-    // mass[block] = factor * sum over queries and keys of exp(score - lse), for every block of keys.
-    void (*mass)(const Queries &queries, const Panels &panels, int dim, float scale, const float *lse, int64_t lse_stride,
-                 float factor, float *mass, float *scratch);
+    // mass[row][block] = factors[row] * sum over the row's queries and the block's keys of exp(score - lse).
+    void (*mass)(const Queries *rows, int num_rows, const Panels &panels, int dim, float scale, const float *lse,
+                 int64_t lse_stride, const float *factors, float *mass, float *scratch);
 };
 
 inline int padded(int dim, int lanes) { return (dim + lanes - 1) / lanes * lanes; }
