@@ -1,6 +1,6 @@
 """Sparse attention in a diffusers pipeline that your program uses as before.
 
-    python examples/accelerate_pipeline.py [FOLDER [FRAMES [FILM.mp4]]]
+python examples/accelerate_pipeline.py [FOLDER [FRAMES [FILM.mp4]]]
 """
 
 import sys

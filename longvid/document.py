@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -211,6 +211,17 @@ class Section(BaseModel):
         return data
 
 
+def with_policy(data: Any, default: str, known: Sequence[str]) -> Any:
+    """A section whose keys depend on its `policy`: `default` unless named; an unknown one names the nearest."""
+    if not isinstance(data, Mapping):
+        return data
+    policy = data.get("policy", default)
+    if policy not in known:
+        context = {"shown": show(policy), "hint": nearest(str(policy), known)}
+        raise PydanticCustomError("unknown_policy", "unknown policy {shown}: {hint}", context)
+    return {"policy": policy, **data}
+
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -230,7 +241,7 @@ def _in_document(loc: Loc, data: Any) -> Loc:
     known: list[str | int] = []
     for key in loc:
         inside = isinstance(data, dict) and key in data
-        if known and isinstance(data, dict) and not inside and data.get("policy", "dense") == key:
+        if known and isinstance(data, dict) and not inside and key in (data.get("policy"), "dense", "none"):
             continue
         known.append(key)
         data = data[key] if inside or (isinstance(data, list) and isinstance(key, int) and key < len(data)) else None

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longvid.cache.settings import NoCache
+from longvid.cache.taylor import TaylorSampler
 from longvid.checkpoint import (
     CheckpointSaver,
     FilmState,
@@ -48,6 +50,7 @@ from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
+from longvid.sampler import Sampler
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_policy
@@ -115,7 +118,9 @@ class Engine:
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
         self._stage = self._load_stage(checkpoint, dtype)
-        self._sampler = make_sampler(checkpoint.scheduler, settings.sampler)
+        self._sampler: Sampler = make_sampler(checkpoint.scheduler, settings.sampler)
+        if not isinstance(settings.cache, NoCache):
+            self._sampler = TaylorSampler(self._sampler, settings.cache.order)
 
     @classmethod
     def load(

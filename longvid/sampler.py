@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,6 +26,15 @@ class Solver(Protocol):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on, to the last bit, where a fresh solver of the same sampler was when it gave this state."""
+        ...
+
+
+@runtime_checkable
+class Forecaster(Solver, Protocol):
+    """A solver that can do without the velocity of some steps."""
+
+    def forecast(self, step: int) -> Tensor:
+        """The velocity of a step by those before, fp32; to be given to `step` next."""
         ...
 
 

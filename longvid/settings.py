@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from longvid.cache.settings import CacheSettings, NoCache
 from longvid.document import Document, Section, nearest, parse_document, parse_scalar, read_document, validate
 from longvid.errors import InputError
 from longvid.sparsity.settings import AttentionSettings, Dense
@@ -114,6 +115,7 @@ class Settings(Section):
     mesh: MeshSettings = MeshSettings()
     sequence: SequenceSettings = SequenceSettings()
     attention: AttentionSettings = Dense()
+    cache: CacheSettings = NoCache()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 

@@ -37,13 +37,14 @@ from longvid.parallel.schedule import (
     DropKv,
     DropLatents,
     Finish,
+    Forecast,
     Forward,
     KvVersion,
     LatentVersion,
     Step,
 )
 from longvid.plan import Chunk, ModelFacts, Plan
-from longvid.sampler import Sampler, Solver, guide
+from longvid.sampler import Forecaster, Sampler, Solver, guide
 
 LOOK_AHEAD = 32
 """Actions that are read ahead of the one at hand, to post their receives."""
@@ -230,6 +231,10 @@ class Executor:
                     live.solvers[i] = self.sampler.new_solver()
             case Forward():
                 self._forward(action, plan, live)
+            case Forecast(chunk=i, step=k):
+                solver = live.solvers[i]
+                assert isinstance(solver, Forecaster), "a schedule with forecasts needs solvers that make them"
+                live.velocity[i, k] = [solver.forecast(k)[None]]
             case Step():
                 self._step(action, plan, live)
             case Finish(latents=version):

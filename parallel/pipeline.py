@@ -24,6 +24,7 @@ from longvid.parallel.schedule import (
     DropKv,
     DropLatents,
     Finish,
+    Forecast,
     Forward,
     KvVersion,
     LatentVersion,
@@ -93,7 +94,7 @@ class Boundary:
 
     `kv` live on across it. Here the leader may decide to save the state after round + SAVE_NOTICE; the decision
     travels in the headers of messages. Every rank has a message that was sent later before it comes to that boundary:
-    the stages by the next round's hidden states, the leader's peers by steps, which are put off two rounds at most.
+    the stages by the next hidden states, the leader's peers by steps, which are put off two rounds at most.
     """
 
     round: int
@@ -172,13 +173,17 @@ def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinat
     if not is_last:
         rank_after = topology.rank(place._replace(stage=stage + 1))
     leader = topology.rank(Coordinate(place.replica, 0, place.chunk, 0, 0))
+    passed: list[Boundary] = []
     for action in _with_ends(actions):
         match action:
             case _End(round=n, kv=kv):
-                yield Boundary(n, kv)
+                passed.append(Boundary(n, kv))
             case Forward(round=n, chunk=i, step=k):
                 with_left = isinstance(action.left, LatentVersion)
                 yield Receive(n, Hidden(i, k, stage - 1, with_left), before)
+                # Not before that message, which says whether to save: rounds of forecasts alone bring none.
+                yield from passed
+                passed.clear()
                 yield action
                 if not is_last:
                     yield Send(n, Hidden(i, k, stage, with_left), rank_after)
@@ -198,6 +203,7 @@ class _FirstStage:
     def __post_init__(self) -> None:
         self.late: deque[RankAction] = deque()
         self.put_off: set[LatentVersion] = set()
+        self.forecast: set[tuple[int, int]] = set()
 
     def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         for action in _with_ends(actions):
@@ -213,6 +219,10 @@ class _FirstStage:
                     yield from self.pass_on(action)
                 case DropKv():
                     yield action
+                case Forecast(chunk=i, step=k):
+                    self.forecast.add((i, k))
+                    if self.is_leader:
+                        self.late.append(action)
                 case Step():
                     self.step(action)
                 case Finish():
@@ -252,8 +262,10 @@ class _FirstStage:
         if not self.is_leader:
             self.late.append(Receive(n, made, self.rank(guidance=0, seq=0)))
             return
+        is_forecast = (i, k) in self.forecast
+        self.forecast.discard((i, k))
         for guidance in range(self.topology.guidance):
-            if self.topology.stage > 1 or guidance:
+            if not is_forecast and (self.topology.stage > 1 or guidance):
                 source = self.rank(stage=self.topology.stage - 1, guidance=guidance)
                 self.late.append(Receive(n, Velocity(i, k, guidance), source))
         self.late.append(action)

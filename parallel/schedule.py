@@ -19,6 +19,9 @@ round; and as left context either the last latents of z[i-1], recomputed through
 K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step (`left: cached`).
 
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
+
+A cache may have steps forecast instead of computed: the same steps of every chunk. Their velocity comes of the chunk's
+earlier ones, no layer runs, and whoever would read their K/V reads those of the last step that was computed.
 """
 
 from __future__ import annotations
@@ -86,8 +89,20 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predict the velocity of a step from those of the chunk's computed steps, without a forward."""
+
+    round: int
+    chunk: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  forecast c{self.chunk} k{self.step}"
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step's forward, which is used up."""
+    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step, which is used up."""
 
     round: int
     chunk: int
@@ -130,23 +145,34 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Forward | Step | Finish | DropLatents | DropKv
+Action = Admit | Forward | Forecast | Step | Finish | DropLatents | DropKv
 
 
 @dataclass(frozen=True, slots=True)
 class QueueRules:
-    """What the queue's settings say of who reads what; `gap` is how many steps neighbours are apart."""
+    """What the settings say of who reads what; `gap` is how many steps neighbours are apart.
+
+    `forecast` are the steps that are not computed, never the first or the last.
+    """
 
     left: Literal["recompute", "cached"] = "recompute"
     left_level: LeftLevel = "fresher"
     gap: int = 1
+    forecast: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
         """The rules that the settings ask for; `sequential` is a queue whose chunks never meet."""
+        forecast = settings.cache.forecast_steps(settings.sampler.steps)
         if settings.schedule == "sequential":
-            return cls(gap=settings.sampler.steps)
-        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap)
+            return cls(gap=settings.sampler.steps, forecast=forecast)
+        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast)
+
+    def computed(self, step: int) -> int:
+        """The last step up to this one that is computed."""
+        while step in self.forecast:
+            step -= 1
+        return step
 
     def num_rounds(self, num_chunks: int, steps: int) -> int:
         return (num_chunks - 1) * self.gap + steps
@@ -155,7 +181,7 @@ class QueueRules:
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for."""
     if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps)
+        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings).forecast)
     return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
 
 
@@ -173,10 +199,12 @@ def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> It
             yield from queue.unit(i, n - gap * i)
 
 
-def sequential_schedule(chunks: Sequence[Chunk], steps: int) -> Iterator[Action]:
+def sequential_schedule(
+    chunks: Sequence[Chunk], steps: int, forecast: frozenset[int] = frozenset()
+) -> Iterator[Action]:
     """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context."""
     assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
-    return queue_schedule(chunks, steps, QueueRules(gap=steps))
+    return queue_schedule(chunks, steps, QueueRules(gap=steps, forecast=forecast))
 
 
 @dataclass(frozen=True)
@@ -189,21 +217,31 @@ class _Queue:
 
     def unit(self, i: int, k: int) -> Iterator[Action]:
         """The actions of one unit. Every value is dropped right after its last reader."""
-        n, left, right = self.rules.gap * i + k, self.left(i, k), self.right(i, k)
+        n = self.rules.gap * i + k
         if k == 0:
             yield Admit(n, i)
-        yield Forward(n, i, k, left, right, self.store(i, k))
-        if right:
-            yield DropKv(n, right)
-        if isinstance(left, KvVersion):
-            yield DropKv(n, left)
-        elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
-            yield DropLatents(n, left)
+        if k in self.rules.forecast:
+            yield Forecast(n, i, k)
+        else:
+            yield from self.forward(n, i, k)
         yield Step(n, i, k)
         yield from self.drop_own(n, LatentVersion(i, k))
         if k + 1 == self.steps:
             yield Finish(n, LatentVersion(i, self.steps))
             yield from self.drop_own(n, LatentVersion(i, self.steps))
+
+    def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
+        left, right = self.left(i, k), self.right(i, k)
+        yield Forward(n, i, k, left, right, self.store(i, k))
+        if right and not any(self.right(i, later) == right for later in self.computed_after(k)):
+            yield DropKv(n, right)
+        if isinstance(left, KvVersion):
+            yield DropKv(n, left)
+        elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
+            yield DropLatents(n, left)
+
+    def computed_after(self, k: int) -> Iterator[int]:
+        return (later for later in range(k + 1, self.steps) if later not in self.rules.forecast)
 
     def left(self, i: int, k: int) -> LatentVersion | KvVersion | None:
         """Chunk i-1 is `gap` steps ahead: take it as it is ("fresher"), or as it was `gap` rounds ago."""
@@ -215,15 +253,20 @@ class _Queue:
         return LatentVersion(i - 1, min(k + ahead, self.steps))
 
     def right(self, i: int, k: int) -> KvVersion | None:
-        """Chunk i+1 is `gap` steps behind and ran just before in this round, unless it has not entered yet."""
-        n = self.rules.gap * i + k
-        return KvVersion(i + 1, n) if self.chunks[i].num_right and k >= self.rules.gap else None
+        """Chunk i+1 is `gap` steps behind and ran just before in this round, unless it has not entered yet.
+
+        Where that step was a forecast: the last one that was computed.
+        """
+        behind = k - self.rules.gap
+        if not self.chunks[i].num_right or behind < 0:
+            return None
+        return KvVersion(i + 1, self.rules.gap * (i + 1) + self.rules.computed(behind))
 
     def store(self, i: int, k: int) -> tuple[KvVersion, ...]:
-        """First edge: wanted by forward(i-1, k + gap), if that comes. Last edge: by forward(i+1, k), if cached."""
-        n, gap, kept = self.rules.gap * i + k, self.rules.gap, []
-        if i > 0 and self.chunks[i - 1].num_right and k + gap < self.steps:
-            kept.append(KvVersion(i, n))
+        """First edge: wanted by forward(i-1, k + gap), or the next that comes. Last: by forward(i+1, k), if cached."""
+        n, first, kept = self.rules.gap * i + k, KvVersion(i, self.rules.gap * i + k), []
+        if i > 0 and any(self.right(i - 1, reader) == first for reader in self.computed_after(k)):
+            kept.append(first)
         if self.rules.left == "cached" and i + 1 < len(self.chunks) and self.chunks[i + 1].num_left:
             kept.append(KvVersion(i, n, "last"))
         return tuple(kept)
@@ -242,4 +285,6 @@ class _Queue:
         i, v = latents.chunk, latents.version
         if self.rules.left == "cached" or i + 1 == len(self.chunks) or not self.chunks[i + 1].num_left:
             return False
-        return v == self.steps if self.rules.left_level == "fresher" else v < self.steps
+        if self.rules.left_level == "fresher":  # the last step is never a forecast
+            return v == self.steps
+        return v < self.steps and v not in self.rules.forecast

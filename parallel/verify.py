@@ -16,6 +16,7 @@ from longvid.parallel.schedule import (
     DropKv,
     DropLatents,
     Finish,
+    Forecast,
     Forward,
     KvVersion,
     LatentVersion,
@@ -34,6 +35,7 @@ class Report:
     """What a schedule costs: work done, and the most values that are live at once (counted in versions, not bytes)."""
 
     num_units: int
+    num_forecasts: int
     num_rounds: int
     max_live_latents: int
     max_live_kv: int
@@ -54,13 +56,15 @@ def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rul
 
 
 def grid(actions: Iterable[Action]) -> str:
-    """A picture of rounds by chunks: the step that each chunk takes, and which chunks finish."""
-    steps: dict[int, dict[int, int]] = {}
+    """A picture of rounds by chunks: the step that each chunk takes, ~ if it is forecast, and which chunks finish."""
+    steps: dict[int, dict[int, str]] = {}
     finished: dict[int, list[str]] = {}
     for action in actions:
         match action:
             case Forward(round=n, chunk=i, step=k):
-                steps.setdefault(n, {})[i] = k
+                steps.setdefault(n, {})[i] = str(k)
+            case Forecast(round=n, chunk=i, step=k):
+                steps.setdefault(n, {})[i] = f"~{k}"
             case Finish(round=n, latents=latents):
                 finished.setdefault(n, []).append(f"c{latents.chunk}")
     num_chunks = 1 + max((i for row in steps.values() for i in row), default=-1)
@@ -91,11 +95,13 @@ class _Simulation:
     unread_kv: set[KvVersion] = field(default_factory=set)
     entered: dict[int, int] = field(default_factory=dict)  # the round in which each chunk in flight was admitted
     taken: dict[int, int] = field(default_factory=dict)  # steps taken by each chunk in flight
-    velocity: set[int] = field(default_factory=set)  # chunks whose forward waits for its step
+    velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
+    computed: dict[int, int] = field(default_factory=dict)  # the last step of each chunk that was computed
 
     num_admitted: int = 0
     num_finished: int = 0
     num_units: int = 0
+    num_forecasts: int = 0
     round: int = -1
     turn: int = 0  # chunks from this one on had their turn in this round
     max_live_latents: int = 0
@@ -111,6 +117,8 @@ class _Simulation:
                 self.admit(action)
             case Forward():
                 self.forward(action)
+            case Forecast():
+                self.forecast(action)
             case Step():
                 self.step(action)
             case Finish():
@@ -133,13 +141,26 @@ class _Simulation:
         self.entered[i], self.taken[i] = action.round, 0
         self.latents.add(LatentVersion(i, 0))
 
-    def forward(self, action: Forward) -> None:
-        i, k = action.chunk, action.step
-        self.require_turn(i, k, action.round)
+    def begin(self, i: int, k: int, n: int) -> None:
+        self.require_turn(i, k, n)
         self.require_taken(i, k)
         _require(i < self.turn, f"chunk {self.turn} had its turn in this round: the order is newest first")
         self.turn = i
         self.require_latents(LatentVersion(i, k))
+
+    def forecast(self, action: Forecast) -> None:
+        i, k = action.chunk, action.step
+        self.begin(i, k, action.round)
+        _require(k in self.rules.forecast, f"step {k} is to be computed")
+        _require(i in self.computed, "no step was computed before")
+        self.velocity.add(i)
+        self.num_forecasts += 1
+
+    def forward(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        self.begin(i, k, action.round)
+        _require(k not in self.rules.forecast, f"step {k} is to be forecast")
+        self.computed[i] = k
         self.require_left(action)
         self.require_right(action)
         for kv in action.store:
@@ -167,7 +188,9 @@ class _Simulation:
         if self.chunks[i].num_right == 0 or k < self.rules.gap:  # the right neighbour has not entered yet
             _require(action.right is None, "has no right context")
         else:
-            self.require_kv("right", action.right, KvVersion(i + 1, action.round), (i + 1, k - self.rules.gap))
+            step = self.computed.get(i + 1, -1)
+            expected = KvVersion(i + 1, action.round - (k - self.rules.gap - step))
+            self.require_kv("right", action.right, expected, (i + 1, step))
 
     def require_kv(self, side: str, found: object, expected: KvVersion, unit: tuple[int, int]) -> None:
         _require(found == expected, f"the {side} context is {expected}")
@@ -178,7 +201,7 @@ class _Simulation:
         i, k = action.chunk, action.step
         self.require_turn(i, k, action.round)
         self.require_taken(i, k)
-        _require(i in self.velocity, f"the forward of step {k} was not done")
+        _require(i in self.velocity, f"neither forward nor forecast of step {k} was done")
         self.require_latents(LatentVersion(i, k))
         self.velocity.remove(i)
         self.taken[i] = k + 1
@@ -192,7 +215,7 @@ class _Simulation:
         self.require_taken(i, self.steps)
         self.require_latents(action.latents)
         self.num_finished += 1
-        del self.entered[i], self.taken[i]
+        del self.entered[i], self.taken[i], self.computed[i]
 
     def require_turn(self, i: int, k: int, n: int) -> None:
         _require(i in self.entered, f"chunk {i} is not in flight")
@@ -211,8 +234,16 @@ class _Simulation:
         _require(not idle, f"{', '.join(sorted(idle))} should have been dropped in round {self.round}")
 
     def kv_will_be_read(self, kv: KvVersion, unit: tuple[int, int]) -> bool:
-        """As left context, by the same step of the chunk after; first latents are read within their round."""
-        return self.rules.left == "cached" and kv.edge == "last" and self.steps_taken(unit[0] + 1) <= unit[1]
+        """As left context, by the same step of the chunk after. As right context, by a later step of the chunk before,
+        as long as no later step of its own is computed.
+        """
+        if kv.edge == "last":
+            return self.rules.left == "cached" and self.steps_taken(unit[0] + 1) <= unit[1]
+        before = unit[0] - 1
+        to_come = range(self.steps_taken(before), self.steps)
+        readers = [k for k in to_come if k not in self.rules.forecast and k - self.rules.gap >= unit[1]]
+        skipped = set(range(unit[1] + 1, readers[0] - self.rules.gap + 1)) if readers else {-1}
+        return skipped <= self.rules.forecast
 
     def will_be_read(self, latents: LatentVersion) -> bool:
         """By its own chunk, which stands at it, or by the right neighbour, which has not come to that step."""
@@ -222,7 +253,8 @@ class _Simulation:
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
         ahead = gap if self.rules.left_level == "fresher" else 0
-        return any(min(k + ahead, self.steps) == v for k in range(self.steps_taken(neighbour), self.steps))
+        to_come = range(self.steps_taken(neighbour), self.steps)
+        return any(min(k + ahead, self.steps) == v and k not in self.rules.forecast for k in to_come)
 
     def steps_taken(self, i: int) -> int:
         return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)
@@ -232,4 +264,4 @@ class _Simulation:
         self.end_round()
 
     def report(self) -> Report:
-        return Report(self.num_units, self.round + 1, self.max_live_latents, self.max_live_kv)
+        return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, self.max_live_kv)

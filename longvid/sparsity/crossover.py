@@ -19,7 +19,7 @@ class Speed:
 
 SPEEDS: dict[Backend, Speed] = {
     "triton": Speed(efficiency=0.8, overhead=0.1, min_scores=2048 * 2048),
-    "cpu": Speed(efficiency=1.2, overhead=0.1, min_scores=768 * 768),
+    "cpu": Speed(efficiency=1.0, overhead=0.1, min_scores=512 * 512),
     "gather": Speed(efficiency=0.4, overhead=0.1, min_scores=2048 * 2048),
 }
 """As `longvid bench attention` and `benchmarks/gpu.py` measure. Constants, so that no two runs decide otherwise."""

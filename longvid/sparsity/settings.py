@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field
-from pydantic_core import PydanticCustomError
 
-from longvid.document import Section, nearest, show
+from longvid.document import Section, with_policy
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Tile = Annotated[int, Field(ge=16, le=256)]
@@ -139,14 +138,7 @@ class Asa(Sparse):
 
 
 def _with_policy(data: Any) -> Any:
-    """The policy is dense unless named; an unknown one names the nearest."""
-    if not isinstance(data, dict):
-        return data
-    policy = data.get("policy", "dense")
-    if policy not in POLICIES:
-        context = {"shown": show(policy), "hint": nearest(str(policy), POLICIES)}
-        raise PydanticCustomError("unknown_policy", "unknown policy {shown}: {hint}", context)
-    return {"policy": policy, **data}
+    return with_policy(data, "dense", POLICIES)
 
 
 SparseSettings = AdaSpa | SparseVdit | TileFrames | Sta | Radial | Grat | Svg2 | SvgEar | Rettention | Asa

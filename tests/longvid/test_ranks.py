@@ -92,6 +92,20 @@ def test_adaptive_attention_over_ranks_and_after_a_kill_gives_the_same_bytes(sto
     assert render(story, film, "--ranks", "2", "--resume", settings=SPARSE) == one
 
 
+CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=1", "sampler.steps=7"]
+
+
+def test_forecasts_over_ranks_and_after_a_kill_give_the_same_bytes(story: Path, tmp_path: Path) -> None:
+    one = render(story, tmp_path / "one.mp4", settings=CACHE)
+    film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
+    with started(command(story, film, "--ranks", "3", settings=CACHE)) as supervisor:
+        wait_for(manifest.exists)
+        os.kill(ranks_of(supervisor.pid)[-1], signal.SIGKILL)
+        supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 3
+    assert render(story, film, "--ranks", "2", "--resume", settings=CACHE) == one
+
+
 def test_torchrun_gives_the_same_bytes(story: Path, alone: str, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

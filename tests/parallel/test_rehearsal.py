@@ -1,5 +1,7 @@
 """The rehearsal gives the overheads that theory gives, and refuses programs that would wait for ever."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,11 @@ from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
 
 SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(left="cached")
+FORECASTS = st.sampled_from([(), (1, 2, 4), (1,), (2, 3, 4)])
+
+
+def with_forecasts(rules, forecast, steps):
+    return replace(rules, forecast=frozenset(forecast) & frozenset(range(1, steps - 1)))
 
 
 def slots(rank, action):
@@ -43,21 +50,23 @@ def test_a_full_pipe_wastes_what_theory_says(make_film, num_stages, buffers):
     st.integers(1, 6),
     st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3)]),
     st.builds(Topology, stage=st.integers(1, 4), guidance=st.integers(1, 2), seq=st.integers(1, 3)),
+    FORECASTS,
 )
 @settings(deadline=None)
-def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, shots, steps, rules, topology):
-    chunks = make_film(shots, 3, 2).chunks
+def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, shots, steps, rules, topology, forecast):
+    chunks, rules = make_film(shots, 3, 2).chunks, with_forecasts(rules, forecast, steps)
     found = rehearse_schedule(lambda: queue_schedule(chunks, steps, rules), topology, 1, slots)
-    assert sum(found.busy) == len(chunks) * steps * topology.num_ranks
+    assert sum(found.busy) == len(chunks) * (steps - len(rules.forecast)) * topology.num_ranks
 
 
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=3),
     st.integers(1, 6),
     st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3)]),
+    FORECASTS,
 )
-def test_one_rank_does_the_schedule_as_it_is(make_film, shots, steps, rules):
-    chunks = make_film(shots, 3, 2).chunks
+def test_one_rank_does_the_schedule_as_it_is(make_film, shots, steps, rules, forecast):
+    chunks, rules = make_film(shots, 3, 2).chunks, with_forecasts(rules, forecast, steps)
     program = rank_program(queue_schedule(chunks, steps, rules), Topology(), 0)
     done = [action for action in program if not isinstance(action, Boundary | SaveLatents)]
     assert done == list(queue_schedule(chunks, steps, rules))
@@ -80,11 +89,12 @@ def test_a_finished_chunk_does_not_wait_for_the_end_of_the_film(make_film):
     st.integers(1, 5),
     st.sampled_from([SAME, FRESHER, CACHED]),
     st.builds(Topology, stage=st.integers(1, 3), guidance=st.integers(1, 2), seq=st.integers(1, 2)),
+    FORECASTS,
 )
 @settings(deadline=None)
-def test_every_rank_hears_of_a_save_in_time(make_film, steps, rules, topology):
+def test_every_rank_hears_of_a_save_in_time(make_film, steps, rules, topology, forecast):
     """What the leader decides at the end of a round, all know before they come to the end of the one it names."""
-    chunks = make_film([40], 3, 2).chunks
+    chunks, rules = make_film([40], 3, 2).chunks, with_forecasts(rules, forecast, steps)
     programs = [
         list(rank_program(queue_schedule(chunks, steps, rules), topology, r)) for r in range(topology.num_ranks)
     ]

@@ -12,6 +12,7 @@ from longvid.parallel.schedule import (
     DropKv,
     DropLatents,
     Finish,
+    Forecast,
     Forward,
     KvVersion,
     LatentVersion,
@@ -36,7 +37,9 @@ def films(draw):
     shots = draw(st.lists(st.integers(1, 10), min_size=1, max_size=3))
     chunk_latents = draw(st.integers(1, 3))
     context_latents = draw(st.integers(0, chunk_latents))
-    return shots, chunk_latents, context_latents, draw(st.integers(1, 5)), draw(RULES)
+    steps, rules = draw(st.integers(1, 5)), draw(RULES)
+    forecast = draw(st.frozensets(st.integers(1, steps - 2))) if steps > 2 else frozenset()
+    return shots, chunk_latents, context_latents, steps, replace(rules, forecast=forecast)
 
 
 def schedule(make_film, film):
@@ -58,6 +61,8 @@ def makes(action):
             return {LatentVersion(i, 0)}
         case Forward(chunk=i, step=k, store=store):
             return {("velocity", i, k), *store}
+        case Forecast(chunk=i, step=k):
+            return {("velocity", i, k)}
         case Step(chunk=i, step=k):
             return {LatentVersion(i, k + 1), ("velocity", i, k)}
         case DropLatents(latents=value) | DropKv(kv=value):
@@ -70,7 +75,7 @@ def touches(action):
     match action:
         case Forward(chunk=i, step=k, left=left, right=right):
             return makes(action) | {LatentVersion(i, k), left, right} - {None}
-        case Step(chunk=i, step=k):
+        case Step(chunk=i, step=k) | Forecast(chunk=i, step=k):
             return makes(action) | {LatentVersion(i, k)}
         case Finish(latents=latents):
             return {latents}
@@ -82,7 +87,8 @@ def test_every_queue_is_accepted(make_film, film):
     *_, steps, rules = film
     chunks, actions = schedule(make_film, film)
     report = simulate(actions, chunks, steps, rules)
-    assert report.num_units == len(chunks) * steps
+    assert report.num_forecasts == len(chunks) * len(rules.forecast)
+    assert report.num_units == len(chunks) * steps - report.num_forecasts
     assert report.num_rounds == rules.num_rounds(len(chunks), steps)
 
 
@@ -109,7 +115,7 @@ def test_the_queue_of_a_storyboard_is_accepted(context_latents, rules):
 def test_every_sequential_schedule_is_accepted(make_film, shots, steps):
     chunks = make_film(shots, 9, 0).chunks
     report = simulate(sequential_schedule(chunks, steps), chunks, steps, QueueRules(gap=steps))
-    assert report == Report(len(chunks) * steps, len(chunks) * steps, max_live_latents=2, max_live_kv=0)
+    assert report == Report(len(chunks) * steps, 0, len(chunks) * steps, max_live_latents=2, max_live_kv=0)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +218,15 @@ def wrong(action, delta):
             yield replace(action, left=shifted(left, delta) if left else LatentVersion(i - 1, k))
             yield replace(action, left=None if left else LatentVersion(i - 1, k + 1))
             yield replace(action, right=None if right else KvVersion(i + 1, n))
-            yield replace(action, right=replace(right, round=n + delta) if right else KvVersion(i + 1, n - 1))
+            yield replace(action, right=shifted(right, delta) if right else KvVersion(i + 1, n - 1))
             yield replace(action, store=store[1:] if store else (KvVersion(i, n),))
             yield replace(action, store=(*store[1:], KvVersion(i, n + delta)))
             yield replace(action, round=n + delta)
-        case Step(chunk=i, step=k):
+        case Step(chunk=i, step=k) | Forecast(chunk=i, step=k):
             yield replace(action, step=k + delta)
             yield replace(action, chunk=i + delta)
             yield replace(action, round=action.round + delta)
+            yield Forward(action.round, i, k)
         case Finish(latents=value):
             yield replace(action, latents=replace(value, version=value.version + delta))
             yield replace(action, latents=replace(value, chunk=value.chunk + delta))
@@ -310,6 +317,24 @@ round  c0  c1  c2  c3
     3   .   2   1   0   finish c1
     4   .   .   2   1   finish c2
     5   .   .   .   2   finish c3"""
+
+
+def test_forecasts_of_steps_that_are_to_be_computed_are_refused(make_film):
+    chunks = make_film([6], 2, 2).chunks
+    with_forecasts = replace(FRESHER, forecast=frozenset({1}))
+    with pytest.raises(ScheduleError, match="step 1 is to be computed"):
+        simulate(queue_schedule(chunks, 3, with_forecasts), chunks, 3, FRESHER)
+    with pytest.raises(ScheduleError, match="step 1 is to be forecast"):
+        simulate(queue_schedule(chunks, 3, FRESHER), chunks, 3, with_forecasts)
+
+
+def test_the_grid_shows_forecasts(make_film):
+    chunks = make_film([6], 2, 2).chunks
+    assert grid(queue_schedule(chunks, 3, replace(FRESHER, forecast=frozenset({1})))).splitlines()[1:4] == [
+        "    0   0   .",
+        "    1  ~1   0",
+        "    2   2  ~1   finish c0",
+    ]
 
 
 def test_the_grid_shows_rounds_by_chunks(make_film):

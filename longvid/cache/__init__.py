@@ -1,0 +1,1 @@
+"""Caches: steps whose velocity is forecast instead of computed."""
