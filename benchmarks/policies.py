@@ -1,6 +1,7 @@
-"""Every policy of sparse attention beside dense attention, on the same films of the embedded model.
+"""Policies of sparse attention, or of caches, beside the whole computation, on the same films of the embedded model.
 
-python benchmarks/policies.py --films 8 --frames 481 --out benchmarks/results/policies-cpu.json
+python benchmarks/policies.py attention --films 4 --out benchmarks/results/attention-policies-cpu.json
+python benchmarks/policies.py cache --films 8 --out benchmarks/results/cache-policies-cpu.json
 """
 
 from __future__ import annotations
@@ -13,10 +14,22 @@ from pathlib import Path
 from longvid.bench.policies import Case, as_text, measure_policies
 from longvid.doctor import cpu_facts, package_version
 
-COMMON = ["schedule=sequential", "sampler.steps=8"]
+ATTENTION = ["schedule=sequential", "sampler.steps=8"]
 """The whole clip at once: where attention is most of the work."""
 
-CASES = (
+CACHE = ["sampler.steps=24"]
+"""The queue, with steps to spare."""
+
+CACHES = tuple(
+    Case(
+        f"taylorseer {interval}/{order}",
+        ("cache.policy=taylorseer", f"cache.interval={interval}", f"cache.order={order}"),
+        "HunyuanVideo 4.65-5.0x" if (interval, order) == (5, 1) else "",
+    )
+    for interval, order in ((2, 1), (3, 1), (4, 1), (5, 0), (5, 1), (5, 2))
+)
+
+POLICIES = (
     Case("adaspa", ("attention.policy=adaspa",), "HunyuanVideo 1.78x, 29.07 dB"),
     Case("tile", ("attention.policy=tile",), "1.5-2.25x of 7.4-7.8x"),
     Case("sta", ("attention.policy=sta", "attention.tile=[6,4,4]"), "HunyuanVideo 1.89x"),
@@ -32,19 +45,21 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=481)
+    parser.add_argument("what", choices=["attention", "cache"])
+    parser.add_argument("--films", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=961)
     parser.add_argument("--only", nargs="*", help="names of policies")
     parser.add_argument("--profile", help="a profile by `longvid tune`, for sparse_vdit")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cases = list(CASES)
+    cases = list(POLICIES if args.what == "attention" else CACHES)
     if args.profile:
         overrides = ("attention.policy=sparse_vdit", f"attention.profile={args.profile}")
         cases.append(Case("sparse_vdit", overrides, "Wan2.1 1.58x, 22.59 dB"))
     cases = [case for case in cases if not args.only or case.name in args.only]
+    common = ATTENTION if args.what == "attention" else CACHE
     result = measure_policies(
-        cases, COMMON, films=args.films, frames=args.frames, say=lambda line: print(line, file=sys.stderr, flush=True)
+        cases, common, films=args.films, frames=args.frames, say=lambda line: print(line, file=sys.stderr, flush=True)
     )
     result["machine"] = {"cpu": cpu_facts()["name"], "torch": package_version("torch")}
     if args.out:

@@ -60,6 +60,7 @@ class Overview:
             "chunks": len(plan.chunks),
             "rounds": report.num_rounds,
             "units": report.num_units,
+            "forecasts": report.num_forecasts,
             "tokens_per_latent": self.tokens_per_latent,
             "max_unit_latents": self.max_unit_latents,
             "max_unit_tokens": self.max_unit_latents * self.tokens_per_latent,
@@ -79,7 +80,8 @@ class Overview:
         """The same for people."""
         plan, report, steps, chunks = self.plan, self.report, self.settings.sampler.steps, len(self.plan.chunks)
         size, tokens = f"{plan.width} x {plan.height}", self.tokens_per_latent
-        work = f"{chunks} chunks × {steps} steps = {report.num_units} units in {report.num_rounds} rounds"
+        units = f"{report.num_units} units" + (f" and {report.num_forecasts} forecasts" if report.num_forecasts else "")
+        work = f"{chunks} chunks × {steps} steps = {units} in {report.num_rounds} rounds"
         live = f"{report.max_live_latents} chunks' latents ({self.latents_mb:.1f} MB), K/V of {report.max_live_kv}"
         lines = [
             f"film      {_seconds(plan, plan.num_frames)}, {plan.num_frames} frames of {size} at {plan.fps:g} fps",

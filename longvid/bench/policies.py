@@ -1,4 +1,4 @@
-"""Every policy of sparse attention beside dense attention, on the same films of the embedded model."""
+"""Policies of sparse attention and of caches beside the whole computation, on the same films of the embedded model."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def measure_policies(
 
 
 def _load(model: str, common: Sequence[str], case: Case) -> Engine:
-    return Engine.load(model, overrides=[*common, "attention.crossover=always", *case.overrides])
+    is_sparse = any(override.startswith("attention.") for override in case.overrides)
+    always = ["attention.crossover=always"] if is_sparse else []
+    return Engine.load(model, overrides=[*common, *always, *case.overrides])
 
 
 def _warm_up(dense: _Side, sides: Sequence[_Side], look: world.Look, frames: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,8 +25,8 @@ from longvid.sparsity.tokens import TokenMap
 class AdaSpaPolicy:
     """Dense until the first search, whose own step is dense too; each mask then serves until the next search.
 
-    Memory: `mask`, bool [B · H, R, C]; and `lse`, fp32 [B, H, L], as long as another search comes. With an empty memory
-    a step behind the first search is dense and searches.
+    Memory: `mask`, bool [B · H, R, C]; `searched`, the step of the last search; and `lse`, fp32 [B, H, L], as long as
+    another search comes. With an empty memory a step behind the first search is dense and searches.
     """
 
     data_dependent = True
@@ -38,7 +39,7 @@ class AdaSpaPolicy:
         """The tiles of the last search. At a later search, with the LSE of the dense step, of this one."""
         if not self._is_sparse(call) or "mask" not in call.memory:
             return None
-        if call.step in self._searches(call) and "lse" in call.memory:
+        if "lse" in call.memory and self._is_due(call):
             self._search(q_BLHD, k_BTHD, call)
         mask = call.memory["mask"]
         if mask not in self._layouts:
@@ -78,6 +79,11 @@ class AdaSpaPolicy:
     def _searches(self, call: Call) -> list[int]:
         return [round(share * call.num_steps) for share in self.settings.search_at]
 
+    def _is_due(self, call: Call) -> bool:
+        """Whether a search is to be at this step, or was to be at one since the last that a cache left out."""
+        last = int(call.memory["searched"])
+        return any(last < step <= call.step for step in self._searches(call))
+
     def _search(self, q_BLHD: Tensor, k_BTHD: Tensor, call: Call) -> None:
         """A new mask from the LSE in memory: all heads at the same sparsity first, then by their recall."""
         settings, memory = self.settings, call.memory
@@ -90,6 +96,7 @@ class AdaSpaPolicy:
         sparsity = head_sparsity(recall, settings.sparsity, settings.recall)
         mine = sparsity[list(call.heads.indices)]
         memory["mask"] = choose(mass_BHRC, mine, tiles).flatten(0, 1)
+        memory["searched"] = torch.tensor(call.step)
         if call.step >= max(self._searches(call)):
             del memory["lse"]
 

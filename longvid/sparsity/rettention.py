@@ -25,7 +25,8 @@ class RettentionPolicy:
 
     After `dense_steps` every `refresh_every`-th step is dense, and any that finds memory empty. Without `residual`, R
     is left out: the output then shrinks by the share of the softmax that the window misses. Memory: `rho`, fp32
-    [B, L, H], which grows towards 1 at every sparse step, and `residual` [B, L, H, D] in q's dtype.
+    [B, L, H], which grows towards 1 at every sparse step; `refreshed`, the step of the last dense one; and `residual`
+    [B, L, H, D] in q's dtype.
     """
 
     data_dependent = True
@@ -56,7 +57,7 @@ class RettentionPolicy:
         if self._is_sparse(call) and not last_step(call):
             window, window_lse = sparse_attention(q_BLHD, k_BTHD, v_BTHD, self._window(q_BLHD, call))
             rho = (window_lse - lse_BLH).exp().clamp(max=1.0)
-            call.memory["rho"] = rho
+            call.memory.update(rho=rho, refreshed=torch.tensor(call.step))
             if self.settings.residual:
                 call.memory["residual"] = (out - rho[..., None] * window).type_as(out)
         return out
@@ -82,8 +83,10 @@ class RettentionPolicy:
         return call.has_reached(self.settings.dense_steps) and not is_layer_dense(call, self.settings.dense_layers)
 
     def _refreshes(self, call: Call) -> bool:
-        first = round(self.settings.dense_steps * call.num_steps)
-        return "rho" not in call.memory or (call.step - first) % self.settings.refresh_every == 0
+        """Every so many steps of the chunk, whether or not a cache left some out."""
+        if "rho" not in call.memory:
+            return True
+        return call.step - int(call.memory["refreshed"]) >= self.settings.refresh_every
 
     def _window(self, q_BLHD: Tensor, call: Call) -> BlockLayout:
         tokens = at_origin(call.tokens)

@@ -51,3 +51,12 @@ def test_library_render_writes_a_film_and_tells_how_far_it_is(run, capsys: pytes
 def test_own_pipeline_renders_with_a_loaded_pipeline(run, capsys: pytest.CaptureFixture[str]) -> None:
     assert frames_of(run("own_pipeline.py")) == 9
     assert "9 frames of 32 x 48 in 1 chunks" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:longvid.accelerate")
+def test_accelerate_pipeline_times_a_clip_both_ways(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate_pipeline.py", "9", str(tiny_model)])
+    runpy.run_path(str(EXAMPLES / "accelerate_pipeline.py"), run_name="__main__")
+    assert "9 frames: dense" in capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_it_searches_at_the_first_search_and_again_with_the_cached_lse(film, att
 def test_one_search_keeps_no_lse(film, attend_by):
     memory = {}
     attend_by(make(search_at=(0.2,)), film(JOINT), 2, JOINT, memory)
-    assert set(memory) == {"mask"}
+    assert set(memory) == {"mask", "searched"}
 
 
 def test_with_an_emptied_memory_it_is_dense_once_and_searches(film, attend_by):
@@ -78,7 +78,7 @@ def test_with_an_emptied_memory_it_is_dense_once_and_searches(film, attend_by):
             memory = {}
         layouts.append(attend_by(policy, film(JOINT), step, JOINT, memory)[1])
     assert [layout is None for layout in layouts] == [True, False, True, False, False, True, False]
-    assert set(memory) == {"mask"}  # there is no other search behind step 7
+    assert set(memory) == {"mask", "searched"}  # there is no other search behind step 7
 
 
 def test_the_last_step_learns_nothing(film, attend_by):
