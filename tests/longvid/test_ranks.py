@@ -76,34 +76,24 @@ def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(story: 
 
 
 SPARSE = ["attention.policy=adaspa", "attention.crossover=always", "attention.tile=16", "attention.search_at=[0.3]"]
+CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=2", "sampler.steps=7"]
 
 
 STA = ["attention.policy=sta", "attention.tile=[2,2,2]", "attention.crossover=always"]
 
 
-def test_adaptive_attention_over_ranks_and_after_a_kill_gives_the_same_bytes(story: Path, tmp_path: Path) -> None:
-    one = render(story, tmp_path / "one.mp4", settings=SPARSE)
+def test_adaptive_attention_and_forecasts_over_ranks_and_after_a_kill_give_the_same_bytes(
+    story: Path, tmp_path: Path
+) -> None:
+    both = [*SPARSE, *CACHE]
+    one = render(story, tmp_path / "one.mp4", settings=both)
     film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
-    with started(command(story, film, "--ranks", "3", settings=SPARSE)) as supervisor:
+    with started(command(story, film, "--ranks", "3", settings=both)) as supervisor:
         wait_for(manifest.exists)
         os.kill(ranks_of(supervisor.pid)[-1], signal.SIGKILL)
         supervisor.communicate(timeout=30)
     assert supervisor.returncode == 3
-    assert render(story, film, "--ranks", "2", "--resume", settings=SPARSE) == one
-
-
-CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=1", "sampler.steps=7"]
-
-
-def test_forecasts_over_ranks_and_after_a_kill_give_the_same_bytes(story: Path, tmp_path: Path) -> None:
-    one = render(story, tmp_path / "one.mp4", settings=CACHE)
-    film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
-    with started(command(story, film, "--ranks", "3", settings=CACHE)) as supervisor:
-        wait_for(manifest.exists)
-        os.kill(ranks_of(supervisor.pid)[-1], signal.SIGKILL)
-        supervisor.communicate(timeout=30)
-    assert supervisor.returncode == 3
-    assert render(story, film, "--ranks", "2", "--resume", settings=CACHE) == one
+    assert render(story, film, "--ranks", "2", "--resume", settings=both) == one
 
 
 def test_torchrun_gives_the_same_bytes(story: Path, alone: str, tmp_path: Path) -> None:
