@@ -27,7 +27,7 @@ from longvid.checkpoint import (
 )
 from longvid.errors import InputError, Interrupted, LongvidError
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
-from longvid.fingerprint import Machine, describe_model, fingerprint, mark_of
+from longvid.fingerprint import Machine, describe_model, fingerprint
 from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
@@ -53,11 +53,9 @@ from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.sampler import Sampler
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
-from longvid.sparsity.make import make_policy
+from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
-from longvid.sparsity.settings import Dense
-from longvid.sparsity.sparse_vdit import SparseVditPolicy
-from longvid.sparsity.tokens import TokenMap
+from longvid.sparsity.tokens import largest_tokens
 from longvid.trace import Trace, summary, summary_text, write_trace
 from longvid.writer import FilmWriter, check_path
 
@@ -428,17 +426,6 @@ class Engine:
             yield f"the model was trained at {native}; {plan.width}x{plan.height} may look wrong"
 
 
-def largest_tokens(plan: Plan, settings: Settings, facts: ModelFacts) -> TokenMap:
-    """The tokens of the plan's largest unit."""
-    chunk = max(plan.chunks, key=lambda chunk: chunk.num_left + chunk.num_latents + chunk.num_right)
-    width, height = facts.grid.latent_size(plan.width, plan.height)
-    _, rows, columns = facts.grid.patch
-    stop, first = chunk.start + chunk.num_latents, chunk.start - chunk.num_left
-    queries = range(first if settings.queue.left == "recompute" else chunk.start, stop)
-    own = range(chunk.start, stop)
-    return TokenMap(queries, range(first, stop + chunk.num_right), own, height // rows, width // columns)
-
-
 def pick_device(settings: Settings) -> torch.device:
     """The device of the settings. Raises InputError when it is not there."""
     wanted = settings.runtime.device
@@ -447,24 +434,6 @@ def pick_device(settings: Settings) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
-
-
-def make_attention(settings: Settings, facts: ModelFacts, root: Path | None) -> SparseRuntime | None:
-    """The policy of sparse attention at work; None: dense. Raises InputError where mesh or model cannot serve it."""
-    chosen = settings.attention
-    if isinstance(chosen, Dense):
-        return None
-    policy = make_policy(chosen)
-    if isinstance(policy, SparseVditPolicy):
-        model = mark_of(root, "transformer") if root else None
-        policy.require(num_layers=facts.num_layers, num_heads=facts.num_heads, model=model)
-    if settings.sequence.backend == "xfuser":
-        raise InputError(f"sequence.backend: xfuser has no sparse attention, but attention.policy is {chosen.policy}")
-    if settings.mesh.ring > 1 and policy.data_dependent:
-        reason = "looks at all keys, which no rank of a ring has"
-        raise InputError(f"mesh.ring must be 1, not {settings.mesh.ring}: attention.policy {chosen.policy} {reason}")
-    always = chosen.crossover == "always"
-    return SparseRuntime(policy, facts.num_layers, settings.sampler.steps, always=always)
 
 
 def describe_kernels(device: torch.device, *, sparse: bool) -> str:

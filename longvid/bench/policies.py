@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longvid.engine import Engine, largest_tokens
+from longvid.engine import Engine
 from longvid.kernels.layout import BlockLayout
 from longvid.metrics.adherence import read_clip, score
 from longvid.metrics.fidelity import Fidelity
 from longvid.script import Duration, Scene, Script
+from longvid.sparsity.tokens import largest_tokens
 from longvid.training import world
 
 Frames = NDArray[np.uint8]

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from longvid.errors import InputError
+from longvid.fingerprint import mark_of
+from longvid.plan import ModelFacts
+from longvid.settings import Settings
 from longvid.sparsity import settings as kinds
 from longvid.sparsity.policy import Policy
+from longvid.sparsity.runtime import SparseRuntime
+
+
+def make_attention(settings: Settings, facts: ModelFacts, root: Path | None) -> SparseRuntime | None:
+    """The policy of sparse attention at work; None: dense. Raises InputError where mesh or model cannot serve it."""
+    chosen = settings.attention
+    if isinstance(chosen, kinds.Dense):
+        return None
+    policy = make_policy(chosen)
+    if isinstance(chosen, kinds.SparseVdit):
+        from longvid.sparsity.sparse_vdit import SparseVditPolicy
+
+        assert isinstance(policy, SparseVditPolicy)
+        model = mark_of(root, "transformer") if root else None
+        policy.require(num_layers=facts.num_layers, num_heads=facts.num_heads, model=model)
+    if settings.sequence.backend == "xfuser":
+        raise InputError(f"sequence.backend: xfuser has no sparse attention, but attention.policy is {chosen.policy}")
+    if settings.mesh.ring > 1 and policy.data_dependent:
+        reason = "looks at all keys, which no rank of a ring has"
+        raise InputError(f"mesh.ring must be 1, not {settings.mesh.ring}: attention.policy {chosen.policy} {reason}")
+    always = chosen.crossover == "always"
+    return SparseRuntime(policy, facts.num_layers, settings.sampler.steps, always=always)
 
 
 def make_policy(settings: kinds.SparseSettings) -> Policy:

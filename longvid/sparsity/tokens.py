@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longvid.plan import ModelFacts, Plan
+from longvid.settings import Settings
+
 
 @dataclass(frozen=True)
 class TokenMap:
@@ -38,3 +41,14 @@ class TokenMap:
     @property
     def num_keys(self) -> int:
         return len(self.keys) * self.per_latent + self.num_text
+
+
+def largest_tokens(plan: Plan, settings: Settings, facts: ModelFacts) -> TokenMap:
+    """The tokens of the plan's largest unit."""
+    chunk = max(plan.chunks, key=lambda chunk: chunk.num_left + chunk.num_latents + chunk.num_right)
+    width, height = facts.grid.latent_size(plan.width, plan.height)
+    _, rows, columns = facts.grid.patch
+    stop, first = chunk.start + chunk.num_latents, chunk.start - chunk.num_left
+    queries = range(first if settings.queue.left == "recompute" else chunk.start, stop)
+    own = range(chunk.start, stop)
+    return TokenMap(queries, range(first, stop + chunk.num_right), own, height // rows, width // columns)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvid.engine import Engine, make_attention
+from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.events import Notice
 from longvid.models.facts import facts_of
 from longvid.script import parse_script
 from longvid.settings import load_settings
+from longvid.sparsity.make import make_attention
 from longvid.sparsity.search import Search
 from longvid.tune import tune
 
