@@ -14,7 +14,7 @@ from torch import Tensor
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks, make_layout, own_groups
 from longvid.kernels.select import top_p
-from longvid.sparsity.policy import Call, is_layer_dense
+from longvid.sparsity.policy import Call, is_left_dense
 from longvid.sparsity.settings import Asa
 from longvid.sparsity.skipped import with_skipped
 from longvid.sparsity.tiles import density_of, share_of_mass, tiling
@@ -38,7 +38,7 @@ class AsaPolicy:
         Mass and shares are of the tiles that may be skipped, those of own keys: text and context come on top.
         """
         settings = self.settings
-        if not call.has_reached(settings.dense_steps) or is_layer_dense(call, settings.dense_layers):
+        if is_left_dense(call, settings):
             return None
         tiles = tiling(call.tokens, settings.tile, q_BLHD.device, on_curve=True)
         scores = sampled_scores(q_BLHD, k_BTHD, tiles.q, tiles.k, settings.sample)

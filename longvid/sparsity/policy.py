@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout
+from longvid.sparsity.settings import Sparse
 from longvid.sparsity.tokens import TokenMap
 
 Memory = dict[str, Tensor]
@@ -105,6 +106,11 @@ class Policy(Protocol):
 def is_layer_dense(call: Call, share: float) -> bool:
     """Whether a layer is among the first `share` of layers, which stay dense; at least one where share is not 0."""
     return call.layer < max(1, round(share * call.num_layers)) if share else False
+
+
+def is_left_dense(call: Call, settings: Sparse) -> bool:
+    """Whether a step or layer is one that the settings leave dense."""
+    return not call.has_reached(settings.dense_steps) or is_layer_dense(call, settings.dense_layers)
 
 
 def last_step(call: Call) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from longvid.kernels.dense import Partial
 from longvid.kernels.dispatch import sparse_attention
 from longvid.kernels.layout import BlockLayout, make_layout, one_group
-from longvid.sparsity.policy import Call, is_layer_dense, last_step
+from longvid.sparsity.policy import Call, is_left_dense, last_step
 from longvid.sparsity.settings import Rettention
 from longvid.sparsity.tiles import at_origin, tiling
 from longvid.sparsity.tokens import TokenMap
@@ -80,7 +80,7 @@ class RettentionPolicy:
         return corrected.type_as(out_BLHD)
 
     def _is_sparse(self, call: Call) -> bool:
-        return call.has_reached(self.settings.dense_steps) and not is_layer_dense(call, self.settings.dense_layers)
+        return not is_left_dense(call, self.settings)
 
     def _refreshes(self, call: Call) -> bool:
         """Every so many steps of the chunk, whether or not a cache left some out."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, make_layout, one_group
 from longvid.sparsity.cuboids import Cut
-from longvid.sparsity.policy import Call, is_layer_dense
+from longvid.sparsity.policy import Call, is_left_dense
 from longvid.sparsity.settings import Sparse
 from longvid.sparsity.tokens import TokenMap
 
@@ -89,11 +89,10 @@ class StaticPolicy(ABC, Generic[SettingsT]):
 
     def is_dense(self, call: Call) -> bool:
         """Whether a step or layer is one that the settings leave dense."""
-        settings = self.settings
-        return not call.has_reached(settings.dense_steps) or is_layer_dense(call, settings.dense_layers)
+        return is_left_dense(call, self.settings)
 
     def _find(self, tokens: TokenMap, device: torch.device) -> _Built:
-        tokens = _moved(tokens, -(tokens.keys.start // self.period * self.period))
+        tokens = tokens.moved(-(tokens.keys.start // self.period * self.period))
         key = (tokens, device)
         if key not in self._built:
             if len(self._built) >= MAX_KEPT:
@@ -131,8 +130,3 @@ def trimmed(layout: BlockLayout) -> BlockLayout:
 def with_groups(layout: BlockLayout, groups: Groups) -> BlockLayout:
     """The same tiles for heads of these groups."""
     return replace(layout, group=torch.tensor([groups], dtype=torch.int32, device=layout.device))
-
-
-def _moved(tokens: TokenMap, latents: int) -> TokenMap:
-    queries, keys, own = (range(x.start + latents, x.stop + latents) for x in (tokens.queries, tokens.keys, tokens.own))
-    return replace(tokens, queries=queries, keys=keys, own=own)

@@ -17,7 +17,7 @@ from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, make_layout, own_groups
 from longvid.kernels.permute import cluster_blocks, cluster_sizes, kmeans
 from longvid.kernels.select import top_p
-from longvid.sparsity.policy import Call, Memory, is_layer_dense
+from longvid.sparsity.policy import Call, Memory, is_left_dense
 from longvid.sparsity.settings import Svg2
 from longvid.sparsity.tiles import density_of, latent_queries, own_keys, share_of_mass
 from longvid.sparsity.tokens import TokenMap
@@ -56,7 +56,7 @@ class Svg2Policy:
     def layout(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> BlockLayout | None:
         """The pairs of clusters that this step's q and k choose."""
         settings, tokens = self.settings, call.tokens
-        if not call.has_reached(settings.dense_steps) or is_layer_dense(call, settings.dense_layers):
+        if is_left_dense(call, settings):
             return None
         in_clusters, skippable = latent_queries(tokens), own_keys(tokens)
         num_q = cluster_count(settings.query_clusters, len(tokens.queries) * tokens.per_latent, QUERIES_A_CLUSTER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,9 +66,7 @@ def share_of_mass(mass: float) -> float:
 
 def at_origin(tokens: TokenMap) -> TokenMap:
     """The same tokens with keys from latent 0: what chunks have in common that differ in their place alone."""
-    first = tokens.keys.start
-    queries, keys, own = (range(x.start - first, x.stop - first) for x in (tokens.queries, tokens.keys, tokens.own))
-    return replace(tokens, queries=queries, keys=keys, own=own)
+    return tokens.moved(-tokens.keys.start)
 
 
 def tiling(tokens: TokenMap, size: int, device: torch.device, *, on_curve: bool = False) -> Tiling:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longvid.plan import ModelFacts, Plan
 from longvid.settings import Settings
@@ -41,6 +41,12 @@ class TokenMap:
     @property
     def num_keys(self) -> int:
         return len(self.keys) * self.per_latent + self.num_text
+
+    def moved(self, latents: int) -> TokenMap:
+        """The same tokens so many latents later in the film."""
+        spans = (self.queries, self.keys, self.own)
+        queries, keys, own = (range(x.start + latents, x.stop + latents) for x in spans)
+        return replace(self, queries=queries, keys=keys, own=own)
 
 
 def largest_tokens(plan: Plan, settings: Settings, facts: ModelFacts) -> TokenMap:
