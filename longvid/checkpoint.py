@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longvid.cache.runtime import CacheRuntime
 from longvid.errors import InputError, RuntimeFailure
 from longvid.hls import sync, write_whole
 from longvid.manifest import ANEW, MANIFEST, Manifest, file_name, state_folder
-from longvid.parallel.executor import KvSpan, Live
+from longvid.parallel.executor import KEPT, KvSpan, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.sequence import KvPart
@@ -44,13 +45,15 @@ GRACE_S = 10.0
 class Holder:
     """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
 
-    Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense.
+    Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense, and
+    `cache` that of the cache, if it leaves layers out.
     """
 
     mesh: Mesh
     layers: range
     branches: Sequence[int]
     attention: SparseRuntime | None = None
+    cache: CacheRuntime | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Saved:
     """A checkpoint as one rank reads it. `round` is the last that was carried out.
 
     `latents` are on ranks of the first stage, `solvers` (states, by chunk) and `film` on the leader. `memory` is that
-    of the attention's policy, by (chunk, branch, layer).
+    of the attention's policy, by (chunk, branch, layer), and `cached` the cache's.
     """
 
     round: int
@@ -75,13 +78,16 @@ class Saved:
     solvers: dict[int, Tensors] = field(default_factory=dict)
     film: FilmState | None = None
     memory: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
+    cached: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
 
     def live(self, sampler: Sampler) -> Live:
         """What lives on, for the executor."""
         solvers = {chunk: sampler.new_solver() for chunk in self.solvers}
         for chunk, solver in solvers.items():
             solver.load_state(self.solvers[chunk])
-        return Live(latents=dict(self.latents), kv=dict(self.kv), solvers=solvers)
+        kept = {(v.chunk, v.edge): kv for v, kv in self.kv.items() if v.round == KEPT}
+        kv = {version: kv for version, kv in self.kv.items() if version.round != KEPT}
+        return Live(latents=dict(self.latents), kv=kv, solvers=solvers, kept=kept)
 
 
 class Bulletin(Protocol):
@@ -298,20 +304,20 @@ def _kv_name(version: KvVersion, branch: int, layer: int, holder: Holder) -> str
 
 
 def memory_tensors(holder: Holder) -> Tensors:
-    """What the attention's policy remembers on a rank."""
-    state = holder.attention.state() if holder.attention else {}
-    return {f"{_memory_name(*key, holder)}/{name}": x for key, kept in state.items() for name, x in kept.items()}
+    """What the attention's policy and the cache remember on a rank."""
+    tensors: Tensors = {}
+    for kind, owner in (("memory", holder.attention), ("cached", holder.cache)):
+        for (chunk, branch, layer), kept in owner.state().items() if owner else ():
+            place = f"{kind}/{chunk}/{branch}/{layer}/{holder.mesh.place.seq}"
+            tensors |= {f"{place}/{name}": x for name, x in kept.items()}
+    return tensors
 
 
-def _memory_name(chunk: int, branch: int, layer: int, holder: Holder) -> str:
-    return f"memory/{chunk}/{branch}/{layer}/{holder.mesh.place.seq}"
-
-
-def _memory(tensors: Tensors) -> dict[tuple[int, int, int], Memory]:
+def _memory(wanted: str, tensors: Tensors) -> dict[tuple[int, int, int], Memory]:
     found: dict[tuple[int, int, int], Memory] = {}
     for path, value in tensors.items():
         kind, _, rest = path.partition("/")
-        if kind == "memory":
+        if kind == wanted:
             chunk, branch, layer, _, name = rest.split("/")
             found.setdefault((int(chunk), int(branch), int(layer)), {})[name] = value
     return found
@@ -382,7 +388,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
 
     def is_wanted(name: str) -> bool:
         kind, _, rest = name.partition("/")
-        if kind == "memory":
+        if kind in ("memory", "cached"):
             _, branch, layer, seq = map(int, rest.split("/")[:4])
             return branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
         return kind in kinds or name.rpartition("/")[0] in own_kv
@@ -392,15 +398,16 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
         tensors |= read_tensors(state_folder(film) / name, is_wanted, device)
     try:
         kv: dict[KvVersion, KvSpan] = {version: _kv_span(version, tensors, holder) for version in versions}
-        memory = _memory(tensors)
+        memory, cached = _memory("memory", tensors), _memory("cached", tensors)
         if not mesh.is_first:
-            return Saved(manifest.round, {}, kv, memory=memory)
+            return Saved(manifest.round, {}, kv, memory=memory, cached=cached)
         latents = {LatentVersion(*v): tensors["latents/{}/{}".format(*v)] for v in manifest.latents}
         if not mesh.is_leader:
-            return Saved(manifest.round, latents, kv, memory=memory)
+            return Saved(manifest.round, latents, kv, memory=memory, cached=cached)
         solvers = {chunk: _under(f"solver/{chunk}", tensors) for chunk in manifest.solvers}
         writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
-        return Saved(manifest.round, latents, kv, solvers, FilmState(_under("decoder", tensors), writer), memory)
+        film_state = FilmState(_under("decoder", tensors), writer)
+        return Saved(manifest.round, latents, kv, solvers, film_state, memory, cached)
     except KeyError as error:
         raise InputError(f"{film}: its checkpoint lacks {error}; {ANEW}") from None
 

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longvid.cache.settings import NoCache
-from longvid.cache.taylor import TaylorSampler
+from longvid.cache.make import make_cache, make_forecasting
+from longvid.cache.runtime import CacheRuntime
+from longvid.cache.settings import plan_cache
 from longvid.checkpoint import (
     CheckpointSaver,
     FilmState,
@@ -50,7 +51,6 @@ from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
-from longvid.sampler import Sampler
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
@@ -115,10 +115,11 @@ class Engine:
             self._decoder = WanStreamDecoder(self.vae)
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
+        self._cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
+        self.cache: CacheRuntime | None = None
+        """What leaves layers out, if anything does."""
         self._stage = self._load_stage(checkpoint, dtype)
-        self._sampler: Sampler = make_sampler(checkpoint.scheduler, settings.sampler)
-        if not isinstance(settings.cache, NoCache):
-            self._sampler = TaylorSampler(self._sampler, settings.cache.order)
+        self._sampler = make_forecasting(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
 
     @classmethod
     def load(
@@ -152,7 +153,7 @@ class Engine:
             self.costs = broadcast(measured)
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
-        self._layers = layers
+        self._layers, self.cache = layers, make_cache(self._cache_plan, layers)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
         return WanStage(
@@ -162,6 +163,7 @@ class Engine:
             is_last=mesh.is_last,
             first_layer=layers.start,
             attention=self.attention,
+            cache=self.cache,
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
         )
 
@@ -225,7 +227,7 @@ class Engine:
             tools.ledger = Ledger(
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self._layers
             )
-        holder = Holder(self.mesh, self._layers, self._stage.branches, self.attention)
+        holder = Holder(self.mesh, self._layers, self._stage.branches, self.attention, self.cache)
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
         with self._open_film(job, tools) as writer:
@@ -310,7 +312,7 @@ class Engine:
             return None
         topology = self.mesh.topology
         bounds = split_layers(self.costs, topology.stage)
-        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps)
+        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self._cache_plan.share)
         buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
         return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost).bubble
 
@@ -331,12 +333,15 @@ class Engine:
             guidance=self.settings.sampler.guidance,
             mesh=self.mesh,
             buffers=buffers,
+            cache=self.cache,
             saver=tools.saver,
             on_action=tools.trace.on_action if tools.trace else None,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
         if self.attention:
             self.attention.load_state(tools.saved.memory if tools.saved else {})
+        if self.cache:
+            self.cache.load_state(tools.saved.cached if tools.saved else {})
         done = tools.saved.round if tools.saved else -1
         rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
         actions = make_schedule(plan, self.settings)

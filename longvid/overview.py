@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
+from longvid.cache.settings import plan_cache
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, make_schedule
@@ -41,7 +42,8 @@ class Overview:
         report = simulate(actions, plan.chunks, steps, rules)
         topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
         costs = Costs((1.0,) * facts.num_layers)
-        cost = stage_costs(costs, topology, split_layers(costs, topology.stage), steps)
+        share = plan_cache(settings.cache, steps, facts.num_layers).share
+        cost = stage_costs(costs, topology, split_layers(costs, topology.stage), steps, share)
         rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, settings.mesh.buffers, cost)
         return cls(plan, settings, facts, report, topology, rehearsal.bubble)
 

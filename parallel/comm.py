@@ -1,8 +1,9 @@
 """Messages and collectives between ranks: the only file that calls torch.distributed for them.
 
 A message is a header of eight 64-bit numbers and a tensor. Its receiver knows the shape from the schedule, so there is
-no handshake. Everything is asynchronous: a send returns at once, a receive is posted long before it is needed, and
-every handle is kept and waited for. Between two ranks messages keep their order.
+no handshake; of a *sized* message the header says how many rows the tensor has, if any. Everything is asynchronous: a
+send returns at once, a receive is posted long before it is needed, and every handle is kept and waited for. Between two
+ranks messages keep their order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -30,22 +31,27 @@ _TAGS = 1 << 30
 
 @dataclass(frozen=True)
 class Header:
-    """What every message says of itself. `save_at` is the boundary at which all ranks shall save; -1: none."""
+    """What every message says of itself. `save_at` is the boundary at which all ranks shall save; -1: none.
+
+    `is_left_out`: a gate decided that the unit's layers are not computed. `rows` of a sized message's tensor.
+    """
 
     chunk: int
     step: int
     save_at: int = -1
+    is_left_out: bool = False
+    rows: int = 0
 
     def pack(self) -> Tensor:
         """As uint8 [64]."""
         numbers = torch.zeros(HEADER_BYTES // 8, dtype=torch.int64)
-        numbers[:3] = torch.tensor(astuple(self))
+        numbers[:5] = torch.tensor(astuple(self))
         return numbers.view(torch.uint8)
 
     @classmethod
     def unpack(cls, data: Tensor) -> Header:
-        chunk, step, save_at, *_ = data.view(torch.int64).tolist()
-        return cls(chunk, step, save_at)
+        chunk, step, save_at, is_left_out, rows, *_ = data.view(torch.int64).tolist()
+        return cls(chunk, step, save_at, bool(is_left_out), rows)
 
 
 class Incoming(Protocol):
@@ -62,12 +68,12 @@ class Comm(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0, is_sized: bool = False) -> None:
         """Give a message on its way. With a window, waits until fewer than that many are under way to that rank."""
         ...
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
-        """Post a receive for the next message of a rank."""
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
+        """Post a receive for the next message of a rank. Of a sized one the first number of `shape` says nothing."""
         ...
 
     def flush(self) -> None:
@@ -80,10 +86,10 @@ class LoneComm:
 
     rank = 0
 
-    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0, is_sized: bool = False) -> None:
         raise AssertionError("a lone rank has nobody to send to")
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
         raise AssertionError("a lone rank has nobody to receive from")
 
     def flush(self) -> None:
@@ -93,9 +99,9 @@ class LoneComm:
 class DistComm:
     """Over torch.distributed, whose process group must exist: gloo for tensors on a CPU, NCCL on CUDA.
 
-    On a CPU header and tensor travel as one buffer. On CUDA the header goes through gloo beside the tensor, so that
-    it can be read without waiting for the device. `timeout` (seconds) bounds every wait. `name` says which rank
-    is meant in errors.
+    On a CPU header and tensor travel as one buffer, or one after the other where the message is sized. On CUDA the
+    header goes through gloo beside the tensor, so that it can be read without waiting for the device. `timeout`
+    (seconds) bounds every wait. `name` says which rank is meant in errors.
     """
 
     def __init__(
@@ -111,12 +117,15 @@ class DistComm:
         self._lock = threading.Lock()
         self._failure: Exception | None = None
 
-    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0) -> None:
+    def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0, is_sized: bool = False) -> None:
         under_way = self._outgoing[to]
         while under_way and (under_way[0].is_done() or (window and len(under_way) >= window)):
             self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
         tag = self._sent[to] % _TAGS
         self._sent[to] += 1
+        if is_sized:
+            under_way.append(self._send_sized(replace(header, rows=len(payload)), payload, to, tag))
+            return
         if self._device.type == "cuda":
             packed, body = header.pack(), payload.contiguous()
             works = self._start(to, lambda: [dist.isend(packed, to, tag=tag), dist.isend(body, to)])
@@ -127,9 +136,22 @@ class DistComm:
         buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
         under_way.append(self._handle("to", to, self._start(to, lambda: [dist.isend(buffer, to, tag=tag)]), (buffer,)))
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Incoming:
+    def _send_sized(self, header: Header, payload: Tensor, to: int, tag: int) -> _Handle:
+        packed, body = header.pack(), payload.contiguous()
+
+        def begin() -> list[Any]:
+            body_works = [dist.isend(body, to, tag=tag + _TAGS)] if header.rows else []
+            return [dist.isend(packed, to, tag=tag), *body_works]
+
+        works = self._start(to, begin)
+        waited = 1 if self._device.type == "cuda" else len(works)
+        return self._handle("to", to, works[:waited], (packed, body), works[waited:])
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
         tag = self._received[source] % _TAGS
         self._received[source] += 1
+        if is_sized:
+            return self._receive_sized(source, shape, dtype, tag)
         if self._device.type == "cuda":
             packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
             body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
@@ -143,6 +165,15 @@ class DistComm:
                 "from", source, self._start(source, lambda: [dist.irecv(buffer, source, tag=tag)]), (buffer,)
             )
         return _Posted(self, handle, source, packed, body)
+
+    def _receive_sized(self, source: int, shape: Sequence[int], dtype: torch.dtype, tag: int) -> Incoming:
+        packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        message = _Sized(self, source, tag, tuple(shape[1:]), dtype, packed)
+        works = self._start(source, lambda: [dist.irecv(packed, source, tag=tag)])
+        # On a CPU the thread that waits for the header goes on with the body; on CUDA that is the main thread's work.
+        then = None if self._device.type == "cuda" else message.begin_body
+        message.handle = self._handle("from", source, works, (packed,), then=then)
+        return message
 
     def flush(self) -> None:
         for to, under_way in self._outgoing.items():
@@ -164,8 +195,19 @@ class DistComm:
         except RuntimeError as error:
             raise RuntimeFailure(f"{self._name(other)}: the connection is gone ({_first_line(error)})") from error
 
-    def _handle(self, way: str, other: int, works: list[Any], keep: tuple[Tensor, ...], streams: Any = ()) -> _Handle:
-        """Have works waited for by the thread of their channel; `streams` are those that wait on the device alone."""
+    def _handle(
+        self,
+        way: str,
+        other: int,
+        works: list[Any],
+        keep: tuple[Tensor, ...],
+        streams: Any = (),
+        then: Callable[[], list[Any]] | None = None,
+    ) -> _Handle:
+        """Have works waited for by the thread of their channel, and those that come of them by `then`.
+
+        `streams` are those that wait on the device alone.
+        """
         if (way, other) not in self._waiters:
             self._waiters[way, other] = _Waiter(f"{way} rank {other}")
         future: Future[None] = Future()
@@ -174,7 +216,7 @@ class DistComm:
             if self._failure:
                 _settle(future, self._failure)
         future.add_done_callback(self._close)
-        self._waiters[way, other].put(works, future)
+        self._waiters[way, other].put(works, future, then)
         return _Handle(future, keep, tuple(streams))
 
     def _close(self, future: Future[None]) -> None:
@@ -219,6 +261,35 @@ class _Posted:
         return Header.unpack(self.packed), self.body
 
 
+@dataclass
+class _Sized:
+    """A receive of which the header says whether a body follows, and of how many rows."""
+
+    comm: DistComm
+    source: int
+    tag: int
+    row: tuple[int, ...]
+    dtype: torch.dtype
+    packed: Tensor
+    handle: _Handle | None = None
+    body: Tensor | None = None
+
+    def begin_body(self) -> list[Any]:
+        """Post the receive of the body, now that the header is here."""
+        rows = Header.unpack(self.packed).rows
+        self.body = torch.empty((rows, *self.row), dtype=self.dtype, device=self.comm._device)
+        return [dist.irecv(self.body, self.source, tag=self.tag + _TAGS)] if rows else []
+
+    def wait(self) -> tuple[Header, Tensor]:
+        assert self.handle is not None
+        self.comm._wait(self.handle, f"{self.comm._name(self.source)} sent nothing")
+        if self.body is None:
+            for work in self.comm._start(self.source, self.begin_body):
+                work.wait()
+        assert self.body is not None
+        return Header.unpack(self.packed), self.body
+
+
 class _Waiter:
     """A thread that waits for the works of one channel, in their order.
 
@@ -226,17 +297,20 @@ class _Waiter:
     """
 
     def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[tuple[list[Any], Future[None]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[list[Any], Future[None], Callable[[], list[Any]] | None]]
+        self._queue = queue.SimpleQueue()
         threading.Thread(target=self._run, name=f"wait {name}", daemon=True).start()
 
-    def put(self, works: list[Any], future: Future[None]) -> None:
-        self._queue.put((works, future))
+    def put(self, works: list[Any], future: Future[None], then: Callable[[], list[Any]] | None = None) -> None:
+        self._queue.put((works, future, then))
 
     def _run(self) -> None:
         while True:
-            works, future = self._queue.get()
+            works, future, then = self._queue.get()
             try:
                 for work in works:
+                    work.wait()
+                for work in then() if then else ():
                     work.wait()
             except Exception as error:
                 _settle(future, error)

@@ -16,6 +16,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import Tensor
 
+from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.mesh import Mesh, lone_mesh
@@ -29,6 +30,7 @@ from longvid.parallel.pipeline import (
     SaveLatents,
     Send,
     Velocity,
+    Verdict,
     rank_program,
 )
 from longvid.parallel.schedule import (
@@ -36,9 +38,11 @@ from longvid.parallel.schedule import (
     Admit,
     DropKv,
     DropLatents,
+    Edge,
     Finish,
     Forecast,
     Forward,
+    Gate,
     KvVersion,
     LatentVersion,
     Step,
@@ -61,6 +65,9 @@ class Unit:
     latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others
     `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents
     (as indices into F) K/V must be returned.
+
+    With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
+    earlier step returned for each of `store`, for the layers that do not run.
     """
 
     chunk: Chunk
@@ -72,6 +79,17 @@ class Unit:
     left: KvSpan | None = None
     right: KvSpan | None = None
     store: tuple[slice, ...] = ()
+    is_left_out: bool = False
+    kept: tuple[KvSpan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A unit that came as far as the gate: `probe` is what decides, None where this rank has no say; `work` goes on."""
+
+    unit: Unit
+    probe: Tensor | None
+    work: object
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,8 @@ class Output:
     """What a stage makes of a unit: `velocity` fp32 [branches, C, num_latents, h, w] of the own latents on the last
     stage, and `hidden` [branches, tokens, E] on the others; `kv` for each span of `Unit.store`.
 
-    A branch is a prompt's or its negative's; with guidance over two ranks each has one of them.
+    A branch is a prompt's or its negative's; with guidance over two ranks each has one of them. Inside a span of layers
+    that a cache remembers, `hidden` [2 · branches, tokens, E] also holds what entered the span.
     """
 
     hidden: Tensor | None = None
@@ -105,6 +124,14 @@ class Stage(Protocol):
 
     def forward(self, unit: Unit) -> Output: ...
 
+    def begin(self, unit: Unit) -> Begun:
+        """The layers up to a cache's gate."""
+        ...
+
+    def go_on(self, begun: Begun, *, is_left_out: bool) -> Output:
+        """The layers behind the gate, without the step's span if that is left out."""
+        ...
+
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of `hidden` for a unit of F latents of (h, w)."""
         ...
@@ -112,13 +139,23 @@ class Stage(Protocol):
 
 @dataclass
 class Live:
-    """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context."""
+    """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context.
+
+    With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units that are left out hand on.
+    """
 
     latents: dict[LatentVersion, Tensor] = field(default_factory=dict)
     kv: dict[KvVersion, KvSpan] = field(default_factory=dict)
     solvers: dict[int, Solver] = field(default_factory=dict)
     velocity: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, Edge], KvSpan] = field(default_factory=dict)
+    begun: dict[tuple[int, int], Begun] = field(default_factory=dict)
+    left_out: set[tuple[int, int]] = field(default_factory=set)
+
+
+KEPT = -1
+"""The round of K/V that a checkpoint holds because a cache keeps them."""
 
 
 class Saver(Protocol):
@@ -157,6 +194,7 @@ class Executor:
     guidance: float = 1.0
     mesh: Mesh = field(default_factory=lone_mesh)
     buffers: int = 2
+    cache: CacheRuntime | None = None
     saver: Saver | None = None
     on_action: OnAction | None = None
     on_value: Callable[[RankAction, Tensor], None] | None = None
@@ -212,7 +250,8 @@ class Executor:
                 if isinstance(action.message, Hidden):
                     posted[action.source] += 1
                 shape, dtype = self._shape(action.message, plan)
-                ahead.append((action, self.mesh.comm.receive(action.source, shape, dtype)))
+                is_sized = self._is_sized(action.message)
+                ahead.append((action, self.mesh.comm.receive(action.source, shape, dtype, is_sized=is_sized)))
             elif action is not None:
                 ahead.append((action, None))
 
@@ -229,12 +268,12 @@ class Executor:
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
                 if self.mesh.is_leader:
                     live.solvers[i] = self.sampler.new_solver()
+            case Gate():
+                self._gate(action, plan, live)
             case Forward():
                 self._forward(action, plan, live)
             case Forecast(chunk=i, step=k):
-                solver = live.solvers[i]
-                assert isinstance(solver, Forecaster), "a schedule with forecasts needs solvers that make them"
-                live.velocity[i, k] = [solver.forecast(k)[None]]
+                live.velocity[i, k] = [_forecast(live.solvers[i], k)]
             case Step():
                 self._step(action, plan, live)
             case Finish(latents=version):
@@ -261,10 +300,20 @@ class Executor:
 
     @torch.no_grad()
     def _forward(self, action: Forward, plan: Plan, live: Live) -> None:
-        unit = (action.chunk, action.step)
-        output = self.stage.forward(self._unit(action, plan.chunks, live))
+        unit = i, k = action.chunk, action.step
+        live.left_out.discard((i, k - 1))
+        begun, is_left_out = live.begun.pop(unit, None), unit in live.left_out
+        if self.cache and is_left_out and not self.cache.at(k).span:
+            live.kv |= {version: live.kept[i, version.edge] for version in action.store}
+            return
+        if begun:
+            output = self.stage.go_on(begun, is_left_out=is_left_out)
+        else:
+            output = self.stage.forward(self._unit(action, plan.chunks, live))
         assert len(output.kv) == len(action.store), f"{action}: the stage kept {len(output.kv)} spans"
         live.kv |= dict(zip(action.store, output.kv, strict=True))
+        if self.cache:
+            self._keep(action, live)
         if output.hidden is not None:
             live.hidden[unit] = output.hidden
         elif output.velocity is not None and self.mesh.place.seq == 0:
@@ -274,6 +323,31 @@ class Executor:
             made = output.hidden if output.hidden is not None else output.velocity
             assert made is not None
             self.on_value(action, made)
+
+    @torch.no_grad()
+    def _gate(self, action: Gate, plan: Plan, live: Live) -> None:
+        """Come as far as the gate. The leader decides, by what all ranks that hold the prompt's branch see."""
+        i, k, mesh = action.forward.chunk, action.forward.step, self.mesh
+        begun = self.stage.begin(self._unit(action.forward, plan.chunks, live))
+        live.begun[i, k] = begun
+        if begun.probe is None:
+            return
+        assert self.cache
+        sums = self.cache.judge(i, k, begun.probe)
+        parts = mesh.seq.all_gather(sums, [sums.shape] * mesh.seq.size)
+        if mesh.is_leader:
+            is_left_out = self.cache.decide(i, torch.stack(parts).sum(0))
+            self.cache.note(i, is_left_out=is_left_out)
+            if is_left_out:
+                live.left_out.add((i, k))
+
+    def _keep(self, action: Forward, live: Live) -> None:
+        """Keep the K/V of a unit for those after it, until the chunk's last step."""
+        for version in action.store:
+            live.kept[action.chunk, version.edge] = live.kv[version]
+        if action.step == self.sampler.num_steps - 1:
+            for edge in ("first", "last"):
+                live.kept.pop((action.chunk, edge), None)
 
     def _unit(self, action: Forward, chunks: Sequence[Chunk], live: Live) -> Unit:
         """Own latents, behind the last latents of the left context if that is recomputed, each at its own level."""
@@ -302,13 +376,15 @@ class Executor:
             left=live.kv[action.left] if isinstance(action.left, KvVersion) else None,
             right=live.kv[action.right] if action.right else None,
             store=tuple(span(kv) for kv in action.store),
+            is_left_out=(i, k) in live.left_out,
+            kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
         )
 
     @torch.no_grad()
     def _step(self, action: Step, plan: Plan, live: Live) -> None:
         i, k = action.chunk, action.step
         sample = live.latents[LatentVersion(i, k)]
-        parts = live.velocity.pop((i, k))
+        parts = live.velocity.pop((i, k), []) or [_forecast(live.solvers[i], k)]
         branches = torch.cat(parts) if len(parts) > 1 else parts[0]
         assert branches.shape[1:] == sample.shape, f"{action}: velocity {branches.shape[1:]} of {sample.shape}"
         velocity = guide(branches[0], branches[1], self.guidance) if len(branches) == 2 else branches[0]
@@ -326,15 +402,20 @@ class Executor:
     # ------------------------------------------------------------------------------------------------------- messages
 
     def _send(self, action: Send, live: Live) -> None:
-        header = Header(action.message.chunk, _step_of(action.message), self._save_at)
-        match action.message:
-            case Hidden(chunk=i, step=k):
-                self.mesh.comm.send(header, live.hidden.pop((i, k)), action.to, window=self.buffers)
-            case Velocity(chunk=i, step=k):
-                [velocity] = live.velocity.pop((i, k))
-                self.mesh.comm.send(header, velocity, action.to)
+        message, comm = action.message, self.mesh.comm
+        unit = message.chunk, _step_of(message)
+        header, is_sized = Header(*unit, self._save_at, unit in live.left_out), self._is_sized(message)
+        match message:
+            case Hidden():
+                hidden = live.hidden.pop(unit, _NOTHING)
+                comm.send(header, hidden, action.to, window=self.buffers, is_sized=is_sized)
+            case Velocity():
+                [velocity] = live.velocity.pop(unit, [_NOTHING])
+                comm.send(header, velocity, action.to, is_sized=is_sized)
+            case Verdict():
+                comm.send(header, _NOTHING, action.to)
             case LatentVersion() as version:
-                self.mesh.comm.send(header, live.latents[version], action.to)
+                comm.send(header, live.latents[version], action.to)
 
     def _receive(self, action: Receive, incoming: Incoming, live: Live) -> None:
         header, value = incoming.wait()
@@ -344,16 +425,21 @@ class Executor:
                 f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
             )
         self._save_at = max(self._save_at, header.save_at)
+        unit = header.chunk, header.step
+        if header.is_left_out and not isinstance(message, LatentVersion):
+            live.left_out.add(unit)
         match message:
-            case Hidden(chunk=i, step=k):
-                live.hidden[i, k] = value
-            case Velocity(chunk=i, step=k):
-                live.velocity.setdefault((i, k), []).append(value)
+            case Hidden() if len(value):
+                live.hidden[unit] = value
+            case Velocity() if len(value):
+                live.velocity.setdefault(unit, []).append(value)
             case LatentVersion():
                 live.latents[message] = value
 
     def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
         chunk = plan.chunks[message.chunk]
+        if isinstance(message, Verdict):
+            return _NOTHING.shape, _NOTHING.dtype
         if isinstance(message, Hidden):
             return self.stage.hidden_shape(chunk.num_latents + chunk.num_left * message.with_left, self.latent_size)
         shape = (self.facts.latent_channels, chunk.num_latents, *self.latent_size)
@@ -361,13 +447,18 @@ class Executor:
             return (self.stage.num_branches, *shape), torch.float32
         return shape, torch.float32
 
+    def _is_sized(self, message: Message) -> bool:
+        """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
+        return self.cache is not None and not isinstance(message, LatentVersion)
+
     # ---------------------------------------------------------------------------------------------------------- saving
 
     def _boundary(self, action: Boundary, live: Live) -> None:
         if not self.saver:
             return
         if self._save_at == action.round:
-            self.saver.save_kv(action.round, {version: live.kv[version] for version in action.kv})
+            kept = {KvVersion(chunk, KEPT, edge): kv for (chunk, edge), kv in live.kept.items()}
+            self.saver.save_kv(action.round, kept | {version: live.kv[version] for version in action.kv})
         if self.mesh.is_leader and self._save_at <= action.round - SAVE_NOTICE and self.saver.is_due():
             self._save_at = action.round + SAVE_NOTICE
 
@@ -382,6 +473,15 @@ class Executor:
         first = self.facts.grid.num_frames(chunk.start)
         end = min(self.facts.grid.num_frames(chunk.start + chunk.num_latents), shot.num_frames)
         return f"shot {shot.index}, frames {shot.first_frame + first}-{shot.first_frame + end - 1}"
+
+
+_NOTHING = torch.empty(0)
+
+
+def _forecast(solver: Solver, step: int) -> Tensor:
+    """The velocity of a step without a forward, [1, C, num_latents, h, w]."""
+    assert isinstance(solver, Forecaster), "a schedule with forecasts needs solvers that make them"
+    return solver.forecast(step)[None]
 
 
 def _step_of(message: Message) -> int:

@@ -26,6 +26,7 @@ from longvid.parallel.schedule import (
     Finish,
     Forecast,
     Forward,
+    Gate,
     KvVersion,
     LatentVersion,
     Step,
@@ -61,7 +62,18 @@ class Velocity:
         return f"velocity c{self.chunk} k{self.step}" + (f" branch {self.guidance}" if self.guidance else "")
 
 
-Message = Hidden | Velocity | LatentVersion
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the leader decides at a gate, for the other ranks of stage 0. It is all in the header."""
+
+    chunk: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"verdict c{self.chunk} k{self.step}"
+
+
+Message = Hidden | Velocity | Verdict | LatentVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +225,10 @@ class _FirstStage:
                     continue
                 case Admit():
                     yield action
+                case Gate(forward=Forward(chunk=i, step=k, left=left)):
+                    yield from self.flush_for(LatentVersion(i, k), left)
+                    yield action
+                    yield from self.share_verdict(action)
                 case Forward(chunk=i, step=k, left=left):
                     yield from self.flush_for(LatentVersion(i, k), left)
                     yield action
@@ -246,6 +262,20 @@ class _FirstStage:
         yield from self.flush_until(end.round - 1)
         yield Boundary(end.round, end.kv)
 
+    def share_verdict(self, action: Gate) -> Iterator[RankAction]:
+        """What the leader decides, to its peers."""
+        n, verdict = action.round, Verdict(action.forward.chunk, action.forward.step)
+        if self.is_leader:
+            yield from (Send(n, verdict, peer) for peer in self.peers())
+        else:
+            yield Receive(n, verdict, self.rank(guidance=0, seq=0))
+
+    def peers(self) -> Iterator[int]:
+        """The other ranks of stage 0."""
+        for peer in range(1, self.topology.guidance * self.topology.seq):
+            guidance, seq = divmod(peer, self.topology.seq)
+            yield self.rank(guidance=guidance, seq=seq)
+
     def pass_on(self, action: Forward) -> Iterator[RankAction]:
         """After a forward: its activations to the next stage; or, where this stage is the last too, its velocity."""
         n, i, k = action.round, action.chunk, action.step
@@ -269,9 +299,7 @@ class _FirstStage:
                 source = self.rank(stage=self.topology.stage - 1, guidance=guidance)
                 self.late.append(Receive(n, Velocity(i, k, guidance), source))
         self.late.append(action)
-        for peer in range(1, self.topology.guidance * self.topology.seq):
-            guidance, seq = divmod(peer, self.topology.seq)
-            self.late.append(Send(n, made, self.rank(guidance=guidance, seq=seq)))
+        self.late += [Send(n, made, peer) for peer in self.peers()]
 
     def flush_for(self, *needed: object) -> Iterator[RankAction]:
         while any(value in self.put_off for value in needed):

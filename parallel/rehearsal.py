@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import Hidden, Message, RankAction, Receive, Send, rank_program
-from longvid.parallel.schedule import Action, Finish, Forward
+from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
 
@@ -86,15 +87,27 @@ def rehearse_schedule(
     return rehearse(programs, buffers, cost, together=sorted(groups))
 
 
-def stage_costs(costs: Costs, topology: Topology, bounds: Sequence[range], steps: int) -> Cost:
-    """What actions cost by measurement: forwards a stage, and decoding where the leader hands out a chunk."""
-    seconds = costs.of_stages(bounds)
-    seconds[0] -= costs.decode
+def stage_costs(
+    costs: Costs,
+    topology: Topology,
+    bounds: Sequence[range],
+    steps: int,
+    share: Callable[[int, int], float] = lambda layer, step: 1.0,
+) -> Cost:
+    """What actions cost by measurement: forwards a stage, and decoding where the leader hands out a chunk.
+
+    `share` says how much of a layer is computed at a step.
+    """
+
+    @cache
+    def forward(stage: int, step: int) -> float:
+        layers = tuple(cost * share(layer, step) for layer, cost in enumerate(costs.layers))
+        return replace(costs, layers=layers, decode=0.0).of_stages(bounds)[stage]
 
     def cost(rank: int, action: RankAction) -> float:
         match action:
-            case Forward():
-                return seconds[topology.coordinate(rank).stage]
+            case Forward(step=step):
+                return forward(topology.coordinate(rank).stage, step)
             case Finish():
                 return costs.decode * steps
         return 0.0
@@ -142,7 +155,7 @@ class _Rank:
                     return woken
                 woken.add(action.source)
             else:
-                if isinstance(action, Forward) and self.fellows and not self.is_past:
+                if isinstance(action, Forward | Gate) and self.fellows and not self.is_past:
                     if not self.meet(action):
                         return woken
                     woken |= {fellow.index for fellow in self.fellows if fellow is not self}
@@ -152,8 +165,8 @@ class _Rank:
                 self.busy += seconds
             self.waits_at = None
 
-    def meet(self, action: Forward) -> bool:
-        """Whether all fellows are at this forward; then all go on from the time of the last."""
+    def meet(self, action: Forward | Gate) -> bool:
+        """Whether all fellows are at this action; then all go on from the time of the last."""
         if any(fellow.waits_at != action for fellow in self.fellows):
             return False
         clock = max(fellow.clock for fellow in self.fellows)

@@ -21,13 +21,14 @@ K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
 A cache may have steps forecast instead of computed: the same steps of every chunk. Their velocity comes of the chunk's
-earlier ones, no layer runs, and whoever would read their K/V reads those of the last step that was computed.
+earlier ones, no layer runs, and whoever would read their K/V reads those of the last step that was computed. Of gated
+steps the first rank decides behind the first layers whether the others run; the schedule is the same either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from longvid.plan import Chunk, Plan
@@ -89,6 +90,20 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """Run the first layers of the forward that follows, and decide whether the others are to run."""
+
+    forward: Forward
+
+    @property
+    def round(self) -> int:
+        return self.forward.round
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  gate     c{self.forward.chunk} k{self.forward.step}"
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """Predict the velocity of a step from those of the chunk's computed steps, without a forward."""
 
@@ -145,28 +160,31 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Forward | Forecast | Step | Finish | DropLatents | DropKv
+Action = Admit | Gate | Forward | Forecast | Step | Finish | DropLatents | DropKv
 
 
 @dataclass(frozen=True, slots=True)
 class QueueRules:
     """What the settings say of who reads what; `gap` is how many steps neighbours are apart.
 
-    `forecast` are the steps that are not computed, never the first or the last.
+    `forecast` are the steps that are not computed, `gated` those of which the first rank decides; never the first or
+    the last.
     """
 
     left: Literal["recompute", "cached"] = "recompute"
     left_level: LeftLevel = "fresher"
     gap: int = 1
     forecast: frozenset[int] = frozenset()
+    gated: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
         """The rules that the settings ask for; `sequential` is a queue whose chunks never meet."""
-        forecast = settings.cache.forecast_steps(settings.sampler.steps)
+        steps = settings.sampler.steps
+        forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
         if settings.schedule == "sequential":
-            return cls(gap=settings.sampler.steps, forecast=forecast)
-        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast)
+            return cls(gap=steps, forecast=forecast, gated=gated)
+        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast, gated)
 
     def computed(self, step: int) -> int:
         """The last step up to this one that is computed."""
@@ -181,7 +199,7 @@ class QueueRules:
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for."""
     if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings).forecast)
+        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
     return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
 
 
@@ -199,12 +217,13 @@ def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> It
             yield from queue.unit(i, n - gap * i)
 
 
-def sequential_schedule(
-    chunks: Sequence[Chunk], steps: int, forecast: frozenset[int] = frozenset()
-) -> Iterator[Action]:
-    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context."""
+def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None) -> Iterator[Action]:
+    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context.
+
+    Of the rules only what a cache leaves out counts.
+    """
     assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
-    return queue_schedule(chunks, steps, QueueRules(gap=steps, forecast=forecast))
+    return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps))
 
 
 @dataclass(frozen=True)
@@ -232,7 +251,10 @@ class _Queue:
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left, right = self.left(i, k), self.right(i, k)
-        yield Forward(n, i, k, left, right, self.store(i, k))
+        forward = Forward(n, i, k, left, right, self.store(i, k))
+        if k in self.rules.gated:
+            yield Gate(forward)
+        yield forward
         if right and not any(self.right(i, later) == right for later in self.computed_after(k)):
             yield DropKv(n, right)
         if isinstance(left, KvVersion):

@@ -18,6 +18,7 @@ from longvid.parallel.schedule import (
     Finish,
     Forecast,
     Forward,
+    Gate,
     KvVersion,
     LatentVersion,
     QueueRules,
@@ -97,6 +98,7 @@ class _Simulation:
     taken: dict[int, int] = field(default_factory=dict)  # steps taken by each chunk in flight
     velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
     computed: dict[int, int] = field(default_factory=dict)  # the last step of each chunk that was computed
+    gated: Forward | None = None  # what the gate that was passed last leads to
 
     num_admitted: int = 0
     num_finished: int = 0
@@ -109,12 +111,16 @@ class _Simulation:
 
     def apply(self, action: Action) -> None:
         _require(action.round >= self.round, f"comes after round {self.round}")
+        _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
         if action.round > self.round:
             self.end_round()
             self.round, self.turn = action.round, len(self.chunks)
         match action:
             case Admit():
                 self.admit(action)
+            case Gate(forward=forward):
+                _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
+                self.gated = forward
             case Forward():
                 self.forward(action)
             case Forecast():
@@ -160,6 +166,8 @@ class _Simulation:
         i, k = action.chunk, action.step
         self.begin(i, k, action.round)
         _require(k not in self.rules.forecast, f"step {k} is to be forecast")
+        _require(self.gated == (action if k in self.rules.gated else None), f"the gate before is of {self.gated}")
+        self.gated = None
         self.computed[i] = k
         self.require_left(action)
         self.require_right(action)
@@ -260,6 +268,7 @@ class _Simulation:
         return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)
 
     def close(self) -> None:
+        _require(self.gated is None, "the forward of the last gate is missing")
         _require(self.num_finished == len(self.chunks), f"{self.num_finished} of {len(self.chunks)} chunks finished")
         self.end_round()
 

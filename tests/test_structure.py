@@ -14,7 +14,8 @@ FOLDERS = {"longvid": "longvid"} | {f"longvid.{name}": name for name in ("config
 
 LEVELS = {
     0: "errors document settings script geometry plan events configs launch.env launch.report fingerprint manifest"
-    " sparsity.settings cache.settings parallel parallel.topology parallel.partition parallel.schedule parallel.verify",
+    " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
+    " parallel.schedule parallel.verify",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.sequence parallel.vin sampler noise sparsity cache",

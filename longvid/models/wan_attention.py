@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from longvid.cache.plan import Module
 from longvid.kernels.dense import attend
 from longvid.parallel.sequence import Around, Attention, DenseAttention, KvPart, Rope, SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
+
+RunModule = Callable[[int, Module, Callable[[], Tensor]], Tensor]
+"""Gives what a module of a layer (an index in the stage) computes, or in its place what a cache forecasts."""
+
+
+def run_module(_index: int, _module: Module, compute: Callable[[], Tensor]) -> Tensor:
+    """Without a cache."""
+    return compute()
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class SelfContext:
 
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
-    ``attention`` and ``head_costs`` give those of a layer of the stage.
+    ``attention`` and ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores
+    those that an earlier step stored: for each span a layer's, ``kept``.
     """
 
     rope: Rope
@@ -38,6 +48,12 @@ class SelfContext:
     stored: list[list[KvPart]] = field(default_factory=list)
     attention: Callable[[int], Attention] = field(default=lambda _layer: DenseAttention())
     head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
+    kept: tuple[list[KvPart], ...] = ()
+    run: RunModule = run_module
+
+    def keep_earlier(self, index: int) -> None:
+        """For a layer of which no K/V are computed."""
+        self.stored.append([span[index] for span in self.kept])
 
 
 class QueueSelfAttention:
@@ -48,6 +64,13 @@ class QueueSelfAttention:
         self.sequence = sequence
 
     def __call__(self, attn: Any, hidden: Tensor, _text: None, _mask: None, context: SelfContext) -> Tensor:
+        num_stored = len(context.stored)
+        out = context.run(self.index, "self", lambda: self._compute(attn, hidden, context))
+        if len(context.stored) == num_stored:
+            context.keep_earlier(self.index)
+        return out
+
+    def _compute(self, attn: Any, hidden: Tensor, context: SelfContext) -> Tensor:
         shape = (1, hidden.shape[1], attn.heads, -1)
         query = attn.norm_q(attn.to_q(hidden)).view(shape)
         key = attn.norm_k(attn.to_k(hidden)).view(shape)
@@ -84,13 +107,24 @@ class TextSpan:
     weight: float = 0.0
 
 
+@dataclass(frozen=True)
+class TextContext:
+    """What cross-attention reads: the spans of one forward pass and guidance branch."""
+
+    spans: list[TextSpan]
+    run: RunModule = run_module
+
+
 class SceneTextAttention:
     """Cross-attention of a layer (``index`` in the stage) in which each latent attends its own scene's prompt."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def __call__(self, attn: Any, hidden: Tensor, spans: list[TextSpan], *_: None) -> Tensor:
+    def __call__(self, attn: Any, hidden: Tensor, context: TextContext, *_: None) -> Tensor:
+        return context.run(self.index, "text", lambda: self._compute(attn, hidden, context.spans))
+
+    def _compute(self, attn: Any, hidden: Tensor, spans: list[TextSpan]) -> Tensor:
         query = attn.norm_q(attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
         parts = []
         for span in spans:
@@ -104,6 +138,18 @@ class SceneTextAttention:
     def _attend(self, query: Tensor, text: TextKv) -> Tensor:
         key, value = text.layers[self.index]
         return attend(query, key, value, text.bias)
+
+
+class CachedFeedForward(nn.Module):
+    """A layer's feed-forward, with a cache in front. ``run`` is the pass's at hand."""
+
+    def __init__(self, index: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.index, self.inner = index, inner
+        self.run: RunModule = run_module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.run(self.index, "ffn", lambda: self.inner(hidden))
 
 
 def text_kv(blocks: Any, states: Tensor, columns: int) -> TextKv:

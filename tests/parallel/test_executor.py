@@ -20,14 +20,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longvid.cache.plan import CachePlan, GateRules, StepPlan
+from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group, Header
-from longvid.parallel.executor import Executor, Live, Output
+from longvid.parallel.executor import Begun, Executor, Live, Output
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import QueueRules, Step, queue_schedule, sequential_schedule
 from longvid.parallel.topology import Topology
+from longvid.parallel.verify import simulate
 from longvid.plan import ModelFacts
 
 PRIME = 251
@@ -58,6 +61,13 @@ class ToyStage:
 
     def hidden_shape(self, num_latents, latent_size):
         return (1, SHAPE[0] * num_latents * latent_size[0] * latent_size[1], 1), torch.float32
+
+    def begin(self, unit):
+        """The gate is before the first layer, and looks at nothing."""
+        return Begun(unit, torch.zeros(()), None)
+
+    def go_on(self, begun, *, is_left_out):
+        return self.forward(begun.unit)
 
     def forward(self, unit):
         count = len(unit.timesteps)
@@ -326,12 +336,12 @@ class ThreadComm:
     def __init__(self, rank, boxes, seed):
         self.rank, self.boxes, self.random = rank, boxes, random.Random(f"{seed}:{rank}")
 
-    def send(self, header, payload, to, *, window=0):
+    def send(self, header, payload, to, *, window=0, is_sized=False):
         time.sleep(self.random.choice([0, 0, 1e-4, 2e-3]))
         self.boxes[self.rank, to].put((header, payload.clone()))
 
-    def receive(self, source, shape, dtype):
-        return ThreadIncoming(self.boxes[source, self.rank], tuple(shape), dtype)
+    def receive(self, source, shape, dtype, *, is_sized=False):
+        return ThreadIncoming(self.boxes[source, self.rank], None if is_sized else tuple(shape), dtype)
 
     def flush(self):
         pass
@@ -343,11 +353,11 @@ class ThreadIncoming:
 
     def wait(self):
         header, payload = self.box.get(timeout=20)
-        assert (tuple(payload.shape), payload.dtype) == (self.shape, self.dtype)
+        assert payload.dtype == self.dtype and self.shape in (None, tuple(payload.shape))
         return header, payload
 
 
-def run_on_ranks(plan, steps, rules, topology, bounds, seed=0):
+def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None):
     """The leader's finished chunks, and what is still alive on every rank in the end."""
     boxes = defaultdict(queue.SimpleQueue)
     alone = Group((0,), 0)
@@ -356,7 +366,9 @@ def run_on_ranks(plan, steps, rules, topology, bounds, seed=0):
         place = topology.coordinate(rank)
         mesh = Mesh(topology, rank, ThreadComm(rank, boxes, seed), alone, alone, alone)
         live = Live()
-        toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0)
+        toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0, cache=make_cache(rank))
+        if toy.cache:
+            toy.sampler = ForecastingSampler(steps)
         finished = list(toy.run(queue_schedule(plan.chunks, steps, rules), plan, live=live))
         return finished, live
 
@@ -389,6 +401,74 @@ def test_every_mesh_equals_the_recursion_bit_for_bit(make_film, shots, context, 
     finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], seed)
     assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
     assert not any(value for left in live for value in vars(left).values())
+
+
+class ForecastingSolver(ToySolver):
+    """Its forecast is the velocity before, and one more."""
+
+    def forecast(self, step):
+        return (torch.as_tensor(self.previous) + 1) % PRIME
+
+    def state(self):
+        return {}
+
+    def load_state(self, state):
+        pass
+
+
+class ForecastingSampler(ToySampler):
+    def new_solver(self):
+        return ForecastingSolver()
+
+
+class Coin(CacheRuntime):
+    """A gate that every rank would answer in its own way; so what is common to all is what the leader said."""
+
+    def __init__(self, plan, rank, coins):
+        super().__init__(plan)
+        self.rank, self.coins = rank, coins
+
+    def judge(self, chunk, step, probe):
+        return torch.tensor(float(step))
+
+    def decide(self, chunk, sums):
+        return self.coins[self.rank][(7 * chunk + int(sums)) % len(self.coins[self.rank])]
+
+
+@given(
+    shots=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    context=st.integers(1, 3).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, b))),
+    steps=st.integers(3, 7),
+    rules=st.sampled_from(RULES),
+    stages=st.integers(1, 4),
+    guidance=st.sampled_from([1, 1, 2]),
+    coins=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=8, max_size=8),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_all_ranks_follow_the_leaders_gate(make_film, shots, context, steps, rules, stages, guidance, coins, seed):
+    """Whatever it says and whenever messages come, no rank waits for ever, and the film is that of one rank."""
+    plan, topology = make_film(shots, *context), Topology(stage=stages, guidance=guidance)
+    gated = tuple(StepPlan("gated" if 0 < k < steps - 1 else "computed") for k in range(steps))
+    cache = CachePlan(gated, gate=GateRules(1, 0.5, 0))
+    rules = replace(rules, gated=frozenset(range(1, steps - 1)))
+    report = simulate(queue_schedule(plan.chunks, steps, rules), plan.chunks, steps, rules)
+    assert report.num_units == len(plan.chunks) * steps
+    rehearse_schedule(lambda: queue_schedule(plan.chunks, steps, rules), topology, 1)
+
+    def on(topology, stages):
+        def coin(rank):
+            return Coin(cache, rank, coins)
+
+        return run_on_ranks(plan, steps, rules, topology, STAGES[stages], seed, coin)
+
+    finished, live = on(topology, stages)
+    alone, _ = on(Topology(), 1)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(finished, alone, strict=True))
+    assert len(finished) == len(plan.chunks)
+    for left in live:
+        left.left_out.clear()  # flags of the last steps
+        assert not any(vars(left).values())
 
 
 def test_a_message_of_another_unit_is_refused(make_film):
