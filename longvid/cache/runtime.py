@@ -40,11 +40,13 @@ class CacheRuntime:
     def module(self, place: Place, module: Module, step: int, compute: Callable[[], Tensor]) -> Tensor:
         """What a module of a layer gives: computed and remembered, or forecast."""
         name = place[2], module
-        if name in self.at(step).modules:
-            return self._of(place, module, self.plan.order).forecast(step)
+        if name not in self.plan.kept_modules:
+            return compute()
+        series = self._of(place, module, self.plan.order)
+        if name in self.at(step).modules and not series.is_empty:
+            return series.forecast(step)
         value = compute()
-        if name in self.plan.kept_modules:
-            self._of(place, module, self.plan.order).learn(value, step)
+        series.learn(value, step)
         return value
 
     # ------------------------------------------------------------------------------------------------------------ gate
@@ -58,7 +60,10 @@ class CacheRuntime:
 
     def judge(self, chunk: int, step: int, probe: Tensor) -> Tensor:
         """Sums over this rank's tokens for the decision, fp64 [3]: |forecast - found|, |found| and |forecast|."""
-        forecast = self._gate(chunk).forecast(step)
+        series = self._gate(chunk)
+        if series.is_empty:
+            return torch.full((3,), torch.inf, dtype=torch.float64)
+        forecast = series.forecast(step)
         return torch.stack([x.abs().sum(dtype=torch.float64) for x in (forecast - probe, probe, forecast)])
 
     def decide(self, chunk: int, sums: Tensor) -> bool:

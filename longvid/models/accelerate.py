@@ -1,4 +1,4 @@
-"""Sparse attention in somebody else's diffusers pipeline: one call, and one to undo it.
+"""Sparse attention and caches in somebody else's diffusers pipeline: one call, and one to undo it.
 
 Shapes: B batch, L tokens, H heads, D of a head; hidden states of a Wan transformer [B, C, latents, h, w].
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from longvid.cache.settings import NoCache
 from longvid.document import Document, validate
 from longvid.errors import InputError
 from longvid.kernels.dense import attend
+from longvid.models.accelerate_cache import CacheAcceleration
+from longvid.models.clock import PipelineClock
 from longvid.parallel.sequence import Rope, rotate
 from longvid.settings import Settings
 from longvid.sparsity.make import make_policy
@@ -30,32 +32,43 @@ Pipeline = TypeVar("Pipeline")
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
-def accelerate(pipe: Pipeline, attention: str | Mapping[str, Any] = "adaspa") -> Pipeline:
-    """Give the transformers of a loaded diffusers pipeline sparse self-attention, and return the pipeline.
+def accelerate(
+    pipe: Pipeline, attention: str | Mapping[str, Any] = "dense", cache: str | Mapping[str, Any] = "none"
+) -> Pipeline:
+    """Give the transformers of a loaded diffusers pipeline sparse self-attention, a cache, or both. Returns it.
 
-    ``attention`` is a policy's name, or a mapping as in a preset's section: ``{"policy": "adaspa", "tile": 128}``. The
-    pipeline is used as before; its scheduler says which step it is at. Accelerating again replaces the policy. Raises
-    InputError for wrong settings, and for a pipeline whose transformer is not a Wan model.
+    ``attention`` and ``cache`` are names of policies, or mappings as in a preset's sections:
+    ``attention={"policy": "adaspa", "tile": 128}, cache="taylorseer"``. The pipeline is used as before; its scheduler
+    says which step it is at. Accelerating again replaces what was there. Raises InputError for wrong settings, and for
+    a pipeline whose transformer is not a Wan model.
     """
-    section = {"policy": attention} if isinstance(attention, str) else dict(attention)
-    settings = validate(Settings, Document("accelerate", {"attention": section})).attention
+    sections = {"attention": _section(attention), "cache": _section(cache)}
+    settings = validate(Settings, Document("accelerate", sections))
     models = _transformers(pipe)
     restore(pipe)
-    if isinstance(settings, Dense):
-        return pipe
     for model in models:
-        policy = make_policy(settings)
-        _Acceleration(model, pipe, policy, always=settings.crossover == "always")
+        if not isinstance(settings.attention, Dense):
+            policy = make_policy(settings.attention)
+            _Acceleration(model, pipe, policy, always=settings.attention.crossover == "always")
+        if not isinstance(settings.cache, NoCache):
+            CacheAcceleration(model, pipe, settings.cache)
     return pipe
 
 
 def restore(pipe: Pipeline) -> Pipeline:
-    """Undo ``accelerate``: the attention processors that stood there before stand there again."""
+    """Undo ``accelerate``: what stood in its place before stands there again."""
     for model in _transformers(pipe):
         processor = model.blocks[0].attn1.processor
         if isinstance(processor, PolicySelfAttention):
             processor.owner.remove()
+        cache = getattr(model.forward, "owner", None)
+        if isinstance(cache, CacheAcceleration):
+            cache.remove()
     return pipe
+
+
+def _section(policy: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"policy": policy} if isinstance(policy, str) else dict(policy)
 
 
 def _transformers(pipe: Any) -> list[WanTransformer3DModel]:
@@ -68,25 +81,15 @@ def _transformers(pipe: Any) -> list[WanTransformer3DModel]:
     return found
 
 
-@dataclass
-class _Pass:
-    """The forward pass at hand of one transformer. `branch` counts passes at one step: with guidance there are two."""
-
-    run: int = 0
-    step: int = -1
-    branch: int = 0
-    num_steps: int = 0
-    tokens: TokenMap | None = None
-    runtime: SparseRuntime | None = field(default=None, repr=False)
-
-
 class _Acceleration:
     """One transformer with a policy: processors of ours in its self-attention, and a hook that sees where it is."""
 
     def __init__(self, model: WanTransformer3DModel, pipe: Any, policy: Policy, *, always: bool) -> None:
-        self._pipe, self._policy, self._always = pipe, policy, always
+        self._policy, self._always = policy, always
+        self.clock = PipelineClock(pipe)
+        self.runtime: SparseRuntime | None = None
+        self.tokens: TokenMap | None = None
         self._patch, self._num_layers = model.config.patch_size, len(model.blocks)
-        self.current = _Pass()
         self._layers = [block.attn1 for block in model.blocks]
         self._before = [layer.processor for layer in self._layers]
         for index, layer in enumerate(self._layers):
@@ -102,23 +105,16 @@ class _Acceleration:
         """Before a forward pass: the step it is at, by its timestep among the scheduler's."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        times = self._pipe.scheduler.timesteps
-        step = int((times.to(timestep.device).double() - timestep.max().double()).abs().argmin())
-        now = self.current
-        if now.runtime is None or step < now.step or len(times) != now.num_steps:
-            now.runtime = SparseRuntime(self._policy, self._num_layers, len(times), always=self._always)
-            now.run, now.num_steps, now.branch = now.run + 1, len(times), 0
-        else:
-            now.branch = now.branch + 1 if step == now.step else 0
-        now.step = step
+        if self.clock.tick(timestep) or self.runtime is None:
+            self.runtime = SparseRuntime(self._policy, self._num_layers, self.clock.num_steps, always=self._always)
         t, h, w = (size // patch for size, patch in zip(hidden.shape[2:], self._patch, strict=True))
         tokens = TokenMap(range(t), range(t), range(t), h, w)
-        if tokens != now.tokens and not now.runtime.pays(tokens, hidden.device):
+        if tokens != self.tokens and not self.runtime.pays(tokens, hidden.device):
             warnings.warn(
                 f"longvid.accelerate: attention to {tokens.num_keys} tokens is faster dense here, so it stays dense",
                 stacklevel=2,
             )
-        now.tokens = tokens
+        self.tokens = tokens
 
 
 class PolicySelfAttention:
@@ -143,10 +139,10 @@ class PolicySelfAttention:
         return out
 
     def _attend(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        now = self.owner.current
-        assert now.runtime is not None and now.tokens is not None
-        place = Place(now.run, now.branch, self._index, now.step)
-        sparse = now.runtime.at(place, now.tokens, q_BLHD.device)
+        clock, runtime, tokens = self.owner.clock, self.owner.runtime, self.owner.tokens
+        assert runtime is not None and tokens is not None
+        place = Place(clock.run, clock.branch, self._index, clock.step)
+        sparse = runtime.at(place, tokens, q_BLHD.device)
         if sparse is None:
             return attend(q_BLHD, k_BLHD, v_BLHD)
         with torch.no_grad():

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import longvid
+from longvid.engine import Engine
 from longvid.errors import InputError
+from longvid.script import parse_script
 
 
 @pytest.fixture
@@ -33,6 +35,31 @@ def run(pipe: Any, guidance: float = 3.0) -> torch.Tensor:
         output_type="latent",
     )
     latents: torch.Tensor = result.frames
+    return latents
+
+
+STORY = """
+size: [32, 48]
+negative: "blue"
+scenes:
+  - {prompt: "a red circle moving left", for: 37f}
+"""
+
+
+def run_from(pipe: Any, noise: torch.Tensor, guidance: float) -> torch.Tensor:
+    """The film of STORY in 8 steps, [C, latents, h, w]."""
+    result = pipe(
+        prompt="a red circle moving left",
+        negative_prompt="blue",
+        width=32,
+        height=48,
+        num_frames=37,
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="latent",
+    )
+    latents: torch.Tensor = result.frames[0]
     return latents
 
 
@@ -65,6 +92,58 @@ def test_where_tiles_are_slower_it_stays_dense_and_warns_once(pipe: Any) -> None
         found = run(pipe)
     assert len([warning for warning in caught if "faster dense" in str(warning.message)]) == 1
     assert torch.equal(found, expected)
+
+
+CACHES = {
+    "every velocity": {"policy": "taylorseer", "interval": 3, "first_steps": 2},
+    "what all layers add": {"policy": "taylorseer", "interval": 3, "first_steps": 2, "level": "last_layer"},
+    "every module": {"policy": "taylorseer", "interval": 3, "first_steps": 2, "level": "module", "order": 2},
+    "gated velocities": {"policy": "cg_taylor", "gate": 0.3, "max_skips": 2},
+    "gated layers": {"policy": "first_block", "layers": 1, "threshold": 0.1, "first_steps": 2},
+    "rear and front": {"policy": "delta_dit", "interval": 2, "share": 0.5},
+}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_in_the_stock_pipeline_gives_what_it_gives_in_the_engine(
+    pipe: Any, euler_checkpoint: Path, cache: str, guidance: float
+) -> None:
+    """Two ways to leave work out, sharing the decisions alone: around stock layers, inside the engine's stage."""
+    settings = CACHES[cache]
+    overrides = [f"cache.{key}={value}" for key, value in settings.items()]
+    engine = Engine.load(
+        euler_checkpoint,
+        overrides=["schedule=sequential", "sampler.steps=8", f"sampler.guidance={guidance}", *overrides],
+    )
+    plan = engine.plan(parse_script(STORY, "story.yaml"))
+    [finished] = engine.denoise(plan)
+    noise = engine._noise(plan)(plan.chunks[0])[None]
+    expected = run_from(pipe, noise, guidance)
+    longvid.accelerate(pipe, cache=settings)
+    for _ in range(2):
+        found = run_from(pipe, noise, guidance)
+        assert (found - finished.latents).abs().max() <= 1e-4
+    assert (found - expected).abs().max() > 1e-3, "nothing was left out"
+    longvid.restore(pipe)
+    assert torch.equal(run_from(pipe, noise, guidance), expected)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"policy": "taylorseer", "interval": 1},
+        {"policy": "taylorseer", "interval": 1, "level": "last_layer"},
+        {"policy": "taylorseer", "interval": 1, "level": "module"},
+        {"policy": "cg_taylor", "gate": 0.0},
+        {"policy": "first_block", "layers": 1, "threshold": 0.0, "first_steps": 1},
+        {"policy": "delta_dit", "interval": 1},
+    ],
+)
+def test_a_cache_that_leaves_nothing_out_gives_the_stock_bits(pipe: Any, cache: dict[str, Any]) -> None:
+    expected = run(pipe)
+    longvid.accelerate(pipe, cache=cache)
+    assert torch.equal(run(pipe), expected)
 
 
 def test_what_it_does_not_know_is_refused(pipe: Any) -> None:
