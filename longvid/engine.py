@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longvid.cache.make import make_cache, make_forecasting
+from longvid.cache.make import make_cache, make_caching
 from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import plan_cache
 from longvid.checkpoint import (
@@ -119,7 +119,7 @@ class Engine:
         self.cache: CacheRuntime | None = None
         """What leaves layers out, if anything does."""
         self._stage = self._load_stage(checkpoint, dtype)
-        self._sampler = make_forecasting(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
+        self._sampler = make_caching(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
 
     @classmethod
     def load(
@@ -153,7 +153,7 @@ class Engine:
             self.costs = broadcast(measured)
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
-        self._layers, self.cache = layers, make_cache(self._cache_plan, layers)
+        self._layers, self.cache = layers, make_cache(self._cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
         return WanStage(

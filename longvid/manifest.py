@@ -45,7 +45,8 @@ class Manifest(BaseModel):
     """A checkpoint after round `round`: its files and their bytes, and the names of the values in them.
 
     Values live on across the round: `latents` as (chunk, version), `kv` as (chunk, round, edge), and the chunks that
-    have `solvers`. The film has `segments` on the disk. `fingerprint` says of which render it is.
+    have `solvers`. Round -1 is that of K/V that a cache keeps. The film has `segments` on the disk. `fingerprint` says
+    of which render it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -54,7 +55,7 @@ class Manifest(BaseModel):
     round: Count
     files: dict[FileName, Count]
     latents: list[tuple[Count, Count]]
-    kv: list[tuple[Count, Count, Literal["first", "last"]]]
+    kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last"]]]
     solvers: list[Count]
     segments: Count
     fingerprint: dict[str, Any]

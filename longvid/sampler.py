@@ -37,6 +37,14 @@ class Forecaster(Solver, Protocol):
         """The velocity of a step by those before, fp32; to be given to `step` next."""
         ...
 
+    def learn_negative(self, velocity: Tensor, step: int, sample: Tensor) -> None:
+        """Take the velocity of the negative's pass at a step."""
+        ...
+
+    def negative(self, step: int, sample: Tensor) -> Tensor:
+        """The velocity of a negative's pass that was left out, fp32, by the last one that was made."""
+        ...
+
 
 class Sampler(Protocol):
     """The noise levels of a render, and a fresh solver for every chunk."""

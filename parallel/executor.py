@@ -67,7 +67,8 @@ class Unit:
     (as indices into F) K/V must be returned.
 
     With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
-    earlier step returned for each of `store`, for the layers that do not run.
+    earlier step returned for each of `store`, for the layers that do not run. The first `num_branches` of the stage's
+    branches run.
     """
 
     chunk: Chunk
@@ -81,6 +82,7 @@ class Unit:
     store: tuple[slice, ...] = ()
     is_left_out: bool = False
     kept: tuple[KvSpan, ...] = ()
+    num_branches: int = 2
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,8 @@ class Executor:
                 self._gate(action, plan, live)
             case Forward():
                 self._forward(action, plan, live)
-            case Forecast(chunk=i, step=k):
-                live.velocity[i, k] = [_forecast(live.solvers[i], k)]
+            case Forecast():
+                """Its step has no velocity, and asks the solver for one."""
             case Step():
                 self._step(action, plan, live)
             case Finish(latents=version):
@@ -378,17 +380,21 @@ class Executor:
             store=tuple(span(kv) for kv in action.store),
             is_left_out=(i, k) in live.left_out,
             kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
+            num_branches=1 if self._skips_negative(k) else self.stage.num_branches,
         )
 
     @torch.no_grad()
     def _step(self, action: Step, plan: Plan, live: Live) -> None:
         i, k = action.chunk, action.step
         sample = live.latents[LatentVersion(i, k)]
-        parts = live.velocity.pop((i, k), []) or [_forecast(live.solvers[i], k)]
-        branches = torch.cat(parts) if len(parts) > 1 else parts[0]
-        assert branches.shape[1:] == sample.shape, f"{action}: velocity {branches.shape[1:]} of {sample.shape}"
-        velocity = guide(branches[0], branches[1], self.guidance) if len(branches) == 2 else branches[0]
-        latents = live.solvers[i].step(velocity.to(sample.device), k, sample)
+        solver, parts = live.solvers[i], live.velocity.pop((i, k), [])
+        if parts:
+            branches = torch.cat(parts) if len(parts) > 1 else parts[0]
+            assert branches.shape[1:] == sample.shape, f"{action}: velocity {branches.shape[1:]} of {sample.shape}"
+            velocity = self._guided(branches.to(sample.device), solver, k, sample)
+        else:
+            velocity = _forecaster(solver).forecast(k)
+        latents = solver.step(velocity, k, sample)
         assert latents.data_ptr() != sample.data_ptr(), "a solver must leave its sample as it is"
         if not torch.isfinite(latents).all():
             raise RuntimeFailure(
@@ -398,6 +404,19 @@ class Executor:
         live.latents[LatentVersion(i, k + 1)] = latents
         if self.on_value:
             self.on_value(action, latents)
+
+    def _guided(self, branches: Tensor, solver: Solver, step: int, sample: Tensor) -> Tensor:
+        """The velocity by one or two branches; a negative's pass that was left out is made up for."""
+        negative: Tensor | None = branches[1] if len(branches) == 2 else None
+        if self._skips_negative(step):
+            negative = _forecaster(solver).negative(step, sample)
+        elif negative is not None and isinstance(solver, Forecaster):
+            solver.learn_negative(negative, step, sample)
+        return branches[0] if negative is None else guide(branches[0], negative, self.guidance)
+
+    def _skips_negative(self, step: int) -> bool:
+        is_alone = self.mesh.topology.guidance == 1 and self.stage.num_branches == 1
+        return self.cache is not None and self.cache.at(step).skips_negative and not is_alone
 
     # ------------------------------------------------------------------------------------------------------- messages
 
@@ -478,10 +497,9 @@ class Executor:
 _NOTHING = torch.empty(0)
 
 
-def _forecast(solver: Solver, step: int) -> Tensor:
-    """The velocity of a step without a forward, [1, C, num_latents, h, w]."""
-    assert isinstance(solver, Forecaster), "a schedule with forecasts needs solvers that make them"
-    return solver.forecast(step)[None]
+def _forecaster(solver: Solver) -> Forecaster:
+    assert isinstance(solver, Forecaster), "a schedule that leaves work out needs solvers that make up for it"
+    return solver
 
 
 def _step_of(message: Message) -> int:

@@ -23,12 +23,14 @@ class StepPlan:
 
     `treatment` is that of the layers of `span`: forecast by what they changed in the hidden states at computed steps,
     or gated: the first rank decides between the two. An empty span that is not computed means the whole model, of which
-    the velocity is forecast. `modules` (layer, module) are forecast one by one.
+    the velocity is forecast. `modules` (layer, module) are forecast one by one. With guidance, `skips_negative` leaves
+    the negative's pass out.
     """
 
     treatment: Treatment = "computed"
     span: range = range(0)
     modules: frozenset[tuple[int, Module]] = frozenset()
+    skips_negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ class CachePlan:
     @property
     def is_inside(self) -> bool:
         """Whether stages take part: something is left out inside forward passes, or a gate decides."""
-        return bool(self.kept_modules) or self.gate is not None or any(step.span for step in self.steps)
+        return self.gate is not None or any(step.span or step.modules or step.skips_negative for step in self.steps)
+
+    @property
+    def skips_negatives(self) -> bool:
+        """Whether some step leaves the negative's pass out."""
+        return any(step.skips_negative for step in self.steps)
 
     @property
     def forecasts_velocities(self) -> bool:

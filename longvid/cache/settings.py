@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field
@@ -18,7 +19,13 @@ Level = Literal["output", "last_layer", "module"]
 
 
 class Policy(Section):
-    """What every policy answers. The first and the last step are always computed."""
+    """What every policy answers. The first and the last step are always computed.
+
+    With guidance, the negative's pass is made at every `negative_every`-th step; between them its velocity is the one
+    that leads to the clean latents that it last foretold (residual guidance of StreamDiffusion, arXiv 2312.12491).
+    """
+
+    negative_every: Annotated[int, Field(ge=1, le=1000)] = 1
 
     def forecast_steps(self, num_steps: int) -> frozenset[int]:
         """The steps at which no layer runs anywhere."""
@@ -174,9 +181,16 @@ class StaticTable(Policy):
 def plan_cache(settings: Policy, num_steps: int, num_layers: int) -> CachePlan:
     """What is left out at which step. Raises InputError where model, steps and policy do not go together."""
     try:
-        return settings.plan(num_steps, num_layers)
+        plan = settings.plan(num_steps, num_layers)
     except ValueError as error:
         raise InputError(f"cache: {error}") from None
+
+    def with_negative(k: int, step: StepPlan) -> StepPlan:
+        # Where a span is learned, it is learned of both branches.
+        learns = step.treatment == "computed" and bool(step.span)
+        return replace(step, skips_negative=k % settings.negative_every != 0 and not learns)
+
+    return replace(plan, steps=tuple(with_negative(k, step) for k, step in enumerate(plan.steps)))
 
 
 def _gated(steps: Iterable[int], num_steps: int, span: range) -> tuple[StepPlan, ...]:

@@ -1,4 +1,4 @@
-"""Taylor series over computed steps (TaylorSeer, arXiv 2503.06923), and velocities forecast by them."""
+"""Taylor series over computed steps (TaylorSeer, arXiv 2503.06923)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-from longvid.sampler import Sampler, Solver
 
 
 class Series:
@@ -53,48 +51,3 @@ class Series:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._terms = [state[f"term_{j}"] for j in range(sum(name.startswith("term_") for name in state))]
         self._last = int(state["last"])
-
-
-class TaylorSampler:
-    """A sampler whose solvers can forecast."""
-
-    def __init__(self, sampler: Sampler, order: int) -> None:
-        self._sampler, self._order = sampler, order
-
-    @property
-    def num_steps(self) -> int:
-        return self._sampler.num_steps
-
-    def timestep(self, step: int) -> float:
-        return self._sampler.timestep(step)
-
-    def new_solver(self) -> TaylorSolver:
-        return TaylorSolver(self._sampler.new_solver(), self._order)
-
-
-class TaylorSolver:
-    """A solver that learns from the velocities that it is given, guidance included, fp32 [C, latents, h, w]."""
-
-    def __init__(self, solver: Solver, order: int) -> None:
-        self._solver, self._series = solver, Series(order)
-        self._forecast = -1
-
-    def forecast(self, step: int) -> Tensor:
-        """The velocity of a step, which `step` is to be given next."""
-        self._forecast = step
-        return self._series.forecast(step)
-
-    def step(self, velocity: Tensor, step: int, sample: Tensor) -> Tensor:
-        """That of the solver. A computed velocity is learned from."""
-        if step != self._forecast:
-            self._series.learn(velocity.float(), step)
-        return self._solver.step(velocity, step, sample)
-
-    def state(self) -> dict[str, Tensor]:
-        inner = {f"solver_{name}": value for name, value in self._solver.state().items()}
-        return self._series.state() | inner
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        prefix = "solver_"
-        self._series.load_state({name: x for name, x in state.items() if not name.startswith(prefix)})
-        self._solver.load_state({name[len(prefix) :]: x for name, x in state.items() if name.startswith(prefix)})

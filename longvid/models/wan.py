@@ -161,7 +161,7 @@ class WanStage:
         part = self._sequence.part(num_latents * per_latent)
         entering, anchors = self._enter(unit, part)
         passes = []
-        for index, (branch, texts) in enumerate(zip(self.branches, self._texts, strict=True)):
+        for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
             run = self._run_module(unit, branch)
             spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
             context = self._self_context(unit, index, grid, run)
@@ -217,7 +217,10 @@ class WanStage:
             if runtime:
                 runtime.end_step(unit.chunk.index, unit.step)
         stored = [one.context.stored for one in passes]
-        kv = tuple([[layer[span] for layer in layers] for layers in stored] for span in range(len(unit.store)))
+        kv = tuple(
+            [[layer[span] for layer in layers] for layers in stored] + _of_branches(unit, span, len(passes))
+            for span in range(len(unit.store))
+        )
         if not self._is_last:
             inside = [one.anchor for one in passes if one.anchor is not None and self._ends_inside(unit)]
             return Output(hidden=torch.cat([*(one.hidden for one in passes), *inside]), kv=kv)
@@ -236,7 +239,7 @@ class WanStage:
 
         And what entered the step's span of layers, if this stage begins inside it.
         """
-        count = self.num_branches
+        count = min(unit.num_branches, self.num_branches)
         if not self._is_first:
             assert unit.hidden is not None
             parts = unit.hidden.split(1)
@@ -353,6 +356,15 @@ def token_map(unit: Unit, num_before: int, num_after: int, grid: tuple[int, int]
 def _token_grid(unit: Unit) -> tuple[int, int]:
     """Rows and columns of a latent's tokens."""
     return unit.latent_size[0] // 2, unit.latent_size[1] // 2
+
+
+def _of_branches(unit: Unit, span: int, start: int) -> BranchKv:
+    """K/V that an earlier step stored of the branches from one on, which did not run."""
+    if not unit.kept:
+        return []
+    kept = unit.kept[span]
+    assert isinstance(kept, list)
+    return kept[start:]
 
 
 def _of_branch(kv: object, branch: int) -> list[KvPart] | None:

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvid.cache.settings import NoCache, StaticTable, TaylorSeer
-from longvid.cache.taylor import TaylorSampler
+from longvid.cache.solver import CachingSampler
 from longvid.sampler import EulerSampler, Forecaster
 
 SIGMAS = tuple(1 - k / 12 for k in range(13))
 
 
 def solver_of(order):
-    solver = TaylorSampler(EulerSampler(SIGMAS), order).new_solver()
+    solver = CachingSampler(EulerSampler(SIGMAS), order).new_solver()
     assert isinstance(solver, Forecaster)
     return solver
 

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longvid import checkpoint
+from longvid.cache.make import make_cache, make_caching
+from longvid.cache.settings import plan_cache
 from longvid.checkpoint import CheckpointSaver, FilmState, Holder, LocalBulletin, Saved, load_checkpoint
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
@@ -522,11 +524,15 @@ class Film:
         self.facts = ModelFacts("tiny", "wan", LatentGrid(), 4, NUM_LAYERS, 8.0, 48, 48, True, 64)
         self.plan = make_plan(parse_script(STORY, "story.yaml"), self.settings, self.facts)
         branches = (0,) if self.settings.sampler.guidance == 1 else (0, 1)
-        self.stage = WanStage(dit, branches=branches)
+        steps = self.settings.sampler.steps
+        plan = plan_cache(self.settings.cache, steps, NUM_LAYERS)
+        self.cache = make_cache(plan, range(NUM_LAYERS), 1)
+        self.stage = WanStage(dit, branches=branches, cache=self.cache)
         texts = [value("text", i, shape=(3, 16)) for i in range(2 * len(self.plan.prompts))]
         self.stage.set_prompts(texts[::2], texts[1::2])
-        self.sampler = make_sampler(diffusers.FlowMatchEulerDiscreteScheduler(), self.settings.sampler)
-        self.holder = Holder(holders()[0].mesh, range(NUM_LAYERS), branches)
+        sampler = make_sampler(diffusers.FlowMatchEulerDiscreteScheduler(), self.settings.sampler)
+        self.sampler = make_caching(sampler, plan)
+        self.holder = Holder(holders()[0].mesh, range(NUM_LAYERS), branches, cache=self.cache)
         self.executor = Executor(
             self.stage,
             self.sampler,
@@ -534,6 +540,7 @@ class Film:
             self.facts,
             (6, 6),
             guidance=self.settings.sampler.guidance,
+            cache=self.cache,
         )
 
     def render(self, *, resume: bool = False, stop_after: int | None = None) -> bool:
@@ -545,6 +552,8 @@ class Film:
             saved = load_checkpoint(self.path, manifest, self.holder, CPU)
             assert saved.film
             live, done = saved.live(self.sampler), saved.round
+            if self.cache:
+                self.cache.load_state(saved.cached)
             self.decoder.load_state(saved.film.decoder)
             state = saved.film.writer
             writer = FilmWriter.resume(self.path, **size, segments=state.segments, open_frames=state.open_frames)
@@ -609,6 +618,16 @@ def whole_films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]
         ["queue.left=cached", "queue.gap=2", "sampler.guidance=3.0", "queue.chunk_latents=3"],
         ["queue.left=cached", "queue.gap=6", "sampler.steps=12", "queue.chunk_latents=3"],
         ["schedule=sequential", "sampler.solver=unipc"],
+        ["cache.policy=cg_taylor", "cache.gate=0.3", "cache.max_skips=2", "sampler.steps=8"],
+        [
+            "cache.policy=first_block",
+            "cache.threshold=0.3",
+            "cache.first_steps=2",
+            "sampler.steps=8",
+            "queue.left=cached",
+        ],
+        ["cache.policy=delta_dit", "cache.negative_every=3", "sampler.guidance=3.0", "sampler.steps=8"],
+        ["cache.policy=taylorseer", "cache.level=module", "cache.interval=3", "sampler.steps=8"],
     ],
     ids=" ".join,
 )

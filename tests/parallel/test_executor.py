@@ -409,6 +409,12 @@ class ForecastingSolver(ToySolver):
     def forecast(self, step):
         return (torch.as_tensor(self.previous) + 1) % PRIME
 
+    def learn_negative(self, velocity, step, sample):
+        pass
+
+    def negative(self, step, sample):
+        raise AssertionError("every step has the negative's pass")
+
     def state(self):
         return {}
 
