@@ -335,6 +335,37 @@ def train_dit(
     typer.echo(f"the model is in {done}")
 
 
+@train_app.command("cache")
+def train_cache(
+    story: Story,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PRESET", help="The preset to write, a YAML file.")],
+    method: Annotated[
+        Literal["steps", "bac"],
+        typer.Option(help="steps: whole steps, by what each does to the film; bac: single modules of layers."),
+    ] = "steps",
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the work, what is to be computed.")] = 0.4,
+    bubble: Annotated[float, typer.Option(min=0, max=1, help="bac: share of layers that count as volatile.")] = 0.2,
+    model: Model = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+) -> None:
+    """Find what a model can do without, on a short film, for cache.policy=static."""
+    settings = _settings(model, preset, overrides)
+
+    from longvid.calibrate import calibrate, write_preset
+
+    found = calibrate(
+        story,
+        settings,
+        method=method,
+        share=share,
+        bubble=bubble,
+        on_done=lambda done, of: typer.echo(f"{done} of {of}", err=True),
+    )
+    write_preset(found, out, settings.sampler.steps)
+    typer.echo(f"{found.share:.0%} of the work is left; render with --preset {out}")
+
+
 @contextlib.contextmanager
 def _training(kind: str, steps: int) -> Iterator[Any]:
     """A callback that shows a training's log; an interruption is told with how to go on."""

@@ -51,6 +51,7 @@ from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
+from longvid.sampler import Sampler
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
@@ -97,7 +98,13 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: Settings, mesh: Mesh, *, attention: SparseRuntime | None = None
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        mesh: Mesh,
+        *,
+        attention: SparseRuntime | None = None,
+        cache: CacheRuntime | None = None,
     ) -> None:
         self.settings, self.mesh = settings, mesh
         self.device = pick_device(settings)
@@ -116,10 +123,10 @@ class Engine:
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
         self._cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
-        self.cache: CacheRuntime | None = None
+        self.cache = cache
         """What leaves layers out, if anything does."""
         self._stage = self._load_stage(checkpoint, dtype)
-        self._sampler = make_caching(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
+        self.sampler: Sampler = make_caching(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
 
     @classmethod
     def load(
@@ -153,7 +160,8 @@ class Engine:
             self.costs = broadcast(measured)
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
-        self._layers, self.cache = layers, make_cache(self._cache_plan, layers, mesh.topology.guidance)
+        self._layers = layers
+        self.cache = self.cache or make_cache(self._cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
         return WanStage(
@@ -326,7 +334,7 @@ class Engine:
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
             self._stage,
-            self._sampler,
+            self.sampler,
             self._noise(plan),
             self.facts,
             (height, width),
@@ -343,9 +351,9 @@ class Engine:
         if self.cache:
             self.cache.load_state(tools.saved.cached if tools.saved else {})
         done = tools.saved.round if tools.saved else -1
-        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
+        rounds = _RoundCounter(plan, self.sampler.num_steps, self.settings, on_event, done)
         actions = make_schedule(plan, self.settings)
-        live = tools.saved.live(self._sampler) if tools.saved else None
+        live = tools.saved.live(self.sampler) if tools.saved else None
         try:
             yield from self._executor.run(actions, plan, rounds.on_unit, live, done)
         finally:
@@ -380,7 +388,7 @@ class Engine:
         if self.mesh.is_leader:
             for text in self._notices(plan):
                 on_event(Notice(text))
-            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
+            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self.sampler.num_steps)
             on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
         for finished in self.denoise(plan, on_event, tools):
             began = time.monotonic_ns()

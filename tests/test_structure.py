@@ -20,7 +20,7 @@ LEVELS = {
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint trace ledger",
-    5: "engine doctor tune",
+    5: "engine doctor tune calibrate",
     6: "launch",
     7: "cli __main__ progress overview",
 }

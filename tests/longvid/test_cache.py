@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from longvid.calibrate import Method, calibrate, write_preset
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.parallel.schedule import Forecast, Forward
 from longvid.script import parse_script
+from longvid.settings import load_settings
 
 STORY = """
 seed: 3
@@ -111,3 +113,18 @@ def test_what_does_not_go_together_is_refused(tiny_model: Path, tmp_path: Path) 
     )
     table.write_text("{}")
     assert "is not a table of `longvid train cache`" in refused("cache.policy=static", f"cache.table={table}")
+
+
+@pytest.mark.parametrize("method", ["steps", "bac"])
+def test_what_training_finds_is_rendered(tiny_model: Path, tmp_path: Path, method: Method) -> None:
+    story, out = tmp_path / "story.yaml", tmp_path / "cache.yaml"
+    story.write_text(STORY)
+    settings = load_settings(overrides=[*QUEUE, f"model.path={tiny_model}"])
+    done: list[tuple[int, int]] = []
+    found = calibrate(story, settings, method=method, share=0.5, bubble=0.0, on_done=lambda *at: done.append(at))
+    assert found.share == 0.5 and done[-1][0] == done[-1][1]
+    write_preset(found, out, 8)
+    engine = Engine.load(tiny_model, preset=str(out), overrides=QUEUE)
+    latents = torch.cat([chunk.latents for chunk in engine.denoise(engine.plan(parse_script(STORY, "story.yaml")))], 1)
+    whole = latents_of(tiny_model)
+    assert 0 < (latents - whole).norm() < 0.3 * whole.norm()
