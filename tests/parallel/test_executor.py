@@ -342,7 +342,7 @@ class ThreadIncoming:
         self.box, self.shape, self.dtype = box, shape, dtype
 
     def wait(self):
-        header, payload = self.box.get(timeout=20)
+        header, payload = self.box.get(timeout=120)
         assert (tuple(payload.shape), payload.dtype) == (self.shape, self.dtype)
         return header, payload
 

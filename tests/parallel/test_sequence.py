@@ -314,7 +314,7 @@ def cases(rank):
 
 
 def make_mesh_of(stage, ring, rank):
-    return make_mesh(Topology(stage=stage, seq=NUM_RANKS // stage, ring=ring), rank, torch.device("cpu"), 30.0)
+    return make_mesh(Topology(stage=stage, seq=NUM_RANKS // stage, ring=ring), rank, torch.device("cpu"), 180.0)
 
 
 def run_rank(rank, folder):
@@ -324,7 +324,7 @@ def run_rank(rank, folder):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=NUM_RANKS,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     found = {}
     for name, case in cases(rank).items():
