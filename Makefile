@@ -27,10 +27,11 @@ demo: setup
 	.venv/bin/longvid render examples/minute.yaml -o minute.mp4 --set output.scale=4 --ranks 2
 
 # mypy cannot follow the folder mapping in place, so it reads an installed copy. A left-over build/ would add stale files to it.
+# Tests of a file share what was costly to make, so a file is never split over workers.
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	rm -rf build
 	.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/types .
 	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p longvid
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder

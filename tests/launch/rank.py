@@ -98,7 +98,7 @@ def main() -> int:
         disconnect()
     except LongvidError as error:
         if "stuck" in str(error) and env.rank != 0:
-            time.sleep(60)
+            time.sleep(3600)
         kind = "" if isinstance(error, Interrupted) else "error: "
         print(f"longvid: {kind}{error}", file=sys.stderr)
         return error.exit_code

@@ -1,4 +1,8 @@
-"""Films on several ranks, as real processes over gloo: the same bytes as on one, with kills and resumes in between."""
+"""Films on several ranks, as real processes over gloo: the same bytes as on one, with kills and resumes in between.
+
+A rank's imports take seconds, so most ranks are forked from `warm.py`, which has them behind it: processes of their own
+that run the command line under torchrun's variables. What starts ranks is tested with fresh processes.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 STORY = """
 seed: 5
@@ -26,28 +34,132 @@ scenes:
 """
 FAST = ["runtime.threads=1", "sampler.steps=3", "queue.chunk_latents=4", "runtime.checkpoint_s=0"]
 TIMEOUT_S = 240
+MANIFEST = "film.mp4.longvid/state/manifest.json"
+
+
+def arguments(story: Path, film: Path, *options: str, settings: Sequence[str] = ()) -> list[str]:
+    sets = [part for setting in (*FAST, *settings) for part in ("--set", setting)]
+    return ["render", str(story), "-o", str(film), *sets, *options]
 
 
 def command(story: Path, film: Path, *options: str, settings: Sequence[str] = ()) -> list[str]:
-    sets = [part for setting in (*FAST, *settings) for part in ("--set", setting)]
-    return [sys.executable, "-P", "-m", "longvid", "render", str(story), "-o", str(film), *sets, *options]
-
-
-def render(story: Path, film: Path, *options: str, settings: Sequence[str] = ()) -> str:
-    """Render, and return the film's digest."""
-    done = subprocess.run(
-        command(story, film, *options, settings=settings),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return digest(film)
+    return [sys.executable, "-P", "-m", "longvid", *arguments(story, film, *options, settings=settings)]
 
 
 def digest(film: Path) -> str:
     return hashlib.sha256(film.read_bytes()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------- forked processes
+
+
+@dataclass
+class Forked:
+    """Processes that run side by side. `store` is where they meet, and must live as long as they."""
+
+    pids: list[int]
+    outputs: list[Path]
+    warm: subprocess.Popen[str]
+    store: dist.TCPStore | None = field(repr=False, default=None)
+
+    def wait(self) -> list[int]:
+        """Their exit codes."""
+        timer = threading.Timer(TIMEOUT_S, self.kill)
+        timer.start()
+        assert self.warm.stdout
+        codes: list[int] = json.loads(self.warm.stdout.readline())
+        timer.cancel()
+        return codes
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        return "".join(output.read_text() for output in self.outputs)
+
+
+@dataclass
+class Warm:
+    """The process of `warm.py`. It has one run at a time."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def start(self, program: list[str], num_ranks: int = 1) -> Forked:
+        """A program as one process, or as ranks that meet at a store of this one, as torchrun's do."""
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if num_ranks > 1 else None
+        outputs = [self.folder / f"rank {rank}" for rank in range(num_ranks)]
+        programs = [
+            {
+                "environment": environment_of(rank, num_ranks, store.port) if store else {},
+                "arguments": program,
+                "output": str(output),
+            }
+            for rank, output in enumerate(outputs)
+        ]
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(programs) + "\n")
+        self.process.stdin.flush()
+        return Forked(json.loads(self.process.stdout.readline()), outputs, self.process, store)
+
+    def run(self, program: list[str], num_ranks: int = 1) -> None:
+        forked = self.start(program, num_ranks)
+        assert forked.wait() == [0] * num_ranks, forked.said()
+
+    def render(self, story: Path, film: Path, *options: str, num_ranks: int = 1, settings: Sequence[str] = ()) -> str:
+        """Render, and return the film's digest."""
+        self.run(arguments(story, film, *options, settings=settings), num_ranks)
+        return digest(film)
+
+
+def environment_of(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+    variables = {name: str(number) for name, number in {**numbers, "MASTER_PORT": port}.items()}
+    return {**variables, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    server = [sys.executable, "-P", str(Path(__file__).with_name("warm.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
+    with started(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        yield Warm(process, tmp_path_factory.mktemp("said"))
+
+
+# ------------------------------------------------------------------------------------------------------ fresh processes
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own, of which nothing is left."""
+    with subprocess.Popen(arguments, text=True, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def ranks_of(supervisor: int) -> list[int]:
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------- films
 
 
 @pytest.fixture(scope="module")
@@ -58,60 +170,49 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(story: Path) -> str:
-    """The film of one rank."""
-    return render(story, story.with_name("alone.mp4"))
+def alone(story: Path, warm: Warm) -> str:
+    """The film of one rank, with its ledger beside it."""
+    return warm.render(story, story.with_name("alone.mp4"), "--ledger", str(story.with_name("alone.ledger")))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_layers_over_ranks_give_the_same_bytes(story: Path, alone: str, ranks: int, tmp_path: Path) -> None:
-    assert render(story, tmp_path / "film.mp4", "--ranks", str(ranks)) == alone
+@pytest.fixture(scope="module")
+def two(story: Path) -> Path:
+    """The film of `longvid render --ranks 2`, with its ledger and trace beside it."""
+    film = story.with_name("two.mp4")
+    files = ["--ledger", str(film.with_suffix(".ledger")), "--trace", str(film.with_suffix(".json"))]
+    run(command(story, film, "--ranks", "2", *files))
+    return film
 
 
-def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(story: Path, tmp_path: Path) -> None:
-    settings = ["queue.left=cached", "sampler.guidance=2", "sampler.solver=unipc"]
-    one = render(story, tmp_path / "one.mp4", settings=settings)
-    axes = [*settings, "mesh.guidance=2", "mesh.stage=2"]
-    assert render(story, tmp_path / "four.mp4", "--ranks", "4", settings=axes) == one
+def test_two_ranks_of_the_command_line_give_the_same_bytes(two: Path, alone: str) -> None:
+    assert digest(two) == alone
 
 
-SPARSE = ["attention.policy=adaspa", "attention.crossover=always", "attention.tile=16", "attention.search_at=[0.3]"]
-CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=2", "sampler.steps=7"]
-
-
-STA = ["attention.policy=sta", "attention.tile=[2,2,2]", "attention.crossover=always"]
-
-
-def test_adaptive_attention_and_forecasts_over_ranks_and_after_a_kill_give_the_same_bytes(
-    story: Path, tmp_path: Path
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_layers_over_ranks_give_the_same_bytes(
+    story: Path, alone: str, warm: Warm, num_ranks: int, tmp_path: Path
 ) -> None:
-    both = [*SPARSE, *CACHE]
-    one = render(story, tmp_path / "one.mp4", settings=both)
-    film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
-    with started(command(story, film, "--ranks", "3", settings=both)) as supervisor:
-        wait_for(manifest.exists)
-        os.kill(ranks_of(supervisor.pid)[-1], signal.SIGKILL)
-        supervisor.communicate(timeout=30)
-    assert supervisor.returncode == 3
-    assert render(story, film, "--ranks", "2", "--resume", settings=both) == one
+    assert warm.render(story, tmp_path / "film.mp4", num_ranks=num_ranks) == alone
 
 
 def test_torchrun_gives_the_same_bytes(story: Path, alone: str, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = command(story, film)[2:]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [*launcher, *script], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run([*launcher, "-m", "longvid", *arguments(story, film)])
     assert digest(film) == alone
 
 
-def test_a_trace_shows_what_every_rank_did(story: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    render(story, tmp_path / "film.mp4", "--ranks", "2", "--trace", str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(
+    story: Path, warm: Warm, tmp_path: Path
+) -> None:
+    settings = ["queue.left=cached", "sampler.guidance=2", "sampler.solver=unipc"]
+    one = warm.render(story, tmp_path / "one.mp4", settings=settings)
+    axes = [*settings, "mesh.guidance=2", "mesh.stage=2"]
+    assert warm.render(story, tmp_path / "four.mp4", num_ranks=4, settings=axes) == one
+
+
+def test_a_trace_shows_what_every_rank_did(two: Path) -> None:
+    events = [event for event in json.loads(two.with_suffix(".json").read_text())["traceEvents"] if event["ph"] == "X"]
     for rank, names in (
         (0, ("forward", "step", "send hidden", "receive velocity")),
         (1, ("forward", "receive hidden")),
@@ -121,50 +222,29 @@ def test_a_trace_shows_what_every_rank_did(story: Path, tmp_path: Path) -> None:
             assert any(text.startswith(name) for text in seen), (rank, name)
 
 
-def test_a_ledger_has_the_same_latents_on_any_number_of_ranks(story: Path, tmp_path: Path) -> None:
-    lines = []
-    for ranks in ("1", "2"):
-        ledger = tmp_path / f"ledger{ranks}"
-        render(story, tmp_path / "film.mp4", "--ranks", ranks, "--ledger", str(ledger))
-        lines.append({line for line in ledger.read_text().splitlines() if " latents " in line})
-    assert lines[0] == lines[1] != set()
+def test_a_ledger_has_the_same_latents_on_any_number_of_ranks(story: Path, alone: str, two: Path) -> None:
+    one, other = (
+        {line for line in ledger.read_text().splitlines() if " latents " in line}
+        for ledger in (story.with_name("alone.ledger"), two.with_suffix(".ledger"))
+    )
+    assert one == other != set()
 
 
-@contextlib.contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def ranks_of(supervisor: int) -> list[int]:
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [int(child) for child in children]
-
-
-def wait_for(condition: object, seconds: float = 120.0) -> None:
-    assert callable(condition)
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come to that"
-        time.sleep(0.02)
+# ---------------------------------------------------------------------------------------------------- kills and resumes
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_all_and_the_resumed_film_is_the_same(
-    story: Path, alone: str, victim: int, tmp_path: Path
+    story: Path, alone: str, warm: Warm, victim: int, tmp_path: Path
 ) -> None:
-    film, manifest = tmp_path / "film.mp4", tmp_path / "film.mp4.longvid/state/manifest.json"
-    with started(command(story, film, "--ranks", "2")) as supervisor:
+    film, manifest = tmp_path / "film.mp4", tmp_path / MANIFEST
+    with started(command(story, film, "--ranks", "2"), stderr=subprocess.PIPE) as supervisor:
         wait_for(manifest.exists)
         time.sleep(random.Random(victim).random())
         ranks = ranks_of(supervisor.pid)
         if len(ranks) == 2:
             os.kill(ranks[victim], signal.SIGKILL)
-        _, errors = supervisor.communicate(timeout=30)
+        _, errors = supervisor.communicate(timeout=TIMEOUT_S)
     if supervisor.returncode == 0 or not manifest.parent.exists():  # the film was complete before the kill
         assert digest(film) == alone
         return
@@ -173,26 +253,43 @@ def test_a_killed_rank_ends_all_and_the_resumed_film_is_the_same(
     assert f"rank {victim}" in message and "--resume" in message
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     # On another number of stages.
-    assert render(story, film, "--ranks", "3", "--resume") == alone
+    assert warm.render(story, film, "--resume", num_ranks=3) == alone
 
 
-def test_a_resume_of_another_film_is_refused(story: Path, tmp_path: Path) -> None:
+SPARSE = ["attention.policy=adaspa", "attention.crossover=always", "attention.tile=16", "attention.search_at=[0.3]"]
+CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=2", "sampler.steps=7"]
+
+
+def test_adaptive_attention_and_forecasts_over_ranks_and_after_a_kill_give_the_same_bytes(
+    story: Path, warm: Warm, tmp_path: Path
+) -> None:
+    both = [*SPARSE, *CACHE]
+    one = warm.render(story, tmp_path / "one.mp4", settings=both)
     film = tmp_path / "film.mp4"
-    with started(command(story, film)) as process:
-        wait_for((tmp_path / "film.mp4.longvid/state/manifest.json").exists)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the film was finished before it could be interrupted")
-    assert process.returncode == 130
-    assert "--resume" in errors
-    refused = subprocess.run(
-        command(story, film, "--resume", settings=["sampler.steps=4"]), capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2
-    assert "sampler.steps: 3 then, 4 now" in refused.stderr
+    ranks = warm.start(arguments(story, film, settings=both), num_ranks=3)
+    wait_for((tmp_path / MANIFEST).exists)
+    os.kill(ranks.pids[-1], signal.SIGKILL)
+    assert ranks.wait() == [3, 3, -signal.SIGKILL], ranks.said()
+    assert warm.render(story, film, "--resume", num_ranks=2, settings=both) == one
 
 
+def test_a_resume_of_another_film_is_refused(story: Path, warm: Warm, tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    # Long, for it must not end before it is interrupted.
+    settings = ["sampler.steps=60"]
+    process = warm.start(arguments(story, film, settings=settings))
+    wait_for((tmp_path / MANIFEST).exists)
+    os.kill(process.pids[0], signal.SIGINT)
+    assert process.wait() == [130]
+    assert "--resume" in process.said()
+    refused = warm.start(arguments(story, film, "--resume", settings=["sampler.steps=4"]))
+    assert refused.wait() == [2]
+    assert "sampler.steps: 60 then, 4 now" in refused.said()
+
+
+# ---------------------------------------------------------------------------------------------------- tokens over ranks
+
+STA = ["attention.policy=sta", "attention.tile=[2,2,2]", "attention.crossover=always"]
 LATENTS = """
 import sys, torch
 from longvid.engine import Engine
@@ -205,7 +302,7 @@ engine.leave()
 
 
 @pytest.mark.parametrize(
-    ("ranks", "axes"),
+    ("num_ranks", "axes"),
     [
         (4, ["mesh.stage=2", "mesh.seq=2", "queue.left=cached"]),
         (4, ["mesh.seq=4", "mesh.ring=2", *STA]),
@@ -213,18 +310,15 @@ engine.leave()
     ],
 )
 def test_tokens_over_ranks_give_the_same_latents_but_for_rounding(
-    story: Path, tmp_path: Path, ranks: int, axes: list[str]
+    story: Path, warm: Warm, tmp_path: Path, num_ranks: int, axes: list[str]
 ) -> None:
     program = tmp_path / "latents.py"
     program.write_text(LATENTS)
     alone = ["runtime.threads=1", "sampler.steps=2", *(axis for axis in axes if not axis.startswith("mesh."))]
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     found = []
-    for launcher, settings in (([], alone), (many, [*alone, *axes])):
-        out = tmp_path / f"{len(found)}.pt"
-        arguments = [sys.executable, "-P", *launcher, str(program), str(story), str(out), *settings]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        assert done.returncode == 0, done.stderr
+    for size, settings in ((1, alone), (num_ranks, [*alone, *axes])):
+        out = tmp_path / f"{size}.pt"
+        warm.run([str(program), str(story), str(out), *settings], size)
         found.append(torch.load(out, weights_only=True))
     assert len(found[0]) == len(found[1]) == 5
     for one, other in zip(*found, strict=True):

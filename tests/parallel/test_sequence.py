@@ -1,10 +1,14 @@
 """Attention over the ranks of `seq` is attention on one rank: four gloo processes, and every way to spread tokens.
 
-The file is its own worker: with arguments it is one rank, which runs all cases and writes what it found.
+The file is its own worker: with a folder it forks the ranks, each of which runs all cases and writes what it found.
 """
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -310,7 +314,7 @@ def cases(rank):
 
 
 def make_mesh_of(stage, ring, rank):
-    return make_mesh(Topology(stage=stage, seq=NUM_RANKS // stage, ring=ring), rank, torch.device("cpu"), 30.0)
+    return make_mesh(Topology(stage=stage, seq=NUM_RANKS // stage, ring=ring), rank, torch.device("cpu"), 180.0)
 
 
 def run_rank(rank, folder):
@@ -320,7 +324,7 @@ def run_rank(rank, folder):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=NUM_RANKS,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     found = {}
     for name, case in cases(rank).items():
@@ -332,8 +336,21 @@ def run_rank(rank, folder):
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
+def run_ranks(folder):
+    """Fork the ranks from a process that has their imports behind it and has computed nothing."""
+    import diffusers.models._modeling_parallel
+    import diffusers.models.attention_dispatch  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(NUM_RANKS)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    run_ranks(Path(sys.argv[1]))
 
 
 # ------------------------------------------------------------------------------------------------ tests with processes
@@ -343,23 +360,20 @@ if __name__ == "__main__":
 def found(tmp_path_factory):
     """What each rank found: by case, an error or a traceback."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-P", __file__]
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(NUM_RANKS)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stdout=log, stderr=log) for rank, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=150)
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
+    log = folder / "log"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
+    command = [sys.executable, "-P", __file__, str(folder)]
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
+    ):
+        try:
+            process.wait(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     files = [folder / f"{rank}.json" for rank in range(NUM_RANKS)]
-    return [
-        json.loads(file.read_text()) if file.exists() else {"": file.with_suffix(".log").read_text()} for file in files
-    ]
+    return [json.loads(file.read_text()) if file.exists() else {"": log.read_text()} for file in files]
 
 
 def worst(found, name, ranks=range(NUM_RANKS)):

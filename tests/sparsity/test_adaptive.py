@@ -151,7 +151,7 @@ class Meeting:
     """All-gather between threads."""
 
     def __init__(self, size):
-        self.barrier, self.values = threading.Barrier(size, timeout=20), {}
+        self.barrier, self.values = threading.Barrier(size, timeout=120), {}
 
     def __call__(self, place, x):
         self.values[place] = x
