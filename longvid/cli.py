@@ -158,8 +158,10 @@ def plan(
         settings, script = _settings(model, preset, overrides), load_script(story)
 
         from longvid.models.facts import facts_of
+        from longvid.models.families import require
 
         facts = facts_of(settings.model.path)
+        require(facts, settings)
         overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks)
         picture = overview.grid() if grid else None
     if as_json:

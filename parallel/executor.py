@@ -145,8 +145,9 @@ OnAction = Callable[[RankAction, int, int], None]
 class Executor:
     """Runs schedules on one rank. `noise` gives a chunk's first latents, fp32 [C, num_latents, h, w].
 
-    `guidance` scales the difference between the two branches, if there are two. `latent_size` is (h, w). Where the
-    model takes one timestep a chunk (`facts.per_token_timesteps` False), left context is given the chunk's.
+    `guidance` scales the difference between the two branches, if there are two; it may have one value a step.
+    `latent_size` is (h, w). Where the model takes one timestep a chunk (`facts.per_token_timesteps` False), left
+    context is given the chunk's.
     """
 
     stage: Stage
@@ -154,7 +155,7 @@ class Executor:
     noise: Callable[[Chunk], Tensor]
     facts: ModelFacts
     latent_size: tuple[int, int]
-    guidance: float = 1.0
+    guidance: float | Sequence[float] = 1.0
     mesh: Mesh = field(default_factory=lone_mesh)
     buffers: int = 2
     saver: Saver | None = None
@@ -311,7 +312,8 @@ class Executor:
         parts = live.velocity.pop((i, k))
         branches = torch.cat(parts) if len(parts) > 1 else parts[0]
         assert branches.shape[1:] == sample.shape, f"{action}: velocity {branches.shape[1:]} of {sample.shape}"
-        velocity = guide(branches[0], branches[1], self.guidance) if len(branches) == 2 else branches[0]
+        scale = self.guidance if isinstance(self.guidance, float | int) else self.guidance[k]
+        velocity = guide(branches[0], branches[1], scale) if len(branches) == 2 else branches[0]
         latents = live.solvers[i].step(velocity.to(sample.device), k, sample)
         assert latents.data_ptr() != sample.data_ptr(), "a solver must leave its sample as it is"
         if not torch.isfinite(latents).all():

@@ -13,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan_attention import (
     QueueSelfAttention,
     SceneTextAttention,
@@ -69,6 +70,10 @@ class WanStage:
     @property
     def num_branches(self) -> int:
         return len(self.branches)
+
+    def prepare(self, inputs: FilmInputs) -> None:
+        """Take what the film to come is to follow."""
+        self.set_prompts(inputs.prompts, inputs.negatives)
 
     @torch.no_grad()
     def set_prompts(self, prompts: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:

@@ -1,7 +1,8 @@
-"""Tiny random Wan pipelines in the real format, made once a session."""
+"""Tiny random pipelines in the real format, made once a session."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,88 @@ def unipc_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     make_pipeline(scheduler).save_pretrained(path)
     return path
+
+
+def make_wan(
+    kind: type[diffusers.DiffusionPipeline] = diffusers.WanPipeline,
+    *,
+    vae: dict[str, Any],
+    in_channels: int = 4,
+    **options: Any,
+) -> Any:
+    """A tiny Wan 2.2 (or with `image_dim` 2.1) pipeline; norms and gates are random, so that every part matters."""
+
+    def transformer() -> Any:
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=in_channels,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=3,
+            rope_max_seq_len=64,
+            **({"image_dim": 16, "added_kv_proj_dim": 24} if "image_encoder" in options else {}),
+        )
+
+    torch.manual_seed(1)
+    text = transformers.UMT5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    second = transformer() if options.get("boundary_ratio") else None
+    return kind(
+        tokenizer=_tokenizer(),
+        text_encoder=transformers.UMT5EncoderModel(text),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.5, 2.0, 1.0],
+            **vae,
+        ),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformer(),
+        transformer_2=second,
+        **options,
+    )
+
+
+def _clip() -> dict[str, Any]:
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    processor = transformers.CLIPImageProcessor(size=28, crop_size=28)
+    return {"image_encoder": transformers.CLIPVisionModel(config), "image_processor": processor}
+
+
+VAE_2_2 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+I2V = diffusers.WanImageToVideoPipeline
+MAKERS: dict[str, Callable[[], Any]] = {
+    "ti2v": lambda: make_wan(vae=VAE_2_2, expand_timesteps=True),
+    "a14b": lambda: make_wan(vae={}, boundary_ratio=0.8),
+    "i2v 2.1": lambda: make_wan(I2V, vae={}, in_channels=12, **_clip()),
+    "i2v 2.2": lambda: make_wan(I2V, vae={}, in_channels=12, boundary_ratio=0.8),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny checkpoint of MAKERS, in shards where it has more than one layer's weights."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("families") / name.replace(" ", "-")
+            MAKERS[name]().save_pretrained(made[name], max_shard_size="40KB")
+            (made[name] / "longvid.json").write_text('{"fps": 8, "width": 64, "height": 64}')
+        return made[name]
+
+    return get
