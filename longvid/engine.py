@@ -405,7 +405,8 @@ class Engine:
                 tools.trace.add("decode", f"c{finished.chunk.index}", began, time.monotonic_ns())
             shot = plan.shots[finished.chunk.shot]
             done = shot.first_frame + min(self._frames_until(finished.chunk), shot.num_frames)
-            yield frames
+            if len(frames):
+                yield frames
             on_event(ChunkDone(finished.chunk.index + 1, len(plan.chunks), done))
 
     def decode(self, plan: Plan, finished: Finished) -> Frames:

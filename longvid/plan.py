@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
@@ -45,6 +45,10 @@ class ModelFacts:
     splits_tokens: bool = True
     """Whether tokens can be spread over ranks."""
     sparse_attention: bool = True
+    relative_positions: bool = True
+    """Whether K/V can be read at another position than they were made at; else a chunk sees left context alone."""
+    max_size: tuple[int, int] | None = None
+    """Width and height that positions end at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,9 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         facts.grid.latent_size(width, height)
     except InputError as error:
         raise InputError(f"{script.place(script.size_line)}: {error}") from None
+    if facts.max_size and (width > facts.max_size[0] or height > facts.max_size[1]):
+        limit = f"{facts.name} takes at most {facts.max_size[0]} x {facts.max_size[1]}"
+        raise InputError(f"{script.place(script.size_line)}: size {width} x {height}: {limit}")
     prompts = {pair: i for i, pair in enumerate(dict.fromkeys((s.prompt, s.negative) for s in script.scenes))}
     spans = _scene_spans(script, fps, prompts)
     num_frames = spans[-1].first_frame + spans[-1].num_frames
@@ -137,7 +144,10 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         for span, scene in members:
             timeline.add(span, scene)
         _check_image(timeline, facts)
+        timeline.complete()
         new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings)
+        if not facts.relative_positions:
+            new_chunks = [replace(chunk, num_right=0) for chunk in new_chunks]
         _check_limit(new_chunks, settings, facts, script.place(timeline.spans[0].line))
         shots.append(timeline.shot(len(shots), len(chunks), len(new_chunks)))
         chunks += new_chunks
@@ -200,6 +210,12 @@ class _Timeline:
         # A scene without a seed goes on with the one before it: only a cut or a new seed changes the noise.
         inherited = self.seeds[-1] if self.seeds else self.script.seed
         self.seeds += [inherited if scene.seed is None else scene.seed] * count
+
+    def complete(self) -> None:
+        """Add what the last scene needs for a whole shot; its frames are cut off again."""
+        missing = self.grid.whole_shot(len(self.prompts)) - len(self.prompts)
+        self.prompts += self.prompts[-1:] * missing
+        self.seeds += self.seeds[-1:] * missing
 
     def shot(self, index: int, first_chunk: int, num_chunks: int) -> Shot:
         return Shot(

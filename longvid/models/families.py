@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from longvid.cache.settings import NoCache
 from longvid.document import nearest
 from longvid.errors import InputError
+from longvid.models.cogvideox_facts import cogvideox_facts
 from longvid.models.configs import Configs
 from longvid.models.wan_facts import wan_facts
 from longvid.plan import ModelFacts
@@ -32,7 +33,10 @@ class Family:
     module: str
 
 
-FAMILIES = (Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, "longvid.models.wan_checkpoint"),)
+FAMILIES = (
+    Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, "longvid.models.wan_checkpoint"),
+    Family("cogvideox", ("CogVideoXPipeline",), cogvideox_facts, "longvid.models.cogvideox_checkpoint"),
+)
 
 
 def family_of(configs: Configs) -> Family:
@@ -63,6 +67,9 @@ def require(facts: ModelFacts, settings: Settings) -> None:
         raise InputError(
             f"attention.policy must be dense, not {policy}: {facts.family} models run dense attention alone"
         )
+    if settings.queue.left == "cached" and not facts.relative_positions:
+        reason = "adds positions to its tokens, so K/V cannot be read at another position"
+        raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
     if facts.boundary_ratio is None:
         if settings.sampler.guidance_low is not None:
             raise InputError(f"sampler.guidance_low is of models with two experts, and {facts.name} has one")

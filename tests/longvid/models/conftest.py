@@ -124,6 +124,36 @@ def _clip() -> dict[str, Any]:
     return {"image_encoder": transformers.CLIPVisionModel(config), "image_processor": processor}
 
 
+def make_cogvideox(scheduler: Any, vae: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A tiny CogVideoX: 2B with DDIM and sine positions, 5B with DPM and rotary ones, 1.5 with `patch_size_t`."""
+    torch.manual_seed(2)
+    text = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return diffusers.CogVideoXPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=transformers.T5EncoderModel(text),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2, **(vae or {})
+        ),
+        scheduler=scheduler,
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=16,
+            num_layers=3,
+            sample_width=8,
+            sample_height=12,
+            sample_frames=9,
+            max_text_seq_length=16,
+            **options,
+        ),
+    )
+
+
+V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ROTARY = {"use_rotary_positional_embeddings": True}
 VAE_2_2 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
 I2V = diffusers.WanImageToVideoPipeline
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -131,6 +161,13 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "a14b": lambda: make_wan(vae={}, boundary_ratio=0.8),
     "i2v 2.1": lambda: make_wan(I2V, vae={}, in_channels=12, **_clip()),
     "i2v 2.2": lambda: make_wan(I2V, vae={}, in_channels=12, boundary_ratio=0.8),
+    "cogvideox 2b": lambda: make_cogvideox(diffusers.CogVideoXDDIMScheduler(**V)),
+    "cogvideox 5b": lambda: make_cogvideox(
+        diffusers.CogVideoXDPMScheduler(**V, snr_shift_scale=1.0), {"scaling_factor": 0.7}, **ROTARY
+    ),
+    "cogvideox 1.5": lambda: make_cogvideox(
+        diffusers.CogVideoXDPMScheduler(**V, snr_shift_scale=1.0), patch_size_t=2, patch_bias=False, **ROTARY
+    ),
 }
 
 
