@@ -48,7 +48,7 @@ def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> U
     left = queue.context_latents if queue.left == "recompute" else 0
     count = left + queue.chunk_latents
     latents = torch.zeros(facts.latent_channels, count, height, width, device=device)
-    chunk = Chunk(0, 0, 0, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))
+    chunk = Chunk(0, 0, left, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))
     timesteps = torch.tensor([400.0] * left + [500.0] * queue.chunk_latents)
     return Unit(chunk, 0, timesteps, (height, width), latents)
 
