@@ -70,7 +70,7 @@ train_app = typer.Typer(help="Train the parts of a model of the drawn world, on 
 app.add_typer(train_app, name="train")
 
 Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
-Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers pipeline (Wan, CogVideoX).", show_default="mini")]
+Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers pipeline.", show_default="mini")]
 Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")

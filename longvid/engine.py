@@ -110,7 +110,9 @@ class Engine:
         require(self.facts, settings)
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
-        self._sampler: Sampler = checkpoint.make_sampler(settings.sampler)
+        self._make_sampler = checkpoint.make_sampler
+        self._sampler = self._new_sampler(num_tokens=1)
+        """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
         if mesh.is_leader:
@@ -120,8 +122,6 @@ class Engine:
             """The video VAE; on the leader alone."""
             self._images = checkpoint.load_images(self._decoder, dtype, self.device)
         self._stage = self._load_stage(checkpoint, dtype)
-        if not isinstance(settings.cache, NoCache):
-            self._sampler = TaylorSampler(self._sampler, settings.cache.order)
 
     @classmethod
     def load(
@@ -145,6 +145,10 @@ class Engine:
         is_pipeline = model is not None and not isinstance(model, str | Path)
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
         return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
+
+    def _new_sampler(self, num_tokens: int) -> Sampler:
+        sampler, cache = self._make_sampler(self.settings.sampler, num_tokens), self.settings.cache
+        return sampler if isinstance(cache, NoCache) else TaylorSampler(sampler, cache.order)
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
@@ -318,6 +322,8 @@ class Engine:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
         tools = tools or _Tools()
         images = self._prepare(plan)
+        per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
+        self._sampler = self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
             rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
@@ -378,7 +384,7 @@ class Engine:
         of_shot = [images[shot.image] if shot.image else None for shot in plan.shots]
         most = max(len({x for blend in chunk.prompts for x in (blend.a, blend.b)}) for chunk in plan.chunks)
         count = len(plan.prompts)
-        self._stage.prepare(FilmInputs(prompts[:count], prompts[count:], of_shot, most))
+        self._stage.prepare(FilmInputs(prompts[:count], prompts[count:], of_shot, most, plan.fps))
         return of_shot
 
     def _encode_image(self, file: Path, plan: Plan) -> Condition:

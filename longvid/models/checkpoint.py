@@ -37,6 +37,7 @@ class FilmInputs:
     negatives: Sequence[Prompt] = ()
     images: Sequence[Condition | None] = ()
     prompts_a_chunk: int = 1
+    fps: float = 1.0
 
 
 class FamilyStage(Stage, Protocol):
@@ -147,4 +148,6 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def make_sampler(self, settings: SamplerSettings) -> Sampler: ...
+    def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
+        """Noise levels and solvers; `num_tokens` is how many are denoised together at the most."""
+        ...

@@ -114,7 +114,7 @@ class CogVideoXCheckpoint:
         width = self.configs.of("transformer")["text_embed_dim"]
         return FilmInputs([torch.zeros(self._text_tokens, width, device=device)])
 
-    def make_sampler(self, settings: SamplerSettings) -> Sampler:
+    def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
         return CogVideoXSampler(self.scheduler, settings, self._together)
 
 

@@ -14,6 +14,7 @@ from longvid.document import nearest
 from longvid.errors import InputError
 from longvid.models.cogvideox_facts import cogvideox_facts
 from longvid.models.configs import Configs
+from longvid.models.ltx_facts import ltx_facts
 from longvid.models.wan_facts import wan_facts
 from longvid.plan import ModelFacts
 from longvid.settings import Settings
@@ -35,6 +36,7 @@ class Family:
 
 FAMILIES = (
     Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, "longvid.models.wan_checkpoint"),
+    Family("ltx", ("LTXPipeline",), ltx_facts, "longvid.models.ltx_checkpoint"),
     Family("cogvideox", ("CogVideoXPipeline",), cogvideox_facts, "longvid.models.cogvideox_checkpoint"),
 )
 

@@ -162,7 +162,7 @@ class WanCheckpoint:
         image = ImageCondition(latents, self._replaces_first_latent, facts.grid.temporal, states)
         return FilmInputs([prompt], images=[image])
 
-    def make_sampler(self, settings: SamplerSettings) -> Sampler:
+    def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
         return make_sampler(self.scheduler, settings)
 
 

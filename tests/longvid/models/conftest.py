@@ -152,6 +152,44 @@ def make_cogvideox(scheduler: Any, vae: dict[str, Any] | None = None, **options:
     )
 
 
+def make_ltx(**vae: Any) -> Any:
+    """A tiny LTX-Video; since 0.9.1 its decoder takes a timestep."""
+    torch.manual_seed(3)
+    text = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    pipeline = diffusers.LTXPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=transformers.T5EncoderModel(text),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
+        ),
+        vae=diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            **vae,
+        ),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=10,
+            cross_attention_dim=20,
+            num_layers=3,
+            caption_channels=16,
+        ),
+    )
+    pipeline.vae.latents_mean.copy_(torch.linspace(-1, 1, 8))
+    pipeline.vae.latents_std.copy_(torch.linspace(0.5, 2, 8))
+    return pipeline
+
+
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 ROTARY = {"use_rotary_positional_embeddings": True}
 VAE_2_2 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
@@ -161,6 +199,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "a14b": lambda: make_wan(vae={}, boundary_ratio=0.8),
     "i2v 2.1": lambda: make_wan(I2V, vae={}, in_channels=12, **_clip()),
     "i2v 2.2": lambda: make_wan(I2V, vae={}, in_channels=12, boundary_ratio=0.8),
+    "ltx": make_ltx,
+    "ltx 0.9.1": lambda: make_ltx(timestep_conditioning=True),
     "cogvideox 2b": lambda: make_cogvideox(diffusers.CogVideoXDDIMScheduler(**V)),
     "cogvideox 5b": lambda: make_cogvideox(
         diffusers.CogVideoXDPMScheduler(**V, snr_shift_scale=1.0), {"scaling_factor": 0.7}, **ROTARY

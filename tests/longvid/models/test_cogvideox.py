@@ -175,7 +175,7 @@ def test_neighbours_kv_act_as_tokens_beside_the_input(checkpoint_of: CheckpointO
 def test_a_solver_goes_on_from_every_step_to_the_same_bits(
     checkpoint_of: CheckpointOf, tmp_path: Path, kind: str
 ) -> None:
-    sampler = open_checkpoint(str(checkpoint_of(kind))).make_sampler(SamplerSettings(steps=4))
+    sampler = open_checkpoint(str(checkpoint_of(kind))).make_sampler(SamplerSettings(steps=4), 1)
     draw = torch.Generator().manual_seed(5)
     velocities = [torch.randn(4, 3, 4, 4, generator=draw) for _ in range(4)]
     solver, samples, files = sampler.new_solver(), [torch.randn(4, 3, 4, 4, generator=draw)], []
