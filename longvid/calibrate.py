@@ -113,14 +113,18 @@ class _RecordingSolver:
 def _steps(films: _Films, count: int, bubble: float, on_done: Callable[[int, int], None]) -> Calibration:
     """Steps by what an error at each of them does to the film: every step is once forecast alone."""
     engine, plan = films.engine()
-    sampler = engine.sampler
-    num_steps = sampler.num_steps
+    num_steps = films.settings.sampler.steps
 
     def denoise(forecast: int | None) -> tuple[Tensor, list[list[Tensor]]]:
-        recording = _RecordingSampler(sampler, forecast)
-        engine.sampler = recording
+        made: list[_RecordingSampler] = []
+
+        def record(sampler: Sampler) -> Sampler:
+            made.append(_RecordingSampler(sampler, forecast))
+            return made[-1]
+
+        engine.wrap_sampler = record
         latents = torch.cat([finished.latents for finished in engine.denoise(plan)], dim=1)
-        return latents, recording.velocities
+        return latents, made[-1].velocities
 
     whole, velocities = denoise(None)
     gram = np.mean([_gram(torch.stack(chunk)) for chunk in velocities], axis=0)

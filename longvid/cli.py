@@ -70,7 +70,7 @@ train_app = typer.Typer(help="Train the parts of a model of the drawn world, on 
 app.add_typer(train_app, name="train")
 
 Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
-Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
+Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers pipeline.", show_default="mini")]
 Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
@@ -157,9 +157,12 @@ def plan(
 
         settings, script = _settings(model, preset, overrides), load_script(story)
 
+        from longvid.cache.settings import plan_cache
         from longvid.models.facts import facts_of
+        from longvid.models.families import require
 
         facts = facts_of(settings.model.path)
+        require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
         overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks)
         picture = overview.grid() if grid else None
     if as_json:

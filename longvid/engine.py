@@ -34,12 +34,12 @@ from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
+from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
 from longvid.models.costs import measure_costs
-from longvid.models.loader import Checkpoint, ModelPart, checkpoint_of, open_checkpoint
-from longvid.models.prompts import encode_prompts, unknown_words
-from longvid.models.solvers import make_sampler
-from longvid.models.wan import WanStage
-from longvid.models.wan_vae import WanStreamDecoder
+from longvid.models.families import require
+from longvid.models.loader import checkpoint_of, open_checkpoint
+from longvid.models.prompts import unknown_words
+from longvid.models.weights import ModelPart
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
 from longvid.parallel.executor import Executor, Finished
@@ -114,19 +114,26 @@ class Engine:
         self._executor: Executor | None = None
         self.costs: Costs | None = None
         """Measured where layers are split over stages."""
-        dtype = getattr(torch, settings.runtime.dtype)
-        if mesh.is_leader:
-            self._tokenizer, self._encoder = checkpoint.load_text(dtype, self.device)
-            self.vae = checkpoint.load_vae(dtype, self.device)
-            """The video VAE; on the leader alone."""
-            self._decoder = WanStreamDecoder(self.vae)
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
         self._cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
+        require(self.facts, settings, self._cache_plan)
         self.cache = cache
         """What leaves layers out, if anything does."""
+        self._make_sampler = checkpoint.make_sampler
+        self.wrap_sampler: Callable[[Sampler], Sampler] = _as_it_is
+        """What stands around every film's sampler, for whoever wants to see velocities."""
+        self._sampler = self._new_sampler(num_tokens=1)
+        """Of the film at hand: noise levels may depend on its size."""
+        self._boundary = checkpoint.boundary
+        dtype = getattr(torch, settings.runtime.dtype)
+        if mesh.is_leader:
+            self._prompts = checkpoint.load_prompts(dtype, self.device)
+            self._decoder = checkpoint.load_decoder(dtype, self.device)
+            self.vae = self._decoder.vae
+            """The video VAE; on the leader alone."""
+            self._images = checkpoint.load_images(self._decoder, dtype, self.device)
         self._stage = self._load_stage(checkpoint, dtype)
-        self.sampler: Sampler = make_caching(make_sampler(checkpoint.scheduler, settings.sampler), self._cache_plan)
 
     @classmethod
     def load(
@@ -139,7 +146,7 @@ class Engine:
         """Load a model once, for any number of films.
 
         ``model`` is a known name (``mini``), a directory in diffusers' format, or a loaded
-        ``WanPipeline``, whose transformer the engine then takes over; None: what the settings say.
+        pipeline of diffusers, whose transformer the engine then takes over; None: what the settings say.
         ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line.
         Raises InputError for an unknown or damaged model, for wrong settings, and for a mesh that does not fit.
         """
@@ -151,7 +158,10 @@ class Engine:
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
         return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
 
-    def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> WanStage:
+    def _new_sampler(self, num_tokens: int) -> Sampler:
+        return self.wrap_sampler(make_caching(self._make_sampler(self.settings.sampler, num_tokens), self._cache_plan))
+
+    def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
         mesh = self.mesh
         layers = range(checkpoint.facts.num_layers)
@@ -164,16 +174,13 @@ class Engine:
         self.cache = self.cache or make_cache(self._cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
-        return WanStage(
-            checkpoint.load_layers(part, dtype, self.device),
+        options = StageOptions(
             branches=branches if mesh.topology.guidance == 1 else [branches[mesh.place.guidance]],
-            is_first=mesh.is_first,
-            is_last=mesh.is_last,
-            first_layer=layers.start,
+            sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
             attention=self.attention,
             cache=self.cache,
-            sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
         )
+        return checkpoint.load_stage(part, dtype, self.device, options)
 
     def plan(self, story: str | Path | Script) -> Plan:
         """The plan of a storyboard (a path, or a loaded Script): shots, chunks, prompts, noise keys."""
@@ -327,18 +334,20 @@ class Engine:
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
         tools = tools or _Tools()
-        self._set_prompts(plan)
+        images = self._prepare(plan)
+        per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
+        self._sampler = self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
             rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
             self._stage,
-            self.sampler,
+            self._sampler,
             self._noise(plan),
             self.facts,
             (height, width),
-            guidance=self.settings.sampler.guidance,
+            guidance=self._guidance(),
             mesh=self.mesh,
             buffers=buffers,
             cache=self.cache,
@@ -351,11 +360,13 @@ class Engine:
         if self.cache:
             self.cache.load_state(tools.saved.cached if tools.saved else {})
         done = tools.saved.round if tools.saved else -1
-        rounds = _RoundCounter(plan, self.sampler.num_steps, self.settings, on_event, done)
+        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
         actions = make_schedule(plan, self.settings)
-        live = tools.saved.live(self.sampler) if tools.saved else None
+        live = tools.saved.live(self._sampler) if tools.saved else None
         try:
-            yield from self._executor.run(actions, plan, rounds.on_unit, live, done)
+            for finished in self._executor.run(actions, plan, rounds.on_unit, live, done):
+                image = images[finished.chunk.shot]
+                yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
             self._executor = None
 
@@ -378,17 +389,36 @@ class Engine:
         """Part from the other ranks; the engine is of no use then."""
         disconnect()
 
-    def _set_prompts(self, plan: Plan) -> None:
+    def _prepare(self, plan: Plan) -> Sequence[Condition | None]:
+        """Give the stage prompts and images. Returns every shot's image."""
         texts = [*plan.prompts, *(plan.negatives if self.settings.sampler.num_branches == 2 else ())]
-        states = self._on_leader(lambda: encode_prompts(self._tokenizer, self._encoder, texts))
-        states = [state.to(self.device) for state in states]
-        self._stage.set_prompts(states[: len(plan.prompts)], states[len(plan.prompts) :])
+        prompts = self._on_leader(lambda: self._prompts.encode(texts))
+        prompts = [prompt.to(self.device) for prompt in prompts]
+        files = dict.fromkeys(shot.image for shot in plan.shots if shot.image)
+        encoded = self._on_leader(lambda: [self._encode_image(file, plan) for file in files])
+        images = {file: image.to(self.device) for file, image in zip(files, encoded, strict=True)}
+        of_shot = [images[shot.image] if shot.image else None for shot in plan.shots]
+        most = max(len({x for blend in chunk.prompts for x in (blend.a, blend.b)}) for chunk in plan.chunks)
+        count = len(plan.prompts)
+        self._stage.prepare(FilmInputs(prompts[:count], prompts[count:], of_shot, most, plan.fps))
+        return of_shot
+
+    def _encode_image(self, file: Path, plan: Plan) -> Condition:
+        assert self._images is not None, "a plan for a model without images has none"
+        return self._images.encode(file, plan.width, plan.height)
+
+    def _guidance(self) -> tuple[float, ...]:
+        """The guidance of every step: with two experts each has its own."""
+        chosen, boundary = self.settings.sampler, self._boundary
+        low = chosen.guidance if chosen.guidance_low is None else chosen.guidance_low
+        levels = map(self._sampler.timestep, range(self._sampler.num_steps))
+        return tuple(chosen.guidance if level >= boundary else low for level in levels)
 
     def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Iterator[Frames]:
         if self.mesh.is_leader:
             for text in self._notices(plan):
                 on_event(Notice(text))
-            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self.sampler.num_steps)
+            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
             on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
         for finished in self.denoise(plan, on_event, tools):
             began = time.monotonic_ns()
@@ -397,7 +427,8 @@ class Engine:
                 tools.trace.add("decode", f"c{finished.chunk.index}", began, time.monotonic_ns())
             shot = plan.shots[finished.chunk.shot]
             done = shot.first_frame + min(self._frames_until(finished.chunk), shot.num_frames)
-            yield frames
+            if len(frames):
+                yield frames
             on_event(ChunkDone(finished.chunk.index + 1, len(plan.chunks), done))
 
     def decode(self, plan: Plan, finished: Finished) -> Frames:
@@ -408,9 +439,10 @@ class Engine:
         chunk, shot = finished.chunk, plan.shots[finished.chunk.shot]
         if chunk.start == 0:
             self._decoder.reset()
-        frames: Frames = self._decoder.push(finished.latents).numpy()
-        surplus = self._frames_until(chunk) - shot.num_frames
-        return frames[: len(frames) - surplus] if surplus > 0 else frames
+        is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
+        frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
+        left = shot.num_frames - self._decoder.frames_after(chunk.start)
+        return frames[: max(0, left)]
 
     def _frames_until(self, chunk: Chunk) -> int:
         return self.facts.grid.num_frames(chunk.start + chunk.num_latents)
@@ -476,6 +508,10 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
     connect(device, timeout)
     return make_mesh(topology, environment.rank, device, timeout)
+
+
+def _as_it_is(sampler: Sampler) -> Sampler:
+    return sampler
 
 
 class _RoundCounter:

@@ -78,6 +78,8 @@ def _story(script: Script, plan: Plan) -> Plain:
         seed = inherited if scene.seed is None else scene.seed
         described: Plain = {"prompt": scene.prompt, "negative": scene.negative, "frames": span.num_frames, "seed": seed}
         described["transition"] = scene.transition.kind
+        if scene.image:
+            described["image"] = _describe_file(scene.image)["digest"]
         if scene.transition.kind == "blend":
             described["blend frames"] = blend_frames(script, scene, plan.fps)
         scenes.append(described)

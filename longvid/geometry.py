@@ -17,6 +17,8 @@ class LatentGrid:
     temporal: int = 4
     spatial: int = 8
     patch: tuple[int, int, int] = (1, 2, 2)
+    odd: bool = False
+    """Whether a shot must have an odd number of latents."""
 
     def __post_init__(self) -> None:
         assert self.temporal >= 1 and self.spatial >= 1 and min(self.patch) >= 1
@@ -26,6 +28,10 @@ class LatentGrid:
         """Latents that hold `num_frames` frames: 1 + ceil((n - 1) / temporal), and 0 for none."""
         assert num_frames >= 0
         return 1 + -(-(num_frames - 1) // self.temporal) if num_frames else 0
+
+    def whole_shot(self, num_latents: int) -> int:
+        """Latents of a shot that needs so many: one more where they must be odd."""
+        return num_latents + (self.odd and num_latents % 2 == 0)
 
     def num_frames(self, num_latents: int) -> int:
         """Frames that `num_latents` latents decode to: 1 + (n - 1) * temporal, and 0 for none."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Literal
 
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
@@ -36,6 +38,19 @@ class ModelFacts:
     max_latents: int
     vocabulary: frozenset[str] | None = None
     num_heads: int = 1
+    boundary_ratio: float | None = None
+    """For a model with two experts: the share of the noise levels below which the second runs."""
+    image: Literal["none", "optional", "required"] = "none"
+    """Whether a shot begins with an image."""
+    splits_tokens: bool = True
+    """Whether tokens can be spread over ranks."""
+    sparse_attention: bool = True
+    layer_caches: bool = True
+    """Whether layers can be left out, and the negative's pass."""
+    relative_positions: bool = True
+    """Whether K/V can be read at another position than they were made at; else a chunk sees left context alone."""
+    max_size: tuple[int, int] | None = None
+    """Width and height that positions end at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,7 @@ class Shot:
     num_latents: int
     num_frames: int
     first_frame: int  # in the film
+    image: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,9 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         facts.grid.latent_size(width, height)
     except InputError as error:
         raise InputError(f"{script.place(script.size_line)}: {error}") from None
+    if facts.max_size and (width > facts.max_size[0] or height > facts.max_size[1]):
+        limit = f"{facts.name} takes at most {facts.max_size[0]} x {facts.max_size[1]}"
+        raise InputError(f"{script.place(script.size_line)}: size {width} x {height}: {limit}")
     prompts = {pair: i for i, pair in enumerate(dict.fromkeys((s.prompt, s.negative) for s in script.scenes))}
     spans = _scene_spans(script, fps, prompts)
     num_frames = spans[-1].first_frame + spans[-1].num_frames
@@ -126,7 +145,11 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         timeline = _Timeline(script, facts.grid, fps)
         for span, scene in members:
             timeline.add(span, scene)
+        _check_image(timeline, facts)
+        timeline.complete()
         new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings)
+        if not facts.relative_positions:
+            new_chunks = [replace(chunk, num_right=0) for chunk in new_chunks]
         _check_limit(new_chunks, settings, facts, script.place(timeline.spans[0].line))
         shots.append(timeline.shot(len(shots), len(chunks), len(new_chunks)))
         chunks += new_chunks
@@ -165,10 +188,12 @@ class _Timeline:
     spans: list[SceneSpan] = field(default_factory=list)
     prompts: list[PromptBlend] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    image: Path | None = None
 
     def add(self, span: SceneSpan, scene: Scene) -> None:
         """Give the scene the latents whose first frame it holds; those of its blend come first."""
         self.spans.append(span)
+        self.image = self.image or scene.image  # only a scene that begins a shot has one
         first_frame = span.first_frame - self.spans[0].first_frame
         # The latents that `n` frames fill are as many as the latents that begin before frame n.
         end = self.grid.num_latents(first_frame + span.num_frames)
@@ -188,6 +213,12 @@ class _Timeline:
         inherited = self.seeds[-1] if self.seeds else self.script.seed
         self.seeds += [inherited if scene.seed is None else scene.seed] * count
 
+    def complete(self) -> None:
+        """Add what the last scene needs for a whole shot; its frames are cut off again."""
+        missing = self.grid.whole_shot(len(self.prompts)) - len(self.prompts)
+        self.prompts += self.prompts[-1:] * missing
+        self.seeds += self.seeds[-1:] * missing
+
     def shot(self, index: int, first_chunk: int, num_chunks: int) -> Shot:
         return Shot(
             index=index,
@@ -196,6 +227,7 @@ class _Timeline:
             num_latents=len(self.prompts),
             num_frames=sum(span.num_frames for span in self.spans),
             first_frame=self.spans[0].first_frame,
+            image=self.image,
         )
 
 
@@ -227,6 +259,16 @@ def _chunk_sizes(num_latents: int, settings: Settings) -> list[int]:
     first = min(num_latents, size + settings.queue.context_latents)
     num_full, rest = divmod(num_latents - first, size)
     return [first] + [size] * num_full + [rest] * (rest > 0)
+
+
+def _check_image(timeline: _Timeline, facts: ModelFacts) -> None:
+    place, image = timeline.script.place(timeline.spans[0].line), timeline.image
+    if image is None and facts.image == "required":
+        raise InputError(f"{place}: {facts.name} makes films of an image: give `image`, here or at the top")
+    if image is not None and facts.image == "none":
+        raise InputError(f"{place}: {facts.name} takes no image: leave `image` out, or use an image-to-video model")
+    if image is not None and not image.is_file():
+        raise InputError(f"{place}: image {image}: no such file")
 
 
 def _check_limit(chunks: list[Chunk], settings: Settings, facts: ModelFacts, place: str) -> None:

@@ -56,6 +56,8 @@ class Scene:
     seed: int | None = None
     negative: str = ""
     line: int = 0
+    image: Path | None = None
+    """The shot's first frame; only of a scene that begins a shot."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ _Text = Annotated[str, BeforeValidator(_one_line), Field(max_length=MAX_PROMPT_C
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Side = Annotated[int, Field(ge=16, le=8192)]
 _Length = Annotated[Duration, BeforeValidator(_parse_duration)]
+_File = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _TransitionYaml(Section):
@@ -163,6 +166,7 @@ class _SceneYaml(Section):
     transition: Annotated[_TransitionYaml, BeforeValidator(_parse_transition)] = _TransitionYaml(kind="cut")
     seed: _Seed | None = None
     negative: _Text | None = None
+    image: _File | None = None
 
 
 class _StoryYaml(Section):
@@ -170,6 +174,7 @@ class _StoryYaml(Section):
     seed: _Seed = 0
     style: _Text = ""
     negative: _Text = ""
+    image: _File | None = None
     fps: Annotated[float, Field(ge=1, le=MAX_FPS)] | None = None
     size: Annotated[list[_Side], Field(min_length=2, max_length=2)] | None = None
     scenes: Annotated[list[_SceneYaml], Field(min_length=1)]
@@ -180,7 +185,7 @@ def _build(document: Document) -> Script:
         raise InputError(f"{document.name}:1: the storyboard is empty; it needs `scenes`")
     story = validate(_StoryYaml, document)
     script = Script(
-        scenes=tuple(_scene(story, i, document.line(("scenes", i))) for i in range(len(story.scenes))),
+        scenes=tuple(_scene(story, i, document) for i in range(len(story.scenes))),
         seed=story.seed,
         title=story.title,
         fps=story.fps,
@@ -196,13 +201,19 @@ def _build(document: Document) -> Script:
     return script
 
 
-def _scene(story: _StoryYaml, index: int, line: int) -> Scene:
+def _scene(story: _StoryYaml, index: int, document: Document) -> Scene:
     scene = story.scenes[index]
+    begins_shot = scene.transition.kind == "cut"
+    if scene.image and not begins_shot:
+        place = document.place(("scenes", index, "image"))
+        raise InputError(f"{place}: only a scene that begins with a cut has an image: it is the shot's first frame")
+    image = (scene.image or story.image) if begins_shot else None
     return Scene(
         prompt=f"{scene.prompt} {story.style}".strip(),
         duration=scene.duration,
         transition=Transition(scene.transition.kind, scene.transition.over),
         seed=scene.seed,
         negative=story.negative if scene.negative is None else scene.negative,
-        line=line,
+        line=document.line(("scenes", index)),
+        image=Path(document.name).parent / image if image else None,
     )

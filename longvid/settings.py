@@ -28,11 +28,13 @@ class SamplerSettings(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 8
     shift: Annotated[float, Field(gt=0, le=100)] | None = None
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
+    guidance_low: Annotated[float, Field(ge=0, le=100)] | None = None
+    """With two experts, that of the one for low noise; None: the same."""
 
     @property
     def num_branches(self) -> int:
         """Passes a step: one follows the prompts; with guidance, another the negatives."""
-        return 1 if self.guidance == 1.0 else 2
+        return 1 if self.guidance == 1.0 and self.guidance_low in (None, 1.0) else 2
 
 
 class QueueSettings(Section):

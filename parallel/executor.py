@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol, assert_never
+from typing import Protocol, assert_never, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -126,16 +126,21 @@ class Stage(Protocol):
 
     def forward(self, unit: Unit) -> Output: ...
 
+    def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `hidden` for a unit of F latents of (h, w)."""
+        ...
+
+
+@runtime_checkable
+class GatedStage(Stage, Protocol):
+    """A stage that can stop at a cache's gate."""
+
     def begin(self, unit: Unit) -> Begun:
-        """The layers up to a cache's gate."""
+        """The layers up to the gate."""
         ...
 
     def go_on(self, begun: Begun, *, is_left_out: bool) -> Output:
         """The layers behind the gate, without the step's span if that is left out."""
-        ...
-
-    def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of `hidden` for a unit of F latents of (h, w)."""
         ...
 
 
@@ -184,8 +189,9 @@ OnAction = Callable[[RankAction, int, int], None]
 class Executor:
     """Runs schedules on one rank. `noise` gives a chunk's first latents, fp32 [C, num_latents, h, w].
 
-    `guidance` scales the difference between the two branches, if there are two. `latent_size` is (h, w). Where the
-    model takes one timestep a chunk (`facts.per_token_timesteps` False), left context is given the chunk's.
+    `guidance` scales the difference between the two branches, if there are two; it may have one value a step.
+    `latent_size` is (h, w). Where the model takes one timestep a chunk (`facts.per_token_timesteps` False), left
+    context is given the chunk's.
     """
 
     stage: Stage
@@ -193,7 +199,7 @@ class Executor:
     noise: Callable[[Chunk], Tensor]
     facts: ModelFacts
     latent_size: tuple[int, int]
-    guidance: float = 1.0
+    guidance: float | Sequence[float] = 1.0
     mesh: Mesh = field(default_factory=lone_mesh)
     buffers: int = 2
     cache: CacheRuntime | None = None
@@ -309,7 +315,7 @@ class Executor:
             live.kv |= {version: live.kept[i, version.edge] for version in action.store}
             return
         if begun:
-            output = self.stage.go_on(begun, is_left_out=is_left_out)
+            output = self._gated_stage().go_on(begun, is_left_out=is_left_out)
         else:
             output = self.stage.forward(self._unit(action, plan.chunks, live))
         assert len(output.kv) == len(action.store), f"{action}: the stage kept {len(output.kv)} spans"
@@ -330,7 +336,7 @@ class Executor:
     def _gate(self, action: Gate, plan: Plan, live: Live) -> None:
         """Come as far as the gate. The leader decides, by what all ranks that hold the prompt's branch see."""
         i, k, mesh = action.forward.chunk, action.forward.step, self.mesh
-        begun = self.stage.begin(self._unit(action.forward, plan.chunks, live))
+        begun = self._gated_stage().begin(self._unit(action.forward, plan.chunks, live))
         live.begun[i, k] = begun
         if begun.probe is None:
             return
@@ -342,6 +348,10 @@ class Executor:
             self.cache.note(i, is_left_out=is_left_out)
             if is_left_out:
                 live.left_out.add((i, k))
+
+    def _gated_stage(self) -> GatedStage:
+        assert isinstance(self.stage, GatedStage), "a schedule with gates needs stages that stop there"
+        return self.stage
 
     def _keep(self, action: Forward, live: Live) -> None:
         """Keep the K/V of a unit for those after it, until the chunk's last step."""
@@ -412,7 +422,10 @@ class Executor:
             negative = _forecaster(solver).negative(step, sample)
         elif negative is not None and isinstance(solver, Forecaster):
             solver.learn_negative(negative, step, sample)
-        return branches[0] if negative is None else guide(branches[0], negative, self.guidance)
+        if negative is None:
+            return branches[0]
+        scale = self.guidance if isinstance(self.guidance, float | int) else self.guidance[step]
+        return guide(branches[0], negative, scale)
 
     def _skips_negative(self, step: int) -> bool:
         is_alone = self.mesh.topology.guidance == 1 and self.stage.num_branches == 1

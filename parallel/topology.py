@@ -94,13 +94,15 @@ class Workload:
     num_layers: int
     num_heads: int
     branches: int
+    splits_tokens: bool = True
 
 
 def workload(settings: Settings, facts: ModelFacts) -> Workload:
     """What a long film with these settings asks of a mesh."""
     steps = settings.sampler.steps
     in_flight = -(-steps // QueueRules.of(settings).gap)
-    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, facts.num_heads, settings.sampler.num_branches)
+    branches, heads = settings.sampler.num_branches, facts.num_heads
+    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, facts.splits_tokens)
 
 
 def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
@@ -173,6 +175,8 @@ def _with_ring(topology: Topology, ring: int, work: Workload) -> tuple[Topology,
     if topology.guidance > work.branches:
         branches = "one branch without guidance" if work.branches == 1 else f"{work.branches} branches"
         return topology, f"guidance {topology.guidance}: there is only {branches} (sampler.guidance)"
+    if topology.seq > 1 and not work.splits_tokens:
+        return topology, f"seq {topology.seq}: tokens of a model of this family stay on one rank, so seq is 1"
     if topology.seq % ring:
         return topology, f"seq {topology.seq} is not a multiple of ring {ring}"
     topology = replace(topology, ring=ring)

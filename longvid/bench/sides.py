@@ -18,7 +18,9 @@ from diffusers import WanPipeline
 from longvid.bench.film import FilmBench
 from longvid.engine import Engine, pick_device
 from longvid.errors import Interrupted, LongvidError
-from longvid.models.loader import ModelPart, open_checkpoint
+from longvid.models.loader import open_checkpoint
+from longvid.models.wan_checkpoint import WanCheckpoint
+from longvid.models.weights import ModelPart
 from longvid.plan import ModelFacts
 from longvid.script import Duration, Scene, Script
 from longvid.settings import Settings, load_settings
@@ -95,6 +97,7 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
         torch.set_num_threads(settings.runtime.threads)
     device = pick_device(settings)
     parts, dtype = open_checkpoint(bench.model), getattr(torch, bench.dtype)
+    assert isinstance(parts, WanCheckpoint)
     layers = ModelPart(range(parts.facts.num_layers))
     transformer = parts.load_layers(layers, dtype, device)
     vae = parts.load_vae(dtype, device)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from longvid.models.loader import Checkpoint, ModelPart
-from longvid.models.wan import WanStage
-from longvid.models.wan_vae import WanStreamDecoder
+from longvid.models.checkpoint import Checkpoint, StageOptions, StreamDecoder
+from longvid.models.weights import ModelPart
 from longvid.parallel.executor import Unit
 from longvid.parallel.partition import Costs
 from longvid.plan import Chunk, PromptBlend
@@ -20,18 +19,20 @@ REPEATS = 5
 
 
 @torch.no_grad()
-def measure_costs(checkpoint: Checkpoint, decoder: WanStreamDecoder, settings: Settings, device: torch.device) -> Costs:
+def measure_costs(checkpoint: Checkpoint, decoder: StreamDecoder, settings: Settings, device: torch.device) -> Costs:
     """Seconds for a unit of the model's native size: a layer, the two ends, and a step's share of decoding.
 
     Reads one layer: they are all alike.
     """
-    dit = checkpoint.load_layers(ModelPart(range(1)), getattr(torch, settings.runtime.dtype), device)
-    stage = WanStage(dit)
-    stage.set_prompts([torch.zeros(16, dit.config.text_dim, dtype=stage.dtype, device=device)], [])
     unit = _unit(checkpoint, settings, device)
-    with_layer = _seconds(lambda: stage.forward(unit), device)
-    dit.blocks = dit.blocks[:0]
-    ends = _seconds(lambda: stage.forward(unit), device)
+    dtype, inputs = getattr(torch, settings.runtime.dtype), checkpoint.blank_inputs(device)
+
+    def seconds(layers: range) -> float:
+        stage = checkpoint.load_stage(ModelPart(layers), dtype, device, StageOptions())
+        stage.prepare(inputs)
+        return _seconds(lambda: stage.forward(unit), device)
+
+    with_layer, ends = seconds(range(1)), seconds(range(0))
     assert unit.latents is not None
     own = unit.latents[:, -settings.queue.chunk_latents :]
     decoding = _seconds(lambda: decoder.push(own), device) / settings.sampler.steps
@@ -47,7 +48,7 @@ def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> U
     left = queue.context_latents if queue.left == "recompute" else 0
     count = left + queue.chunk_latents
     latents = torch.zeros(facts.latent_channels, count, height, width, device=device)
-    chunk = Chunk(0, 0, 0, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))
+    chunk = Chunk(0, 0, left, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))
     timesteps = torch.tensor([400.0] * left + [500.0] * queue.chunk_latents)
     return Unit(chunk, 0, timesteps, (height, width), latents)
 

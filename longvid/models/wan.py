@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.runtime import CacheRuntime
+from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan_attention import (
     CachedFeedForward,
     QueueSelfAttention,
@@ -98,6 +99,10 @@ class WanStage:
     def num_branches(self) -> int:
         return len(self.branches)
 
+    def prepare(self, inputs: FilmInputs) -> None:
+        """Take what the film to come is to follow."""
+        self.set_prompts(inputs.prompts, inputs.negatives)
+
     @torch.no_grad()
     def set_prompts(self, prompts: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:
         """Compute text K/V of every prompt once. Embeddings are [n, E] each, without padding.
@@ -126,6 +131,7 @@ class WanStage:
         """Hidden states, or on the last stage the velocity of the unit's own latents; and the K/V that it asks for."""
         if self._cache and self._cache.plan.gate and self._is_first:
             return self.go_on(self.begin(unit), is_left_out=False)
+        unit = self.conditioned(unit)
         passes = self._passes(unit)
         self._run(passes, unit, range(len(self.dit.blocks)), is_left_out=unit.is_left_out)
         return self._end(passes, unit)
@@ -134,6 +140,7 @@ class WanStage:
     def begin(self, unit: Unit) -> Begun:
         """The layers up to the cache's gate; what it looks at where this rank has the prompt's branch."""
         assert self._cache and self._cache.plan.gate
+        unit = self.conditioned(unit)
         passes = self._passes(unit)
         self._run(passes, unit, range(self._cache.plan.gate.layers), is_left_out=False)
         if passes[0].branch != 0:
@@ -153,6 +160,10 @@ class WanStage:
             self._cache.learn_gate(unit.chunk.index, unit.step, begun.probe)
         self._run(passes, unit, range(self._cache.plan.gate.layers, len(self.dit.blocks)), is_left_out=is_left_out)
         return self._end(passes, unit)
+
+    def conditioned(self, unit: Unit) -> Unit:
+        """The unit with what else the film is to follow; asked once a unit, before its first layer here."""
+        return unit
 
     def _passes(self, unit: Unit) -> list[_Pass]:
         """Each branch of a unit as it enters the stage."""

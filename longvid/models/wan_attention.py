@@ -126,14 +126,16 @@ class SceneTextAttention:
 
     def _compute(self, attn: Any, hidden: Tensor, spans: list[TextSpan]) -> Tensor:
         query = attn.norm_q(attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
-        parts = []
-        for span in spans:
-            out = self._attend(query[:, span.tokens], span.first)
-            if span.second is not None:
-                # Outputs are blended, not embeddings: two prompts' tokens do not line up.
-                out = torch.lerp(out, self._attend(query[:, span.tokens], span.second), span.weight)
-            parts.append(out)
+        parts = [self.attend_span(query[:, span.tokens], span) for span in spans]
         return _project_out(attn, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+
+    def attend_span(self, query: Tensor, span: TextSpan) -> Tensor:
+        """What the tokens of a span get, [1, tokens, H, D]."""
+        out = self._attend(query, span.first)
+        if span.second is not None:
+            # Outputs are blended, not embeddings: two prompts' tokens do not line up.
+            out = torch.lerp(out, self._attend(query, span.second), span.weight)
+        return out
 
     def _attend(self, query: Tensor, text: TextKv) -> Tensor:
         key, value = text.layers[self.index]

@@ -35,7 +35,7 @@ class WanStreamDecoder:
         self._is_first = True
 
     @torch.no_grad()
-    def push(self, latents: Tensor) -> Tensor:
+    def push(self, latents: Tensor, is_last: bool = False) -> Tensor:
         """Decode normalised latents fp32 [C, F, h, w] to frames uint8 [T, H, W, 3] on the CPU.
 
         A shot's first latent gives 1 frame, each later one as many as the temporal ratio (4).
@@ -48,6 +48,10 @@ class WanStreamDecoder:
             frames.append(_unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1))
             self._is_first = False
         return torch.cat(frames)
+
+    def frames_after(self, num_latents: int) -> int:
+        """Frames that so many latents of a shot have given."""
+        return 1 + (num_latents - 1) * self.vae.config.scale_factor_temporal if num_latents else 0
 
     def state(self) -> dict[str, Tensor]:
         """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from longvid.models.facts import FACTS_FILE
+from longvid.models.configs import FACTS_FILE
 from longvid.training import world
 
 

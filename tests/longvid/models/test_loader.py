@@ -15,7 +15,9 @@ import torch
 
 from longvid.errors import InputError
 from longvid.models.facts import facts_of
-from longvid.models.loader import ModelPart, open_checkpoint
+from longvid.models.loader import open_checkpoint
+from longvid.models.wan_checkpoint import WAN_NAMES, WanCheckpoint
+from longvid.models.weights import ModelPart
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -23,6 +25,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 def load_all(name: str) -> None:
     checkpoint = open_checkpoint(name)
+    assert isinstance(checkpoint, WanCheckpoint)
     checkpoint.load_text(torch.float32, CPU)
     checkpoint.load_vae(torch.float32, CPU)
     checkpoint.load_layers(ModelPart(range(checkpoint.facts.num_layers)), torch.float32, CPU)
@@ -35,6 +38,13 @@ def truncate(root: Path) -> None:
 
 def fill_with_garbage(root: Path) -> None:
     (root / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04garbage" * 100)
+
+
+def lose_a_shard(root: Path) -> None:
+    shutil.rmtree(root / "transformer")
+    dit = diffusers.WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4)
+    dit.save_pretrained(root / "transformer", max_shard_size="1MB")
+    max((root / "transformer").glob("*.safetensors")).unlink()
 
 
 def leave_only_a_pickle(root: Path) -> None:
@@ -65,8 +75,18 @@ def change_json(path: Path, **values: object) -> None:
         (lambda root: (root / "model_index.json").unlink(), "model_index.json: cannot be read"),
         (lambda root: (root / "model_index.json").write_text("{"), "model_index.json: is not JSON"),
         (lambda root: (root / "model_index.json").write_text("[]"), "expected a JSON object"),
-        (lambda root: change_json(root / "model_index.json", _class_name="LTXPipeline"), "expected a WanPipeline"),
-        (lambda root: change_json(root / "model_index.json", transformer_2=["diffusers", "X"]), "two transformers"),
+        (
+            lambda root: change_json(root / "model_index.json", _class_name="MochiPipeline"),
+            "cannot run a 'MochiPipeline'",
+        ),
+        (
+            lambda root: change_json(root / "model_index.json", transformer_2=["diffusers", "X"]),
+            "need a boundary_ratio",
+        ),
+        (lambda root: change_json(root / "transformer/config.json", in_channels=36), "in_channels of its .* must be 4"),
+        (lambda root: change_json(root / "transformer/config.json", patch_size=[2, 2, 2]), "a patch_size of"),
+        (lambda root: change_json(root / "transformer/config.json", num_layers="x"), "lack what a wan checkpoint has"),
+        (lose_a_shard, "transformer/.*-of-.*safetensors: is missing, and diffusion.*index.json names it"),
         (lambda root: change_json(root / "model_index.json", scheduler=["diffusers", "Nope"]), "unknown scheduler"),
     ],
 )
@@ -96,12 +116,13 @@ def test_facts_come_from_config_files_alone(euler_checkpoint: Path, tmp_path: Pa
 def test_parts_hold_the_same_tensors_as_the_whole_model(euler_checkpoint: Path, dtype: torch.dtype) -> None:
     whole = diffusers.WanTransformer3DModel.from_pretrained(euler_checkpoint / "transformer", torch_dtype=dtype)
     checkpoint, seen = open_checkpoint(str(euler_checkpoint)), set()
+    assert isinstance(checkpoint, WanCheckpoint)
     count = checkpoint.facts.num_layers
     for part in (ModelPart(range(1), is_last=False), ModelPart(range(1, count), is_first=False)):
         dit = checkpoint.load_layers(part, dtype, CPU)
         for name, tensor in whole.state_dict().items():
-            if part.owns(name):
-                loaded = dit.state_dict()[part.local_name(name)]
+            if part.owns(name, WAN_NAMES):
+                loaded = dit.state_dict()[part.local_name(name, WAN_NAMES)]
                 assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor), name
                 seen.add(name)
     assert seen == set(whole.state_dict())
@@ -133,7 +154,8 @@ def peak_growth(folder: Path, layers: int) -> tuple[int, int]:
 import json, torch
 from pathlib import Path
 from safetensors import safe_open
-import longvid.models.loader as loader
+import longvid.models.weights as loader
+from longvid.models.wan_checkpoint import WAN_NAMES as names, WanTransformer3DModel as wan
 read = 0
 class Counting:
     def __init__(self, file): self.file = file
@@ -151,7 +173,7 @@ def peak():
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()
 part = loader.ModelPart(range({layers}), is_last={layers == 24})
-dit = loader.load_part(Path({str(folder)!r}), part, torch.float32, torch.device("cpu"))
+dit = loader.load_part(wan, Path({str(folder)!r}), part, names, torch.float32, torch.device("cpu"))
 sum(float(tensor.sum()) for tensor in dit.parameters() if not tensor.is_meta)  # the file may only be mapped
 print(json.dumps([read, peak() - before]))
 """

@@ -1,0 +1,155 @@
+"""What the engine asks of a checkpoint, whatever its family: the parts that ranks load, each its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longvid.cache.runtime import CacheRuntime
+from longvid.models.weights import ModelPart
+from longvid.parallel.executor import Finished, Stage
+from longvid.parallel.sequence import SequenceAttention, WholeSequence
+from longvid.plan import ModelFacts
+from longvid.sampler import Sampler
+from longvid.settings import SamplerSettings
+from longvid.sparsity.runtime import SparseRuntime
+
+Prompt = Any
+"""A prompt as the family's encoder gives it and its stage takes it: a Tensor, or what has ``to`` as a Tensor has."""
+
+Condition = Any
+"""An image as the family's encoder gives it and its stage takes it; it has ``to``."""
+
+
+@dataclass(frozen=True)
+class FilmInputs:
+    """What a film is to follow. ``negatives`` go with the prompts one by one; there are none without guidance.
+
+    ``images`` has one or None for every shot; ``prompts_a_chunk`` is how many prompts one chunk's latents attend at the
+    most.
+    """
+
+    prompts: Sequence[Prompt]
+    negatives: Sequence[Prompt] = ()
+    images: Sequence[Condition | None] = ()
+    prompts_a_chunk: int = 1
+    fps: float = 1.0
+
+
+class FamilyStage(Stage, Protocol):
+    """Some layers of a family's transformer."""
+
+    @property
+    def branches(self) -> Sequence[int]:
+        """Those that it runs: 0 follows the prompts, 1 the negatives."""
+        ...
+
+    def prepare(self, inputs: FilmInputs) -> None:
+        """Take what the film to come is to follow."""
+        ...
+
+
+class PromptEncoder(Protocol):
+    """Text to what a stage takes."""
+
+    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+        """Equal prompts share one value."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """An image to what a stage takes."""
+
+    def encode(self, path: Path, width: int, height: int) -> Condition:
+        """The image stretched to the film's size in pixels. Raises InputError for a file that is no image."""
+        ...
+
+    def finish(self, finished: Finished, image: Condition) -> Finished:
+        """A chunk of a shot that began with an image, as it is decoded."""
+        ...
+
+
+class StreamDecoder(Protocol):
+    """Decodes a shot in pushes of any size."""
+
+    vae: Any
+
+    def reset(self) -> None:
+        """Forget the shot."""
+        ...
+
+    def push(self, latents: Tensor, is_last: bool = False) -> Tensor:
+        """The next latents fp32 [C, F, h, w], as the sampler left them; frames uint8 [T, H, W, 3] on the CPU.
+
+        Frames may come later than their latents, but all have come with the shot's last ones.
+        """
+        ...
+
+    def frames_after(self, num_latents: int) -> int:
+        """Frames that so many latents of a shot have given, before the last ones."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache."""
+
+    branches: Sequence[int] = (0,)
+    sequence: SequenceAttention | None = None
+    attention: SparseRuntime | None = None
+    cache: CacheRuntime | None = None
+
+    @property
+    def spread(self) -> SequenceAttention:
+        return self.sequence or WholeSequence()
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint: what every rank can share, for opening it costs little."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def root(self) -> Path | None:
+        """Its directory; None for a pipeline that is in memory alone."""
+        ...
+
+    def load_prompts(self, dtype: torch.dtype, device: torch.device) -> PromptEncoder: ...
+
+    def load_decoder(self, dtype: torch.dtype, device: torch.device) -> StreamDecoder: ...
+
+    def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> ImageEncoder | None:
+        """None for a model that takes no images."""
+        ...
+
+    def load_stage(
+        self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
+    ) -> FamilyStage:
+        """A part of the transformer: no tensor of another part is read."""
+        ...
+
+    @property
+    def boundary(self) -> float:
+        """The timestep below which a second expert runs; 0 where there is one alone."""
+        ...
+
+    def blank_inputs(self, device: torch.device) -> FilmInputs:
+        """A prompt of usual length, and an image where there must be one, that show nothing: for measuring.
+
+        They are for a film of the model's native size and a single shot.
+        """
+        ...
+
+    def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
+        """Noise levels and solvers; `num_tokens` is how many are denoised together at the most."""
+        ...

@@ -1,0 +1,138 @@
+"""CogVideoX checkpoints, opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5EncoderModel
+
+from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
+from longvid.models.cogvideox import CogVideoXStage
+from longvid.models.cogvideox_solvers import CogVideoXSampler
+from longvid.models.cogvideox_vae import CogVideoXStreamDecoder
+from longvid.models.configs import Configs
+from longvid.models.weights import (
+    ModelPart,
+    PartNames,
+    check_weights,
+    errors_name,
+    load_part,
+    load_scheduler,
+    load_whole,
+)
+from longvid.plan import ModelFacts
+from longvid.sampler import Sampler
+from longvid.settings import SamplerSettings
+
+NAMES = PartNames(
+    "transformer_blocks", first=frozenset({"patch_embed"}), last=frozenset({"norm_final", "norm_out", "proj_out"})
+)
+
+
+def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> CogVideoXCheckpoint:
+    """Check a CogVideoX directory, or take a loaded pipeline. Raises InputError."""
+    if pipeline is not None:
+        layers = pipeline.transformer.transformer_blocks
+        return CogVideoXCheckpoint(configs, facts, pipeline.scheduler, pipeline, layers)
+    assert configs.root is not None
+    check_weights(configs.root, ["text_encoder", "vae", "transformer"])
+    with errors_name(configs.root, "CogVideoX"):
+        return CogVideoXCheckpoint(configs, facts, load_scheduler(configs))
+
+
+@dataclass(frozen=True)
+class CogVideoXCheckpoint:
+    """The parts of one checkpoint that every rank can share: what opening it costs little."""
+
+    configs: Configs
+    facts: ModelFacts
+    scheduler: Any
+    pipeline: Any = None
+    """Where the parts come from instead of ``root``, for a pipeline that is already loaded."""
+    layers: nn.ModuleList | None = None
+    """All layers of its transformer."""
+
+    @property
+    def root(self) -> Path | None:
+        return self.configs.root
+
+    @property
+    def boundary(self) -> float:
+        return 0.0
+
+    @property
+    def _together(self) -> int:
+        return self.configs.of("transformer").get("patch_size_t") or 1
+
+    @property
+    def _text_tokens(self) -> int:
+        return int(self.configs.of("transformer")["max_text_seq_length"])
+
+    def load_prompts(self, dtype: torch.dtype, device: torch.device) -> CogVideoXPrompts:
+        if self.pipeline is not None:
+            return CogVideoXPrompts(self.pipeline.tokenizer, self.pipeline.text_encoder, self._text_tokens)
+        assert self.root is not None
+        with errors_name(self.root, "CogVideoX"):
+            encoder = T5EncoderModel.from_pretrained(self.root / "text_encoder", dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.root / "tokenizer")
+            return CogVideoXPrompts(tokenizer, encoder.eval().to(device), self._text_tokens)
+
+    def load_decoder(self, dtype: torch.dtype, device: torch.device) -> CogVideoXStreamDecoder:
+        """With the VAE in fp32 on a CPU."""
+        if self.pipeline is not None:
+            return CogVideoXStreamDecoder(self.pipeline.vae, self._together)
+        assert self.root is not None
+        with errors_name(self.root, "CogVideoX"):
+            wanted = torch.float32 if device.type == "cpu" else dtype
+            vae = load_whole(AutoencoderKLCogVideoX, self.root / "vae", wanted, device)
+            return CogVideoXStreamDecoder(vae, self._together)
+
+    def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:
+        return None
+
+    def load_stage(
+        self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
+    ) -> CogVideoXStage:
+        ends = {"is_first": part.is_first, "is_last": part.is_last}
+        if self.pipeline is not None:
+            assert self.layers is not None
+            dit = self.pipeline.transformer
+            dit.transformer_blocks = part.take(self.layers)
+            return CogVideoXStage(dit, branches=options.branches, **ends)
+        assert self.root is not None
+        with errors_name(self.root, "CogVideoX"):
+            dit = load_part(CogVideoXTransformer3DModel, self.root / "transformer", part, NAMES, dtype, device)
+            return CogVideoXStage(dit, branches=options.branches, **ends)
+
+    def blank_inputs(self, device: torch.device) -> FilmInputs:
+        width = self.configs.of("transformer")["text_embed_dim"]
+        return FilmInputs([torch.zeros(self._text_tokens, width, device=device)])
+
+    def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
+        return CogVideoXSampler(self.scheduler, settings, self._together)
+
+
+@dataclass(frozen=True)
+class CogVideoXPrompts:
+    """Tokenizer and T5. As in the stock pipeline, prompts are padded to `num_tokens`, and padding is not masked."""
+
+    tokenizer: Any
+    encoder: Any
+    num_tokens: int
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text states [num_tokens, width] of each prompt; equal prompts share one tensor."""
+        known: dict[str, Tensor] = {}
+        for prompt in prompts:
+            if prompt not in known:
+                options = {"padding": "max_length", "max_length": self.num_tokens, "truncation": True}
+                ids = self.tokenizer(prompt, return_tensors="pt", **options).input_ids
+                known[prompt] = self.encoder(ids.to(self.encoder.device))[0][0]
+        return [known[prompt] for prompt in prompts]

@@ -1,0 +1,138 @@
+"""Weights of a diffusers directory: checked, and read a part at a time. Safetensors only, never pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from longvid.errors import InputError
+from longvid.models.configs import Configs, read_json
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """Which tensors of a transformer are of its layers, and which are needed at its ends alone; all need the others.
+
+    `layers` is the list of layers in the module; `first` and `last` are names before the first dot.
+    """
+
+    layers: str
+    first: frozenset[str]
+    last: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What one stage owns of a transformer: some layers, and at the ends what is needed there alone."""
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+    def owns(self, name: str, names: PartNames) -> bool:
+        """Whether it needs a tensor, by its name in the checkpoint."""
+        kind, _, rest = name.partition(".")
+        if kind == names.layers:
+            return int(rest.partition(".")[0]) in self.layers
+        return not (kind in names.first and not self.is_first) and not (kind in names.last and not self.is_last)
+
+    def local_name(self, name: str, names: PartNames) -> str:
+        """The tensor's name in a model that holds this part's layers alone."""
+        if not name.startswith(f"{names.layers}."):
+            return name
+        _, layer, rest = name.split(".", 2)
+        return f"{names.layers}.{int(layer) - self.layers.start}.{rest}"
+
+    def take(self, layers: nn.ModuleList) -> nn.ModuleList:
+        """Its own of all layers."""
+        return nn.ModuleList(layers[layer] for layer in self.layers)
+
+
+def load_part(
+    kind: Any, folder: Path, part: ModelPart, names: PartNames, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A part of the transformer (class `kind`) in ``folder``: no tensor of other parts is read or allocated."""
+    config = kind.load_config(folder)
+    with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
+        dit = kind.from_config(config)
+    wanted = {name for name in dit.state_dict() if part.owns(name, names)}
+    setattr(dit, names.layers, part.take(getattr(dit, names.layers)))
+    in_fp32 = set(dit._keep_in_fp32_modules or ())
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in wanted & set(file.keys()):
+                kept = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+                value = file.get_tensor(name)
+                set_module_tensor_to_device(dit, part.local_name(name, names), device, value, dtype=kept)
+                wanted.discard(name)
+    if wanted:
+        raise InputError(f"{folder}: lacks {len(wanted)} tensors that its config asks for, first {min(wanted)}")
+    for module in dit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+    return dit.eval()
+
+
+def load_whole(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A whole part of a pipeline. Raises InputError where the files lack tensors."""
+    model, info = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    missing = info["missing_keys"]
+    if missing:
+        raise InputError(f"{folder}: lacks {len(missing)} tensors that its config asks for, first {sorted(missing)[0]}")
+    return model.eval().to(device)
+
+
+def check_weights(root: Path, parts: Sequence[str]) -> None:
+    """Open every weight file's header, so that a missing or truncated one is named before anything is loaded."""
+    for part in parts:
+        found = sorted((root / part).glob("*.safetensors"))
+        for index in (root / part).glob("*.safetensors.index.json"):
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise InputError(f"{index}: has no weight_map")
+            for shard in sorted(set(map(str, shards.values()))):
+                if not (root / part / shard).is_file():
+                    raise InputError(f"{root / part / shard}: is missing, and {index.name} names it")
+        if not found:
+            raise InputError(f"{root / part}: holds no .safetensors file (other formats are never loaded)")
+        for path in found:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: is corrupt or truncated ({error})") from None
+
+
+def load_scheduler(configs: Configs) -> Any:
+    """The pipeline's scheduler, whatever class of diffusers it is. Raises InputError for an unknown one."""
+    import diffusers
+
+    assert configs.root is not None
+    name = (configs.index.get("scheduler") or [None, None])[1]
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(f"{configs.root / 'model_index.json'}: unknown scheduler {name!r}")
+    return kind.from_pretrained(configs.root / "scheduler")
+
+
+@contextmanager
+def errors_name(root: Path, family: str) -> Iterator[None]:
+    """What libraries raise for a damaged checkpoint becomes an InputError that names it."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if "memory" in str(error):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{root}: cannot be loaded as a {family} checkpoint ({first})") from error
