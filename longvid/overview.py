@@ -69,6 +69,7 @@ class Overview:
             "max_live_latents": report.max_live_latents,
             "max_live_kv": report.max_live_kv,
             "latents_mb": self.latents_mb,
+            "cache_mb": self.cache_mb,
             "ranks": self.topology.num_ranks,
             "mesh": dict(zip(AXES, self.topology.sizes, strict=True)),
             "layers": [[span.start, span.stop] for span in self.layers],
@@ -92,6 +93,8 @@ class Overview:
             f"a unit    at most {self.max_unit_latents} latents with context, {self.max_unit_latents * tokens} tokens",
             f"at once   at most {live}",
         ]
+        if self.cache_mb:
+            lines.append(f"cache     {self.cache_mb:.1f} MB, over all stages")
         if self.topology.num_ranks > 1:
             spans = ", ".join(f"{span.start}-{span.stop - 1}" for span in self.layers)
             lines.append(f"mesh      {self.topology}")
@@ -130,6 +133,19 @@ class Overview:
         width, height = self.facts.grid.latent_size(self.plan.width, self.plan.height)
         largest = max(chunk.num_latents for chunk in self.plan.chunks)
         return self.report.max_live_latents * largest * self.facts.latent_channels * width * height * 4 / 1e6
+
+    @property
+    def cache_mb(self) -> float:
+        """The most (10^6 bytes) that the cache remembers of activations at once, over all stages; K/V are apart."""
+        settings, rules = self.settings, QueueRules.of(self.settings)
+        cache = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
+        recomputed = settings.queue.left == "recompute"
+        tokens = [self.tokens_per_latent * (c.num_latents + c.num_left * recomputed) for c in self.plan.chunks]
+        in_flight = -(-settings.sampler.steps // rules.gap)
+        values = [cache.values(count) for count in tokens]
+        most = max(sum(values[i : i + in_flight]) for i in range(len(values)))
+        itemsize = 4 if settings.runtime.dtype == "float32" else 2
+        return most * settings.sampler.num_branches * self.facts.hidden_size * itemsize / 1e6
 
     def _shots(self) -> Iterator[tuple[Shot, list[SceneSpan]]]:
         scenes = groupby(self.plan.scenes, key=lambda scene: scene.shot)

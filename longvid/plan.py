@@ -38,6 +38,8 @@ class ModelFacts:
     max_latents: int
     vocabulary: frozenset[str] | None = None
     num_heads: int = 1
+    hidden_size: int = 0
+    """Width of a token's activations."""
     boundary_ratio: float | None = None
     """For a model with two experts: the share of the noise levels below which the second runs."""
     image: Literal["none", "optional", "required"] = "none"

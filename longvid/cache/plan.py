@@ -88,6 +88,15 @@ class CachePlan:
         """Whether some step's velocity may be forecast."""
         return any(step.treatment != "computed" and not step.span for step in self.steps)
 
+    def values(self, num_tokens: int) -> int:
+        """How many tokens' activations are remembered at once of a unit's branch, at the most."""
+        spans = any(step.span for step in self.steps)
+        remembered = (self.order + 1) * num_tokens * (spans + len(self.kept_modules))
+        if self.gate:  # of the prompt's branch alone, but gates are small
+            stride = -(-num_tokens // self.gate.max_tokens)
+            remembered += (self.gate.order + 1) * -(-num_tokens // stride)
+        return remembered
+
     def share(self, layer: int, step: int) -> float:
         """How much of a layer is computed at a step, 0 to 1; what a gate may leave out counts as computed."""
         plan = self.steps[step]

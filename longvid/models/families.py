@@ -72,8 +72,8 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         )
     if cache.is_inside and not facts.layer_caches:
         raise InputError(
-            f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor the "
-            "negative's pass: use taylorseer or static, with cache.level=output and cache.negative_every=1"
+            f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor "
+            "the negative's pass: use taylorseer or static, with cache.level=output and cache.negative_every=1"
         )
     if settings.queue.left == "cached" and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"

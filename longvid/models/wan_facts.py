@@ -40,6 +40,7 @@ def wan_facts(configs: Configs) -> ModelFacts:
         max_latents=int(transformer["rope_max_seq_len"]),
         vocabulary=frozenset(words) if words else None,
         num_heads=int(transformer["num_attention_heads"]),
+        hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         boundary_ratio=_boundary(configs, transformer),
         image=_image(configs),
     )

@@ -11,6 +11,7 @@ import torch
 from longvid.calibrate import Method, calibrate, write_preset
 from longvid.engine import Engine
 from longvid.errors import InputError
+from longvid.overview import Overview
 from longvid.parallel.schedule import Forecast, Forward
 from longvid.script import parse_script
 from longvid.settings import load_settings
@@ -88,6 +89,24 @@ def test_forecasts_of_velocities_are_in_the_schedule(tiny_model: Path) -> None:
     engine._executor.on_action = lambda action, *_: kinds.append(type(action))
     assert len(list(finished)) > 1
     assert kinds.count(Forecast) > (kinds.count(Forecast) + kinds.count(Forward)) / 3
+
+
+@pytest.mark.parametrize("cache", ["sums of layers", "modules", "gated velocities", "gated layers", "rear and front"])
+def test_a_cache_remembers_as_much_as_is_planned(tiny_model: Path, cache: str) -> None:
+    engine = Engine.load(tiny_model, overrides=[*QUEUE, *CACHES[cache]])
+    plan = engine.plan(parse_script(STORY, "story.yaml"))
+    assert engine.cache is not None
+    most, runtime, end_step = 0, engine.cache, engine.cache.end_step
+
+    def watch(chunk: int, step: int) -> None:
+        nonlocal most
+        most = max(most, runtime.num_bytes)
+        end_step(chunk, step)
+
+    runtime.end_step = watch  # type: ignore[method-assign]
+    list(engine.denoise(plan))
+    planned = Overview.of(plan, engine.settings, engine.facts).cache_mb * 1e6
+    assert 0.8 * planned <= most <= planned
 
 
 @pytest.mark.parametrize("cache", ["velocities", "gated layers", "rear and front"])
