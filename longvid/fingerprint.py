@@ -25,7 +25,10 @@ Plain = dict[str, Any]
 WHOLE_BYTES = 64 << 20
 """Files up to this size are digested whole, larger ones by their head and samples."""
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_PARTS = (
+    *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
+    *("image_encoder", "image_processor"),
+)
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _SHOWN = 48
 """Characters of a text in a message."""

@@ -25,6 +25,8 @@ from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, PromptBlend, make_plan
 from longvid.script import parse_script
 from longvid.settings import MeshSettings, SamplerSettings, load_settings
+from longvid.sparsity.search import Search
+from longvid.tune import tune
 
 CheckpointOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -216,6 +218,12 @@ def test_what_the_family_cannot_do_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(name, lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=message):
         Engine.load(checkpoint_of(kind), overrides=[setting])
+
+
+def test_there_is_no_sparse_attention_to_tune(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    settings = load_settings(overrides=[f"model.path={checkpoint_of('cogvideox 5b')}"])
+    with pytest.raises(InputError, match="there is nothing to tune: cogvideox models run dense attention alone"):
+        tune(tmp_path / "story.yaml", settings, chunks=1, how=Search(), on_chunk=lambda *_: None)
 
 
 def test_its_tokens_stay_on_one_rank(checkpoint_of: CheckpointOf) -> None:
