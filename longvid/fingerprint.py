@@ -63,6 +63,7 @@ def fingerprint(
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}
     kept_facts["grid"]["patch"] = list(facts.grid.patch)
+    kept_facts["max_size"] = list(facts.max_size) if facts.max_size else None
     return {
         "versions": {name: version(name) for name in _LIBRARIES},
         "model": {"files": model, "facts": kept_facts},
