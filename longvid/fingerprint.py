@@ -25,7 +25,10 @@ Plain = dict[str, Any]
 WHOLE_BYTES = 64 << 20
 """Files up to this size are digested whole, larger ones by their head and samples."""
 
-_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_PARTS = (
+    *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
+    *("image_encoder", "image_processor"),
+)
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _SHOWN = 48
 """Characters of a text in a message."""
@@ -60,6 +63,7 @@ def fingerprint(
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}
     kept_facts["grid"]["patch"] = list(facts.grid.patch)
+    kept_facts["max_size"] = list(facts.max_size) if facts.max_size else None
     return {
         "versions": {name: version(name) for name in _LIBRARIES},
         "model": {"files": model, "facts": kept_facts},

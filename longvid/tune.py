@@ -12,6 +12,7 @@ from longvid.engine import Engine, pick_device, set_threads
 from longvid.fingerprint import mark_of
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout
+from longvid.models.families import require_sparse
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
 from longvid.script import load_script
@@ -64,6 +65,7 @@ def tune(story: Path, settings: Settings, *, chunks: int, how: Search, on_chunk:
     """
     set_threads(settings)
     checkpoint = open_checkpoint(settings.model.path)
+    require_sparse(checkpoint.facts, "there is nothing to tune")
     assert checkpoint.root is not None
     judge = Judge(measure_costs(pick_device(settings)), how)
     listener = SparseRuntime(Listener(judge), checkpoint.facts.num_layers, settings.sampler.steps, always=True)

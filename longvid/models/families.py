@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from longvid.cache.plan import CachePlan
 from longvid.cache.settings import NoCache
-from longvid.document import nearest
 from longvid.errors import InputError
 from longvid.models.cogvideox_facts import cogvideox_facts
 from longvid.models.configs import Configs
@@ -48,8 +47,8 @@ def family_of(configs: Configs) -> Family:
         if configs.pipeline in family.pipelines:
             return family
     file = configs.root / "model_index.json" if configs.root else configs.name
-    known = [name for family in FAMILIES for name in family.pipelines]
-    raise InputError(f"{file}: longvid cannot run a {configs.pipeline!r}: {nearest(configs.pipeline, known)}")
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    raise InputError(f"{file}: longvid cannot run a {configs.pipeline!r}; it runs {known}")
 
 
 def read_facts(configs: Configs) -> ModelFacts:
@@ -65,11 +64,8 @@ def read_facts(configs: Configs) -> ModelFacts:
 
 def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     """Refuse settings that the model's family cannot serve, before weights are loaded. Raises InputError."""
-    policy = settings.attention.policy
-    if not isinstance(settings.attention, Dense) and not facts.sparse_attention:
-        raise InputError(
-            f"attention.policy must be dense, not {policy}: {facts.family} models run dense attention alone"
-        )
+    if not isinstance(settings.attention, Dense):
+        require_sparse(facts, f"attention.policy must be dense, not {settings.attention.policy}")
     if cache.is_inside and not facts.layer_caches:
         raise InputError(
             f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor "
@@ -82,10 +78,17 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         if settings.sampler.guidance_low is not None:
             raise InputError(f"sampler.guidance_low is of models with two experts, and {facts.name} has one")
     elif cache.is_inside or not isinstance(settings.cache, NoCache):
-        reason = "a forecast would go on with the velocities of one expert where the other takes over"
-        raise InputError(
-            f"cache.policy must be none, not {settings.cache.policy}: {facts.name} has two experts, and {reason}"
+        chosen, reason = (
+            settings.cache.policy,
+            "a forecast would go on with one's velocities where the other takes over",
         )
-    elif not isinstance(settings.attention, Dense):
-        reason = "what a policy learns of one expert's attention does not hold for the other's"
-        raise InputError(f"attention.policy must be dense, not {policy}: {facts.name} has two experts, and {reason}")
+        raise InputError(f"cache.policy must be none, not {chosen}: {facts.name} has two experts, and {reason}")
+
+
+def require_sparse(facts: ModelFacts, what: str) -> None:
+    """Refuse `what` for a model whose attention must be dense. Raises InputError."""
+    if not facts.sparse_attention:
+        raise InputError(f"{what}: {facts.family} models run dense attention alone")
+    if facts.boundary_ratio is not None:
+        reason = "what a policy learns of one's attention does not hold for the other's"
+        raise InputError(f"{what}: {facts.name} has two experts, and {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from longvid.checkpoint import read_tensors, write_tensors
 from longvid.engine import Engine
 from longvid.errors import InputError
+from longvid.fingerprint import Machine, fingerprint
 from longvid.models.checkpoint import FilmInputs, StageOptions
 from longvid.models.cogvideox import CogVideoXStage, unpack
 from longvid.models.cogvideox_solvers import noise_seed_of, pack
@@ -21,10 +23,12 @@ from longvid.models.facts import facts_of
 from longvid.models.loader import open_checkpoint
 from longvid.models.weights import ModelPart
 from longvid.parallel.executor import Unit
-from longvid.parallel.topology import choose_topology, workload
+from longvid.parallel.topology import Topology, choose_topology, workload
 from longvid.plan import Chunk, PromptBlend, make_plan
 from longvid.script import parse_script
 from longvid.settings import MeshSettings, SamplerSettings, load_settings
+from longvid.sparsity.search import Search
+from longvid.tune import tune
 
 CheckpointOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -216,6 +220,22 @@ def test_what_the_family_cannot_do_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(name, lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=message):
         Engine.load(checkpoint_of(kind), overrides=[setting])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "a14b", "i2v 2.1", "ltx"])
+def test_its_fingerprint_is_the_same_after_a_file(checkpoint_of: CheckpointOf, kind: str) -> None:
+    facts, settings = facts_of(str(checkpoint_of(kind))), load_settings()
+    script = parse_script(STORY % 9, "story.yaml")
+    plan = make_plan(script, settings, replace(facts, image="none"))
+    machine = Machine("cpu", 1, Topology())
+    marks = fingerprint(script, plan, settings, facts, model={}, machine=machine)
+    assert json.loads(json.dumps(marks)) == marks
+
+
+def test_there_is_no_sparse_attention_to_tune(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    settings = load_settings(overrides=[f"model.path={checkpoint_of('cogvideox 5b')}"])
+    with pytest.raises(InputError, match="there is nothing to tune: cogvideox models run dense attention alone"):
+        tune(tmp_path / "story.yaml", settings, chunks=1, how=Search(), on_chunk=lambda *_: None)
 
 
 def test_its_tokens_stay_on_one_rank(checkpoint_of: CheckpointOf) -> None:

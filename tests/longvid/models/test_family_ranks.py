@@ -23,7 +23,7 @@ FAMILIES = {
     "ti2v": ["queue.context_latents=1"],
     "i2v 2.1": ["queue.context_latents=1", "queue.left_level=same"],
     "i2v 2.2": ["queue.context_latents=1", "sampler.guidance_low=2", "queue.left=cached"],
-    "ltx": ["queue.context_latents=1", "queue.left=cached"],
+    "ltx": ["queue.chunk_latents=1", "queue.context_latents=1", "queue.left=cached"],
     "cogvideox 5b": ["queue.context_latents=1", "queue.left=cached"],
     "cogvideox 1.5": ["queue.chunk_latents=1", "queue.context_latents=1"],
 }
