@@ -1,7 +1,8 @@
 """Which rank this process is, from the variables of whoever launched it. Pure.
 
 torchrun and `longvid render --ranks` set variables of their own, inside whatever started them, so theirs hold. mpirun
-may have been started inside a Slurm step of another shape, so Slurm's hold only where nobody else's do.
+may have been started inside a Slurm step of another shape, so Slurm's hold only where nobody else's do. DeepSpeed's
+launcher sets torchrun's, and some of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from longvid.errors import InputError
+from longvid.launch.hosts import hosts_of
 
-Launcher = Literal["local", "torchrun", "openmpi", "mpich", "slurm"]
+Launcher = Literal["local", "torchrun", "deepspeed", "openmpi", "mpich", "slurm"]
 
 SUPERVISOR = "LONGVID_SUPERVISOR"
 """The process id of the `longvid render --ranks` that started this rank."""
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The network interface of messages between CPUs."""
+_SLURM_PORTS = range(15000, 31000)
+"""Below those that Linux gives to anybody's connections."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +30,22 @@ class Rendezvous:
     """Where the ranks meet: the store of torch.distributed's env:// method.
 
     `is_hosted`: the launcher hosts it; else rank 0 does. `attempt` counts a launcher's restarts, which share a store.
+    `listener` is rank 0's socket (a file descriptor) where it listens already.
     """
 
     host: str
     port: int
     is_hosted: bool = False
     attempt: int = 0
+    listener: int | None = None
 
 
 @dataclass(frozen=True)
 class RankEnv:
     """A process's place among those that were launched together. `local` is within its machine.
 
-    `rendezvous` is None only for a lone rank. `supervisor` is the process that ends this one, if it is ours.
+    `rendezvous` is None for a lone rank, and where the ranks shall meet over MPI. `supervisor` is the process that ends
+    this one, if it is ours. `interface` is the user's choice of a network interface.
     """
 
     rank: int
@@ -46,11 +55,24 @@ class RankEnv:
     launcher: Launcher
     rendezvous: Rendezvous | None = None
     supervisor: int | None = None
+    interface: str | None = None
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all ranks are on this machine, as far as the launcher says."""
+        return self.local_world_size == self.world_size
 
     def variables(self) -> dict[str, str]:
-        """What torch.distributed reads, beside the rendezvous: MPI and Slurm do not set it."""
+        """What torch.distributed reads: MPI and Slurm do not set it."""
         numbers = (self.rank, self.world_size, self.local_rank, self.local_world_size)
-        return dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), map(str, numbers), strict=True))
+        found = dict(zip(_NAMES["torchrun"], map(str, numbers), strict=True))
+        if self.rendezvous:
+            found |= {"MASTER_ADDR": self.rendezvous.host, "MASTER_PORT": str(self.rendezvous.port)}
+        return found | ({INTERFACE: self.interface} if self.interface else {})
+
+    def how_to_meet(self) -> str:
+        """What a user can do for ranks that do not know where to meet."""
+        return _how_to_meet(self.launcher)
 
 
 def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
@@ -64,7 +86,10 @@ def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
     first = places[0]
     for other in places[1:]:
         if (other.rank, other.world_size) != (first.rank, first.world_size):
-            raise InputError(f"two launchers disagree on which rank this is: {first}, but {other}")
+            raise InputError(
+                f"two launchers disagree on which rank this is: {first} ({first.launcher}), but {other} "
+                f"({other.launcher}): start the ranks with one of them"
+            )
     local_rank = _first(place.local_rank for place in places)
     local_world_size = _first(place.local_world_size for place in places)
     if local_rank is None:
@@ -76,12 +101,10 @@ def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
         local_world_size = first.world_size
     if local_rank >= local_world_size or local_world_size > first.world_size:
         raise InputError(f"local rank {local_rank} of {local_world_size} does not fit {first}")
-    rendezvous = _rendezvous(environ) if first.world_size > 1 else None
-    if rendezvous is None and first.world_size > 1:
-        raise InputError(f"MASTER_ADDR and MASTER_PORT are not set, but {first}: {_how_to_meet(first.launcher)}")
+    rendezvous = _meeting(environ, places) if first.world_size > 1 else None
     supervisor = _number(environ, SUPERVISOR) if first.launcher == "local" else None
-    launcher = first.launcher
-    return RankEnv(first.rank, first.world_size, local_rank, local_world_size, launcher, rendezvous, supervisor)
+    numbers = (first.rank, first.world_size, local_rank, local_world_size)
+    return RankEnv(*numbers, first.launcher, rendezvous, supervisor, environ.get(INTERFACE) or None)
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,7 @@ class _Place:
 
 _NAMES: dict[Launcher, tuple[str, str, str, str]] = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
     "openmpi": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -119,8 +143,11 @@ def _places(environ: Mapping[str, str]) -> Iterator[_Place]:
             raise InputError(f"RANK and WORLD_SIZE are not set, but {SUPERVISOR} is")
         yield place
         return
-    torch, *mpi = [_place(environ, launcher, names) for launcher, names in _NAMES.items()]
-    if torch is not None and "TORCHELASTIC_RUN_ID" in environ:
+    is_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    like_torchrun: Launcher = "deepspeed" if "CROSS_SIZE" in environ and not is_torchrun else "torchrun"
+    launchers: tuple[Launcher, ...] = (like_torchrun, "openmpi", "mpich")
+    torch, *mpi = [_place(environ, launcher, _NAMES[launcher]) for launcher in launchers]
+    if torch is not None and is_torchrun:
         yield torch
         return
     found = [place for place in (torch, *mpi) if place is not None]
@@ -171,6 +198,28 @@ def _tasks_here(environ: Mapping[str, str]) -> int | None:
     return None
 
 
+def _meeting(environ: Mapping[str, str], places: Sequence[_Place]) -> Rendezvous | None:
+    """Where several ranks meet: as the variables say, else on the first node of a Slurm step, else over MPI (None)."""
+    rendezvous = _rendezvous(environ)
+    launchers = [place.launcher for place in places]
+    if rendezvous is None and "slurm" in launchers:
+        rendezvous = _slurm_rendezvous(environ)
+    if rendezvous is None and not {"openmpi", "mpich"}.intersection(launchers):
+        raise InputError(f"MASTER_ADDR and MASTER_PORT are not set, but {places[0]}: {_how_to_meet(launchers[0])}")
+    return rendezvous
+
+
+def _slurm_rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
+    """On the first node of the step, where task 0 is; steps and jobs have ports of their own."""
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    node_list = next((environ[name] for name in names if environ.get(name)), None)
+    if node_list is None:
+        return None
+    numbers = [_number(environ, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    port = _SLURM_PORTS[(31 * numbers[0] + numbers[1]) % len(_SLURM_PORTS)]
+    return Rendezvous(next(hosts_of(node_list)), port)
+
+
 def _rendezvous(environ: Mapping[str, str]) -> Rendezvous | None:
     host, port = environ.get("MASTER_ADDR"), _number(environ, "MASTER_PORT")
     if not host and port is None:
@@ -189,6 +238,8 @@ def _how_to_meet(launcher: Launcher) -> str:
     match launcher:
         case "openmpi":
             return "mpirun -x " + address.replace(" MASTER_PORT", " -x MASTER_PORT")
+        case "mpich":
+            return "mpirun -genv " + address.replace("=", " ").replace(" MASTER_PORT", " -genv MASTER_PORT")
         case "slurm":
             host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             return f"before srun, export MASTER_ADDR={host} MASTER_PORT=29500"

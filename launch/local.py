@@ -22,13 +22,16 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import IO, Any
 
-from longvid.errors import InputError, Interrupted, RuntimeFailure
-from longvid.launch.env import SUPERVISOR, RankEnv
+from longvid.errors import InputError, Interrupted, Preempted, RuntimeFailure
+from longvid.launch.env import INTERFACE, SUPERVISOR, RankEnv
+from longvid.launch.network import LOOPBACK
 from longvid.launch.report import (
     ASKED,
     FAILED,
     LEADER,
     NOTHING,
+    PREEMPT,
+    PREEMPT_SIGNALS,
     PREFIX,
     STOP,
     TOLD,
@@ -43,18 +46,20 @@ from longvid.launch.report import (
     with_place,
     write_first,
 )
+from longvid.preemption import END_S as PREEMPT_S
 
-HOST = "127.0.0.1"
+HOST = LOOPBACK
 OPEN_STORE_AFTER_S = 1.0
 """Wrong input ends ranks at once, before anybody needs the store and torch with it."""
 END_S, KILL_S = 8.0, 1.0
 """After a failure, ranks have so long to end by themselves, and so long after SIGTERM until they are killed."""
 REPEAT_S = 1.0
-"""A second signal later than this means it: all ranks are killed."""
+"""A second signal later than this means it. Those that come together are one, sent by a manager and a launcher."""
 KEPT_LINES = 40
 _LINE_BYTES = 2000
 _PR_SET_PDEATHSIG = 1
 _OURS, _ERROR = "longvid: ", "longvid: error: "
+Say = Callable[[str], None]
 _TOLD_CODES = (InputError.exit_code, RuntimeFailure.exit_code, Interrupted.exit_code)
 """Of ranks that told in one line why they ended."""
 
@@ -64,13 +69,21 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "longvid", *arguments]
 
 
-def run_local(command: Sequence[str], num_ranks: int, resume: str = "") -> int:
+def say(line: str) -> None:
+    """A line for the user, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_local(
+    command: Sequence[str], num_ranks: int, resume: str = "", say: Say = say, *, preemptible: bool = False
+) -> int:
     """Run a command as ranks that find each other by torchrun's variables. Call it from the main thread.
 
     Returns 0; 2 where the leader found the input wrong; 130 where the user interrupted; else 3. The leader tells the
-    user what it knows of; what it cannot tell is told here, in one line, with `resume`: how to go on.
+    user what it knows of; what it cannot tell is told by `say`, in one line, with `resume`: how to go on. SIGTERM is an
+    interruption too, or, with ranks that are `preemptible`, has them save and end, which is 0.
     """
-    with _Supervisor(command, num_ranks, resume) as supervisor:
+    with _Supervisor(command, num_ranks, resume, say, preemptible) as supervisor:
         return supervisor.run()
 
 
@@ -113,7 +126,7 @@ class _Board:
             master_listen_fd=self._socket.detach(),
         )
         store: Store = c10d.PrefixStore(f"{PREFIX}/0", server)
-        for key in (FAILED, STOP):
+        for key in (FAILED, STOP, PREEMPT):
             read(store, key)
         self._store = store
         if self._failure:
@@ -196,18 +209,20 @@ class _Child:
 class _Supervisor:
     """The state of one run. Everything happens in the main thread, by events that other threads and signals bring."""
 
-    def __init__(self, command: Sequence[str], num_ranks: int, resume: str) -> None:
+    def __init__(self, command: Sequence[str], num_ranks: int, resume: str, say: Say, preemptible: bool) -> None:
         self._command, self._num_ranks, self._resume = command, num_ranks, resume
+        self._say, self._preemptible = say, preemptible
         self._events: queue.SimpleQueue[_Child | int] = queue.SimpleQueue()
         self._agenda: list[tuple[float, Callable[[], None]]] = []
         self._board = _Board(num_ranks)
         self._children: list[_Child] = []
         self._failure: Report | None = None
         self._interrupted: float | None = None
-        self._is_ending = False
+        self._is_preempted = self._is_ending = False
 
     def __enter__(self) -> _Supervisor:
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = {signal.SIGINT, signal.SIGTERM, *(PREEMPT_SIGNALS if self._preemptible else ())}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(
@@ -250,7 +265,7 @@ class _Supervisor:
         # Connections that break are told in our words.
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            environment.setdefault(INTERFACE, "lo")
         return environment
 
     def _running(self) -> list[_Child]:
@@ -283,9 +298,13 @@ class _Supervisor:
             return
         self._interrupted = now
         # A terminal sends Ctrl-C to every rank; a service manager's SIGTERM comes here alone.
-        if number == signal.SIGTERM:
+        if number != signal.SIGINT:
             self._children[LEADER].send(number)
-        self._board.stop()
+        if number != signal.SIGINT and self._preemptible:
+            self._is_preempted = True
+            self._later(PREEMPT_S, lambda: self._send_all(signal.SIGKILL))
+        else:
+            self._board.stop()
 
     def _on_end(self, child: _Child) -> None:
         code, beat = child.settle(), self._board.beat(child.rank)
@@ -318,15 +337,20 @@ class _Supervisor:
         code = self._children[LEADER].code
         if code in (0, InputError.exit_code):
             return code
+        if self._is_preempted and code != RuntimeFailure.exit_code:
+            self._say(with_hint(f"{_OURS}stopped", self._resume))
+            return Preempted.exit_code
         if self._failure is None and code != RuntimeFailure.exit_code:
             if code != Interrupted.exit_code:
-                _say("longvid: interrupted")
+                self._say(f"{_OURS}interrupted")
             return Interrupted.exit_code
         failed = self._children[self._failure.rank] if self._failure else None
         if failed and failed.code not in _TOLD_CODES:
-            _say(*(line for line in failed.lines if not line.startswith(_OURS)))
+            for line in failed.lines:
+                if not line.startswith(_OURS):
+                    self._say(line)
         if self._failure and code != RuntimeFailure.exit_code and not self._board.is_told():
-            _say(f"{_ERROR}{with_hint(self._failure.text, self._resume)}")
+            self._say(f"{_ERROR}{with_hint(self._failure.text, self._resume)}")
         return RuntimeFailure.exit_code
 
 
@@ -337,8 +361,3 @@ def _story(child: _Child, name: str) -> str:
         return f"{name} failed: {errors[-1]}"
     how = describe_exit(child.code or 0)
     return f"{name} {how} ({child.lines[-1]})" if child.code == 1 and child.lines else f"{name} {how}"
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)

@@ -15,11 +15,14 @@ LEADER = 0
 """The rank that owns the film and speaks to the user."""
 
 PREFIX = "longvid"
-FAILED, STOP, TOLD = "failed", "stop", "told"
+FAILED, STOP, TOLD, PREEMPT = "failed", "stop", "told", "preempt"
 NOTHING = "-"
 """Stands in a key from the start, for reading one that does not exist would wait for it."""
-ASKED, STOPPING = "asked", "stopping"
-"""In STOP: somebody asks the leader to end for the user's sake; the leader ends, and so shall all."""
+ASKED, STOPPING, PREEMPTED = "asked", "stopping", "preempted"
+"""In STOP: somebody asks the leader to end for the user's sake; the leader ends, and so shall all; or it has saved the
+state, and all end. In PREEMPT: a rank was told to make room, and asks the leader to save."""
+PREEMPT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a process to save and end. mpirun kills on SIGTERM, but passes SIGUSR1 on."""
 YES = "yes"
 """In TOLD: the leader has the failure, and tells the user."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +24,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from longvid.errors import Interrupted, LongvidError, RuntimeFailure
+from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
 from longvid.launch.env import RankEnv
+from longvid.launch.network import listening_address
 from longvid.launch.report import (
     ASKED,
     FAILED,
     LEADER,
     NOTHING,
+    PREEMPT,
+    PREEMPT_SIGNALS,
+    PREEMPTED,
     PREFIX,
     STOP,
     STOPPING,
@@ -45,6 +50,7 @@ from longvid.launch.report import (
     with_place,
     write_first,
 )
+from longvid.preemption import Preemption
 
 STDERR = 2
 _REPEAT_S = 1.0
@@ -58,7 +64,8 @@ class Limits:
     A rank is lost when the one that watches it has read the same heartbeat for `lost_s`, counted in its own rounds of
     `beat_s`: on a machine that sleeps, or starves all ranks, the count waits too. A RuntimeError waits `settle_s` for
     a better reason than its own, since a rank that dies makes its neighbours' messages fail first. `end_s` is what a
-    process has to end by itself.
+    process has to end by itself. A store that does not answer for `silent_s`, counted alike, is lost with whoever
+    hosts it.
     """
 
     beat_s: float = 1.0
@@ -67,6 +74,7 @@ class Limits:
     end_s: float = 3.0
     connect_s: float = 300.0
     store_s: float = 30.0
+    silent_s: float = 12.0
 
 
 class _Word(Enum):
@@ -74,6 +82,7 @@ class _Word(Enum):
 
     CLOSE = "close"
     STOP = "stop"
+    PREEMPT = "preempt"
 
 
 @dataclass
@@ -94,16 +103,18 @@ class Watch:
 
     - Nothing: this rank is done, and the others go on.
     - KeyboardInterrupt or Interrupted: all ranks stop, the others with exit code 130.
+    - Preempted, on the leader: all ranks stop, the others with Preempted too.
     - Any other exception is this rank's failure, and ends all. A RuntimeError that only follows from another rank's
       failure is replaced by that one, so that all ranks tell the same.
 
     `name(rank)` says which rank is meant and `status()` what this one is doing, both for people. `on_failure(error)` is
     called once, when another rank failed (RuntimeFailure) or the user stopped the work (Interrupted): it shall make the
     main thread raise that error. All three are called in the watcher's thread. A process that has not ended `end_s`
-    later is ended with the error's exit code, 3 or 130. `resume` says how to go on.
+    later is ended with the error's exit code, 3 or 130; the leader tells it by `say` first. `resume` says how to go on.
 
     In the main thread the context takes SIGINT and SIGTERM: on the leader they are a KeyboardInterrupt, on the others
-    they only ask the leader to stop. Entering it raises RuntimeFailure when the store cannot be reached.
+    they only ask the leader to stop. With `preemption` the leader's SIGTERM is left to the handler that it has, and the
+    others' comes to it. Entering the context raises RuntimeFailure when the store cannot be reached.
     """
 
     def __init__(
@@ -115,14 +126,18 @@ class Watch:
         on_failure: Callable[[LongvidError], None],
         resume: str = "",
         limits: Limits | None = None,
+        preemption: Preemption | None = None,
+        say: Callable[[str], object] = lambda line: os.write(STDERR, f"{line}\n".encode()),
     ) -> None:
         assert env.rendezvous is not None, "a lone rank has nobody to watch"
         self._env, self._rendezvous = env, env.rendezvous
-        self._name, self._status, self._on_failure = name, status, on_failure
-        self._resume, self._limits = resume, limits or Limits()
+        self._name, self._status, self._on_failure, self._say = name, status, on_failure, say
+        self._resume, self._limits, self._preemption = resume, limits or Limits(), preemption
         self._inbox: queue.SimpleQueue[_Word | Exception] = queue.SimpleQueue()
         self._verdict: Future[Exception] = Future()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._guard = threading.Thread(target=self._run_guard, name="watch the watch", daemon=True)
+        self._ending = threading.Lock()
         self._handlers: dict[int, Any] = {}
         self._last_signal = -_REPEAT_S
         self._is_stopping = self._is_failing = False
@@ -132,8 +147,10 @@ class Watch:
     def __enter__(self) -> Watch:
         self._store = self._connect()
         self._thread.start()
+        self._guard.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            others = PREEMPT_SIGNALS if self._preemption else (signal.SIGTERM,)
+            for number in (signal.SIGINT, *(() if self._preemption and self._leads else others)):
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -141,7 +158,7 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, KeyboardInterrupt | Interrupted):
+            if isinstance(error, KeyboardInterrupt | Interrupted | Preempted):
                 self.stop()
             elif isinstance(error, Exception):
                 verdict = self.fail(error)
@@ -179,27 +196,48 @@ class Watch:
     def _connect(self) -> Store:
         place, limits = self._rendezvous, self._limits
         c10d: Any = dist  # torch does not say that it exports its stores
+        # Rank 0 hosts the store where the launcher does not; torch.distributed shares one on the same port.
+        listener = self._listen() if self._leads and not place.is_hosted else None
         try:
-            # Rank 0 hosts the store where the launcher does not; torch.distributed shares one on the same port.
             server = c10d.TCPStore(
                 place.host,
                 place.port,
-                is_master=self._leads and not place.is_hosted,
+                is_master=listener is not None,
                 timeout=timedelta(seconds=limits.connect_s),
                 wait_for_workers=False,
                 multi_tenant=True,
+                master_listen_fd=listener,
             )
             server.set_timeout(timedelta(seconds=limits.store_s))
             store: Store = c10d.PrefixStore(f"{PREFIX}/{place.attempt}", server)
             if self._leads:
                 store.multi_set([beat_key(rank) for rank in self._sights], [NOTHING] * len(self._sights))
-            for key in (FAILED, STOP, beat_key(LEADER)):
+            for key in (FAILED, STOP, PREEMPT, beat_key(LEADER)):
                 read(store, key)
         except dist.DistError as error:
             raise RuntimeFailure(f"the ranks' store at {place.host}:{place.port} cannot be reached") from error
         return store
 
+    def _listen(self) -> int:
+        """The store's socket, a file descriptor: on this rank's address for the others, and not on all it has."""
+        place = self._rendezvous
+        if place.listener is not None:
+            return place.listener
+        address = listening_address(place.host, is_one_machine=self._env.is_one_machine)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            server = socket.create_server((address, place.port), family=family, backlog=4 * self._env.world_size + 64)
+        except OSError as error:
+            raise InputError(
+                f"the ranks shall meet at {place.host}:{place.port}, but rank {LEADER} cannot listen there "
+                f"({error.strerror}): MASTER_ADDR must be its machine, MASTER_PORT a free port"
+            ) from None
+        return server.detach()
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._preemption and number in PREEMPT_SIGNALS:
+            self._inbox.put(_Word.PREEMPT)
+            return
         self._inbox.put(_Word.STOP)
         now = time.monotonic()
         if self._leads and now - self._last_signal >= _REPEAT_S:
@@ -216,6 +254,18 @@ class Watch:
         if error is not None:
             self._end(error)
 
+    def _run_guard(self) -> None:
+        """End this rank when the store does not answer: a connection over a cable that is cut stays open for long."""
+        limits, count, rounds = self._limits, self._num_beats, 0
+        while self._thread.is_alive() and not self._verdict.done():
+            time.sleep(limits.beat_s)
+            rounds = rounds + 1 if self._num_beats == count else 0
+            count = self._num_beats
+            if rounds * limits.beat_s >= limits.silent_s:
+                place = f"{self._rendezvous.host}:{self._rendezvous.port}"
+                silence = f"the ranks' store at {place} has not answered for {limits.silent_s:g} s"
+                self._end(self._failure(f"{silence}: {self._name(LEADER)}, the launcher or the network is gone"))
+
     def _watch(self) -> Exception | None:
         """Beat, read and look until something ends it. None: this rank is done."""
         next_round = time.monotonic()
@@ -227,6 +277,8 @@ class Watch:
                     return error
             elif word is _Word.STOP:
                 self._stop()
+            elif word is _Word.PREEMPT:
+                write_first(self._store, PREEMPT, ASKED)
             elif word is _Word.CLOSE:
                 self._leave()
                 return None
@@ -247,9 +299,11 @@ class Watch:
             return self._failure("the launcher is gone")
         if self._is_stopping:
             return None
-        failed, stop, *beats = read_all(self._store, [FAILED, STOP, *map(beat_key, self._sights)])
+        failed, stop, preempt, *beats = read_all(self._store, [FAILED, STOP, PREEMPT, *map(beat_key, self._sights)])
         if error := self._decided(failed, stop):
             return error
+        if preempt == ASKED and self._leads and self._preemption and not self._preemption.is_asked:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if stop == ASKED and self._leads:
             self._stop()
             # A real signal wakes a main thread that waits for a lock; its handler raises.
@@ -261,7 +315,7 @@ class Watch:
         """What the store says of all ranks' end."""
         if report := Report.decode(failed):
             return self._failure(report.text)
-        return Interrupted("interrupted") if stop == STOPPING else None
+        return {STOPPING: Interrupted("interrupted"), PREEMPTED: Preempted()}.get(stop)
 
     def _look(self, beats: Sequence[str]) -> LongvidError | None:
         """Look at heartbeats, and report the first rank that has been silent for too long."""
@@ -310,7 +364,8 @@ class Watch:
     def _stop(self) -> None:
         if self._leads:
             self._is_stopping = True
-            self._store.set(STOP, STOPPING)
+            is_preempted = self._preemption is not None and self._preemption.is_asked
+            self._store.set(STOP, PREEMPTED if is_preempted else STOPPING)
         else:
             write_first(self._store, STOP, ASKED)
 
@@ -330,7 +385,10 @@ class Watch:
     def _end(self, error: Exception) -> None:
         """Have the main thread end this process by an error, and do it where that cannot."""
         until = time.monotonic() + self._limits.end_s
-        self._verdict.set_result(error)
+        with self._ending:
+            if self._verdict.done():  # the store answered after all, when it had been given up
+                return
+            self._verdict.set_result(error)
         try:
             if self._is_failing:
                 self._tell()
@@ -349,7 +407,7 @@ class Watch:
             if isinstance(word, Exception):
                 self._tell()
         if self._leads and not self._is_failing and not isinstance(error, Interrupted):
-            os.write(STDERR, f"longvid: error: {error}\n".encode())
+            self._say(f"longvid: error: {error}")
         os._exit(error.exit_code if isinstance(error, LongvidError) else RuntimeFailure.exit_code)
 
     def _tell(self) -> None:

@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
-from longvid.errors import InputError, RuntimeFailure
+from longvid.errors import InputError, Preempted, RuntimeFailure
 from longvid.hls import sync, write_whole
 from longvid.manifest import ANEW, MANIFEST, Manifest, file_name, state_folder
 from longvid.parallel.executor import KEPT, KvSpan, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.sequence import KvPart
+from longvid.preemption import Preemption
 from longvid.sampler import Sampler, Solver
 from longvid.sparsity.policy import Memory
 from longvid.sparsity.runtime import SparseRuntime
@@ -140,7 +141,7 @@ class CheckpointSaver:
 
     On the leader `film_state` is asked inside `save_latents`, when all finished chunks are handed out: their frames
     must be written by then. `fingerprint` goes to the manifest. The film's folder must be on a disk that all ranks
-    share.
+    share. Once `preemption` is asked for, a save is due at once, and `is_due` raises Preempted when it is there.
     """
 
     def __init__(
@@ -154,11 +155,14 @@ class CheckpointSaver:
         on_notice: Callable[[str], None],
         interval_s: float = 30.0,
         timeout_s: float = 600.0,
+        preemption: Preemption | None = None,
     ) -> None:
         self._state, self._holder, self._bulletin = state_folder(film), holder, bulletin
         self._fingerprint, self._film_state, self._on_notice = fingerprint, film_state, on_notice
         self._interval_s, self._timeout_s = interval_s, timeout_s
+        self._preemption = preemption or Preemption()
         self._began = time.monotonic()
+        self._saved_at = -math.inf
         self._until = math.inf
         self._synced_segments = 0
         self._kv: _Job | None = None
@@ -173,7 +177,15 @@ class CheckpointSaver:
 
     def is_due(self) -> bool:
         self._tell()
-        return not self.is_busy and time.monotonic() - self._began >= self._interval_s
+        if self.is_saved_for_preemption:
+            raise Preempted
+        waited = time.monotonic() - self._began >= self._interval_s
+        return not self.is_busy and (waited or self._preemption.is_asked)
+
+    @property
+    def is_saved_for_preemption(self) -> bool:
+        """On the leader: whether a checkpoint was completed since somebody asked for pre-emption."""
+        return self._preemption.is_asked and self._saved_at >= self._preemption.asked_at
 
     def save_kv(self, done: int, kv: dict[KvVersion, KvSpan]) -> None:
         self._began = time.monotonic()
@@ -236,6 +248,7 @@ class CheckpointSaver:
         self._sync_film(job.names["segments"])
         manifest = Manifest(round=job.round, files=files, fingerprint=dict(self._fingerprint), **job.names)
         write_whole(self._state / MANIFEST, manifest.model_dump_json().encode(), durable=True)
+        self._saved_at = time.monotonic()
 
     def _sync_film(self, segments: int) -> None:
         """The checkpoint relies on the film's segments, too."""

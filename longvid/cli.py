@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from longvid.errors import InputError, Interrupted, LongvidError, RuntimeFailure
+from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -28,23 +28,31 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except LongvidError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted", Interrupted.exit_code)
-        except (MemoryError, OSError, RuntimeError) as error:
-            message = _machine_failure(error)
-            if message is None:
+        except (LongvidError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+            known = _known(error)
+            if known is None:
                 raise
-            _fail(message, RuntimeFailure.exit_code)
+            _fail(known)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"longvid: {'' if code == Interrupted.exit_code else 'error: '}{message}", err=True)
-    raise typer.Exit(code)
+def _fail(error: LongvidError) -> NoReturn:
+    is_wish = isinstance(error, Interrupted | Preempted)
+    if str(error):
+        typer.echo(f"longvid: {'' if is_wish else 'error: '}{error}", err=True)
+    raise typer.Exit(error.exit_code)
 
 
-def _machine_failure(error: Exception) -> str | None:
+def _known(error: BaseException) -> LongvidError | None:
+    """What to tell a user of an error; None for a bug."""
+    if isinstance(error, LongvidError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    message = _machine_failure(error)
+    return RuntimeFailure(message) if message else None
+
+
+def _machine_failure(error: BaseException) -> str | None:
     """What to say of an error that is the machine's: no memory, no disk. None for others."""
     if isinstance(error, OSError):
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -91,16 +99,22 @@ def render(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
     ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
+    log: Annotated[Literal["text", "json"], typer.Option(help="json: one line an event, for machines.")] = "text",
+    log_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the log to a file, too.")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep progress and pace in a file, for Prometheus.")
+    ] = None,
 ) -> None:
     """Render a storyboard to a film.
 
-    While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4. Under
-    torchrun this is one of its ranks.
+    While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4;
+    SIGTERM saves the state and ends with 0 within 30 seconds. Under torchrun, mpirun, srun or deepspeed this is one of
+    the ranks.
     """
     from longvid.launch.env import rank_of
     from longvid.manifest import find_manifest
     from longvid.script import load_script
-    from longvid.writer import check_path
+    from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
     _settings(model, preset, overrides)
@@ -111,32 +125,69 @@ def render(
     script = load_script(story) if is_leader else story
     if is_leader:
         check_path(output)
+        for option, path in (("trace", trace), ("ledger", ledger), ("log-file", log_file), ("metrics", metrics)):
+            check_file(f"--{option}", path)
         if resume:
             find_manifest(output)
+
+    from longvid.journal import Journals, report, sayer
+
+    journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
 
-        raise typer.Exit(run_local(rank_command(sys.argv[1:]), ranks, _HOW_TO_GO_ON))
+        command = rank_command(sys.argv[1:])
+        raise typer.Exit(run_local(command, ranks, _HOW_TO_GO_ON, sayer(journals), preemptible=True))
 
     from rich.console import Console
 
-    from longvid.progress import show_progress
+    from longvid.launch.signals import preempted_by_sigterm
+    from longvid.preemption import Preemption
 
-    with show_progress(Console(stderr=True, quiet=not is_leader)) as on_event:
+    preemption, console = Preemption(), Console(stderr=True, quiet=not is_leader)
+    with (
+        _ended_by_log(journals.is_stderr_json),
+        report(journals, console) as on_event,
+        _known_errors(),
+        preempted_by_sigterm(preemption, sayer(journals)),
+    ):
         from longvid.engine import Engine
 
         def load() -> Engine:
             return Engine.load(preset=preset, overrides=_overrides(model, overrides))
 
         def work(engine: Engine) -> None:
-            engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger)
+            engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger, preemption=preemption)
 
         if env is None or env.world_size == 1:
             work(load())
         else:
             from longvid.launch.worker import run_rank
 
-            run_rank(env, load, work, _HOW_TO_GO_ON)
+            run_rank(env, load, work, _HOW_TO_GO_ON, preemption, sayer(journals))
+
+
+@contextlib.contextmanager
+def _known_errors() -> Iterator[None]:
+    """Errors of the machine as ours, so that the log tells them as the user is told."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+        known = None if isinstance(error, LongvidError) else _known(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+@contextlib.contextmanager
+def _ended_by_log(is_told: bool) -> Iterator[None]:
+    """Where stderr is a log of JSON, that has told of an error already: no more than the exit code is left."""
+    try:
+        yield
+    except LongvidError as error:
+        if not is_told:
+            raise
+        raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -396,15 +447,29 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="DeepSpeed's launcher gives it; LOCAL_RANK says it.")
+    ] = None,
 ) -> None: ...
 
 
 def main() -> None:
     """The console script: exit codes 0, 2 (wrong input), 3 (the machine failed), 130 (interrupted)."""
+    from longvid.launch.env import rank_of
+
     # A service manager's stop is a Ctrl-C: it must leave a film that plays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _quiet_libraries()
-    app(prog_name="longvid")
+    try:
+        app(prog_name="longvid")
+    except SystemExit as end:
+        with contextlib.suppress(InputError):
+            if rank_of(os.environ):
+                # Threads that wait for other ranks may be left, and an orderly end would free what they use.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code if isinstance(end.code, int) else end.code is not None)
+        raise
 
 
 def _quiet_libraries() -> None:

@@ -26,7 +26,7 @@ from longvid.checkpoint import (
     Saved,
     load_checkpoint,
 )
-from longvid.errors import InputError, Interrupted, LongvidError
+from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
 from longvid.fingerprint import Machine, describe_model, fingerprint
 from longvid.kernels import cpu
@@ -51,6 +51,7 @@ from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
+from longvid.preemption import Preemption
 from longvid.sampler import Sampler
 from longvid.script import Script, load_script
 from longvid.settings import Settings, load_settings
@@ -73,6 +74,7 @@ class _Tools:
     ledger: Ledger | None = None
     saver: CheckpointSaver | None = None
     saved: Saved | None = None
+    preemption: Preemption = field(default_factory=Preemption)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class Engine:
         resume: bool = False,
         trace: str | Path | None = None,
         ledger: str | Path | None = None,
+        preemption: Preemption | None = None,
     ) -> Path:
         """Render a storyboard to an H.264 film at ``path`` (.mp4) and return the path.
 
@@ -231,11 +234,11 @@ class Engine:
         its state is saved there. With ``resume`` a render that ended early goes on from it, to the same bytes as one
         that never did; InputError says what changed if it cannot. ``trace`` is a file for a Perfetto trace of every
         rank's work, ``ledger`` one for hashes of what this rank makes. Raises Interrupted on Ctrl-C, after saving what
-        is finished as a film of its own.
+        is finished as a film of its own, and Preempted after saving its state, once ``preemption`` was asked for.
         """
         started = time.monotonic()
         job = self._on_leader(lambda: self._job(story, Path(path), resume))
-        tools = _Tools()
+        tools = _Tools(preemption=preemption or Preemption())
         if trace:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
         if ledger:
@@ -256,7 +259,9 @@ class Engine:
                     on_notice=lambda text: on_event(Notice(text)),
                     interval_s=self.settings.runtime.checkpoint_s,
                     timeout_s=self.settings.runtime.timeout_s,
+                    preemption=tools.preemption,
                 )
+                tools.preemption.is_awaited = True
             film = self._write(job, writer, on_event, tools)
         if trace and tools.trace:
             self._write_trace(Path(trace), tools.trace, job.plan, on_event)
@@ -311,7 +316,11 @@ class Engine:
                         tools.trace.add("write", f"{len(frames)} frames", began, time.monotonic_ns())
             return writer.finish() if writer else job.path
         except KeyboardInterrupt:
+            if tools.preemption.is_asked:
+                raise Preempted(_what_is_saved(job.path, tools)) from None
             raise Interrupted(_what_is_left(writer, job.path)) from None
+        except Preempted:
+            raise Preempted(_what_is_saved(job.path, tools) if self.mesh.is_leader else "") from None
 
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
@@ -500,9 +509,17 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
     """This process's place among the ranks that a launcher started; a lone one without a launcher."""
     environment = rank_of(os.environ)
     num_ranks = environment.world_size if environment else 1
-    topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+    try:
+        topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+    except InputError as error:
+        started = (
+            f"the launcher started {num_ranks} (WORLD_SIZE={num_ranks})" if environment else "no launcher started any"
+        )
+        raise InputError(f"{error}; {started}") from None
     if num_ranks == 1 or environment is None:
         return lone_mesh()
+    if environment.rendezvous is None:
+        raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
     device, timeout = pick_device(settings), settings.runtime.timeout_s
     if device.type == "cuda":
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
@@ -552,3 +569,14 @@ def _what_is_left(writer: FilmWriter | None, path: Path) -> str:
     if partial is None:
         return f"interrupted before the first chunk was finished; {path} was not written{go_on}"
     return f"interrupted; what was finished is in {partial}{go_on}"
+
+
+def _what_is_saved(path: Path, tools: _Tools) -> str:
+    """After a pre-emption: what there is to go on from."""
+    try:
+        done = f"round {Manifest.read(path).round + 1}"
+    except InputError:
+        return "stopped before the first checkpoint; the same command begins anew"
+    if tools.saver and tools.saver.is_saved_for_preemption:
+        return f"stopped, and saved after {done}; the same command with --resume goes on"
+    return f"stopped; there was no time to save more than the checkpoint after {done}: --resume goes on from there"

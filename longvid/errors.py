@@ -25,3 +25,12 @@ class Interrupted(LongvidError):
     """The user stopped the work; the message says what is there and how to go on."""
 
     exit_code = 130
+
+
+class Preempted(LongvidError):
+    """The render was asked to make room, and ended with its state saved; the message says how to go on.
+
+    No failure: whoever asked knows. Empty on ranks other than the leader.
+    """
+
+    exit_code = 0

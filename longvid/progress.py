@@ -94,29 +94,29 @@ def show_progress(console: Console, clock: Clock = time.monotonic) -> Iterator[C
     """A callback that shows events on `console`; the terminal is clean again when the context ends, however it ends."""
     tally = Tally(clock)
     if not console.is_interactive:
-        yield _Lines(console, tally).show
+        yield Lines(lambda line: _print(console, line), tally).show
         return
     bar = _Bar(console, tally)
     with bar.progress:
         yield bar.show
 
 
-class _Lines:
+class Lines:
     """A line at the start, one now and then, one at the end."""
 
-    def __init__(self, console: Console, tally: Tally) -> None:
-        self._console, self._tally = console, tally
+    def __init__(self, write: Callable[[str], None], tally: Tally) -> None:
+        self._write, self._tally = write, tally
         self._last_line = tally.clock()
 
     def show(self, event: Event) -> None:
         self._tally.add(event)
         match event:
             case Started() | Notice() | FilmDone():
-                _print(self._console, _line(event))
+                self._write(_line(event))
                 self._last_line = self._tally.clock()
             case RoundDone() | ChunkDone():
                 if self._tally.clock() - self._last_line >= LINE_EVERY_S:
-                    _print(self._console, self._tally.status())
+                    self._write(self._tally.status())
                     self._last_line = self._tally.clock()
 
 

@@ -488,11 +488,12 @@ class Executor:
     def _boundary(self, action: Boundary, live: Live) -> None:
         if not self.saver:
             return
+        if self.mesh.is_leader and self.saver.is_due() and self._save_at <= action.round - SAVE_NOTICE:
+            # A lone rank has nobody to tell.
+            self._save_at = action.round + (SAVE_NOTICE if self.mesh.topology.num_ranks > 1 else 0)
         if self._save_at == action.round:
             kept = {KvVersion(chunk, KEPT, edge): kv for (chunk, edge), kv in live.kept.items()}
             self.saver.save_kv(action.round, kept | {version: live.kv[version] for version in action.kv})
-        if self.mesh.is_leader and self._save_at <= action.round - SAVE_NOTICE and self.saver.is_due():
-            self._save_at = action.round + SAVE_NOTICE
 
     def _save_latents(self, action: SaveLatents, live: Live) -> None:
         if self.saver and self._save_at == action.round:

@@ -14,6 +14,7 @@ from longvid.launch.env import Launcher, RankEnv, Rendezvous, rank_of
 MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 NAMES: dict[Launcher, tuple[str, str, str, str]] = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
     "openmpi": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -45,7 +46,8 @@ def variables(launcher: Launcher, place: tuple[int, int, int, int]) -> dict[str,
             "SLURM_NODEID": str(rank // per_node),
             "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{world_size // per_node})",
         }
-    return dict(zip(NAMES[launcher], map(str, place), strict=True))
+    nodes = {"CROSS_RANK": "0", "CROSS_SIZE": str(place[1] // place[3])} if launcher == "deepspeed" else {}
+    return {**dict(zip(NAMES[launcher], map(str, place), strict=True)), **nodes}
 
 
 def test_a_process_without_a_launcher_has_no_rank() -> None:
@@ -57,8 +59,7 @@ def test_every_launcher_says_its_place(launcher: Launcher, place: tuple[int, int
     found = rank_of({**variables(launcher, place), **MEETING})
     assert found == RankEnv(*place, launcher, Rendezvous("node7", 29500))
     # What torch is told of it is read back the same.
-    again = rank_of({**found.variables(), **MEETING})
-    assert again == RankEnv(*place, "torchrun", Rendezvous("node7", 29500))
+    assert rank_of(found.variables()) == RankEnv(*place, "torchrun", Rendezvous("node7", 29500))
 
 
 @given(places())
@@ -137,12 +138,42 @@ def test_numbers_that_do_not_fit_each_other_are_refused(place: tuple[int, int, i
 @given(st.sampled_from([*NAMES, "slurm"]), places(min_nodes=2))
 def test_several_ranks_need_a_place_to_meet(launcher: Launcher, place: tuple[int, int, int, int]) -> None:
     environ = variables(launcher, place)
-    with pytest.raises(InputError, match=r"MASTER_ADDR and MASTER_PORT are not set.*MASTER_PORT=29500"):
-        rank_of(environ)
+    if launcher in ("openmpi", "mpich"):
+        assert rank_of(environ) == RankEnv(*place, launcher)  # over MPI
+    else:
+        with pytest.raises(InputError, match=r"MASTER_ADDR and MASTER_PORT are not set.*MASTER_PORT=29500"):
+            rank_of(environ)
     with pytest.raises(InputError, match="MASTER_PORT is not set, but MASTER_ADDR is"):
         rank_of({**environ, "MASTER_ADDR": "node7"})
     with pytest.raises(InputError, match="MASTER_PORT=70000 must be"):
         rank_of({**environ, **MEETING, "MASTER_PORT": "70000"})
+
+
+def test_slurm_meets_on_the_first_node_of_the_step_and_each_step_on_a_port_of_its_own() -> None:
+    step = {**variables("slurm", (5, 8, 1, 4)), "SLURM_JOB_NODELIST": "gpu[01-09]", "SLURM_STEP_NODELIST": "gpu[03-04]"}
+    found, next_step = (rank_of({**step, "SLURM_STEP_ID": number}) for number in "01")
+    assert found and found.rendezvous and found.rendezvous.host == "gpu03" and not found.is_one_machine
+    assert next_step and next_step.rendezvous and 1024 < found.rendezvous.port < next_step.rendezvous.port < 32768
+    # PMI beside Slurm needs no MPI, and what the user says holds.
+    with_pmi = rank_of({**step, "SLURM_STEP_ID": "0", "PMI_RANK": "5", "PMI_SIZE": "8"})
+    assert with_pmi and with_pmi.rendezvous == found.rendezvous
+    assert (chosen := rank_of({**step, **MEETING})) and chosen.rendezvous == Rendezvous("node7", 29500)
+
+
+def test_the_network_interface_is_the_users_choice() -> None:
+    found = rank_of({**variables("torchrun", (0, 2, 0, 2)), **MEETING, "GLOO_SOCKET_IFNAME": "ib0"})
+    assert found and found.interface == "ib0" and found.variables()["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_mesh_that_does_not_fit_what_was_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longvid.engine import join_mesh
+    from longvid.models.facts import facts_of
+    from longvid.settings import load_settings
+
+    for name, value in {**variables("torchrun", (0, 3, 0, 3)), **MEETING}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"stage 2 .* = 3 ranks; the launcher started 3 \(WORLD_SIZE=3\)"):
+        join_mesh(load_settings(None, ["mesh.stage=2", "mesh.seq=1", "mesh.guidance=1"]), facts_of("mini"))
 
 
 def test_a_lone_rank_needs_nothing_more() -> None:
@@ -164,4 +195,4 @@ def test_any_environment_gives_a_place_that_fits_or_an_error(environ: dict[str, 
     if found is not None:
         assert 0 <= found.local_rank < found.local_world_size <= found.world_size
         assert 0 <= found.rank < found.world_size
-        assert found.world_size == 1 or found.rendezvous
+        assert found.world_size == 1 or found.rendezvous or found.launcher in ("openmpi", "mpich", "torchrun")

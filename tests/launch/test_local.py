@@ -168,8 +168,8 @@ def test_a_rank_that_cannot_end_is_ended(start: Start) -> None:
 
 def test_a_rank_that_vanishes_before_the_ranks_have_met_is_named(start: Start) -> None:
     code, lines = start(fault="1:exit early").end()
-    # Its stage is known once its first heartbeat is in the store, which may be too late.
-    assert code == 3 and re.match(r"rank 1( \(stage 1\))? ended with exit code 7[,;]", only_error(lines))
+    # Its stage and work are known once its first heartbeat is in the store, which may be too late.
+    assert code == 3 and re.match(r"rank 1( \(stage 1\))? ended with exit code 7(, at forward c0)?;", only_error(lines))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -114,6 +114,31 @@ def test_all_ranks_raise_the_first_failure() -> None:
     assert [str(failure) for failure in failures] in ([], ["rank 1 failed: no memory, at work"])
 
 
+STORE = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_store_that_does_not_answer_is_lost(ranks: list[subprocess.Popen[str]]) -> None:
+    """As behind a cable that is cut: the connection stays open."""
+    port, failures = free_port(), []
+    ranks.append(subprocess.Popen([sys.executable, "-c", STORE, str(port)], stdout=subprocess.PIPE, text=True))
+    assert ranks[0].stdout and ranks[0].stdout.readline() == "ready\n"
+    env = RankEnv(1, 2, 1, 2, "torchrun", Rendezvous("127.0.0.1", port, is_hosted=True))
+    limits = Limits(beat_s=0.05, lost_s=60.0, silent_s=1.0, end_s=60.0)
+    with Watch(env, name=str, status=str, on_failure=failures.append, limits=limits):
+        ranks[0].send_signal(signal.SIGSTOP)
+        until = time.monotonic() + END_S
+        while not failures:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert str(failures[0]).startswith(f"the ranks' store at 127.0.0.1:{port} has not answered for 1 s: ")
+
+
 def test_beats_and_reports_are_read_as_they_were_written() -> None:
     beat, report = Beat(3, "rank 1 (stage 1)", "forward c5 k3"), Report(2, "rank 2 failed: “x”", is_lost=True)
     assert Beat.decode(beat.encode()) == beat and Report.decode(report.encode()) == report

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from longvid.cli import app
-from longvid.errors import Interrupted, RuntimeFailure
+from longvid.errors import Interrupted, Preempted, RuntimeFailure
 from longvid.settings import OutputSettings
 from longvid.writer import FilmWriter
 
@@ -156,6 +156,7 @@ def test_wrong_usage_ends_with_2() -> None:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "error: out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "film.mp4"), 3, "error: the disk is full: film.mp4"),
         (Interrupted("interrupted; what was finished is in x"), 130, "interrupted; what was finished is in x"),
+        (Preempted("stopped, and saved after round 3"), 0, "stopped, and saved after round 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -181,8 +182,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr("longvid.script.load_script", fail)
 
 
-def test_a_stop_leaves_a_playable_film_and_says_where(tiny_model: Path, tmp_path: Path) -> None:
-    """In a real process: SIGTERM is what a service manager sends, and it takes the way of Ctrl-C."""
+def test_an_interruption_leaves_a_playable_film_and_says_where(tiny_model: Path, tmp_path: Path) -> None:
     story, film = tmp_path / "long.yaml", tmp_path / "film.mp4"
     story.write_text("scenes: [{prompt: a red circle, for: 2h}]")
     options = ["--model", tiny_model, "--set", "sampler.steps=1", "--set", "runtime.threads=1"]
@@ -196,7 +196,7 @@ def test_a_stop_leaves_a_playable_film_and_says_where(tiny_model: Path, tmp_path
     ) as process:
         try:
             wait_for(tmp_path / "film.mp4.longvid" / "seg_00002.ts", process)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
