@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, RuntimeFailure
+from longvid.options import AsJson, Model, Overrides, Preset, all_overrides
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -68,14 +70,9 @@ bench_app = typer.Typer(help="Measure longvid beside others on the same work.", 
 app.add_typer(bench_app, name="bench")
 train_app = typer.Typer(help="Train the parts of a model of the drawn world, on this machine.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(batch_app, name="batch")
 
 Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
-Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
-Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.command()
@@ -126,7 +123,7 @@ def render(
         from longvid.engine import Engine
 
         def load() -> Engine:
-            return Engine.load(preset=preset, overrides=_overrides(model, overrides))
+            return Engine.load(preset=preset, overrides=all_overrides(model, overrides))
 
         def work(engine: Engine) -> None:
             engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger)
@@ -383,14 +380,10 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
-def _overrides(model: str | None, overrides: list[str] | None) -> list[str]:
-    return [*(overrides or []), *([f"model.path={model}"] if model is not None else [])]
-
-
 def _settings(model: str | None, preset: str | None, overrides: list[str] | None) -> Any:
     from longvid.settings import load_settings
 
-    return load_settings(preset, _overrides(model, overrides))
+    return load_settings(preset, all_overrides(model, overrides))
 
 
 @contextlib.contextmanager

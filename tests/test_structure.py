@@ -14,6 +14,7 @@ FOLDERS = {"longvid": "longvid"} | {f"longvid.{name}": name for name in ("config
 
 LEVELS = {
     0: "errors document settings script geometry plan events configs launch.env launch.report fingerprint manifest"
+    " batch.jobs batch.table"
     " sparsity.settings cache.settings parallel parallel.topology parallel.partition parallel.schedule parallel.verify",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
@@ -21,7 +22,7 @@ LEVELS = {
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint trace ledger",
     5: "engine doctor tune",
     6: "launch",
-    7: "cli __main__ progress overview",
+    7: "cli __main__ progress overview options batch",
 }
 BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""

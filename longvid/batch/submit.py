@@ -1,0 +1,56 @@
+"""Handing jobs in: every film is planned before any worker starts, so that what is wrong is told at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from longvid.batch.folder import BatchFolder
+from longvid.batch.jobs import Defaults, Job, Refused, read_jobs
+from longvid.batch.table import Table
+from longvid.errors import InputError
+from longvid.models.facts import facts_of
+from longvid.plan import make_plan
+
+
+def submit(paths: Sequence[Path], folder: BatchFolder, table: Table, defaults: Defaults) -> list[Refused]:
+    """Enter the jobs of these files in the table; those that cannot be are entered as failed, and returned.
+
+    Raises InputError, and enters none, for what concerns all: wrong settings, an unknown model, jobs that changed
+    under their names, films in the folder that are not of this batch.
+    """
+    items = read_jobs(paths, defaults)
+    facts_of(defaults.settings().model.path)
+    jobs: list[tuple[Job, str]] = []
+    refused: list[Refused] = []
+    for item in items:
+        try:
+            if isinstance(item, Refused):
+                refused.append(item)
+            else:
+                jobs.append((item, shape_of(item)))
+        except InputError as error:
+            refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
+    known = {row.name for row in table.rows()}
+    for job, _ in jobs:
+        if job.name not in known and folder.is_there(job.name):
+            raise InputError(f"{folder.film(job.name)}: is there already, and not of this batch; move it away")
+    table.add(jobs)
+    table.refuse(refused)
+    return refused
+
+
+def shape_of(job: Job) -> str:
+    """Films of one shape run the same kernels on the same sizes: `64x64, 6 latents`. Raises InputError."""
+    plan = make_plan(job.script, job.settings, facts_of(job.settings.model.path))
+    return f"{plan.width}x{plan.height}, {max(chunk.num_latents for chunk in plan.chunks)} latents"
+
+
+def share_of_threads(workers: int, ranks: int) -> int:
+    """Threads for each rank where the settings leave it open: the machine's cores, divided."""
+    return max(1, len(os.sched_getaffinity(0)) // (workers * ranks))
+
+
+def _with_place(text: str, place: str) -> str:
+    return text if text.startswith(place) else f"{place}: {text}"
