@@ -286,6 +286,22 @@ def bench_attention(
     _show(result, attention.as_text(result), as_json)
 
 
+@bench_app.command("batch")
+def bench_batch(
+    jobs: Annotated[int, typer.Option(min=1, max=100000)] = 200,
+    workers: Annotated[int, typer.Option(min=1, max=1024)] = 2,
+    kill_every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often a worker is killed.")] = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time many small films with and without the batch layer, and with a random worker killed every few seconds."""
+    with _json_alone():
+        from longvid.bench import batch
+
+        bench = batch.BatchBench(jobs=jobs, workers=workers, kill_s=kill_every)
+        result = batch.bench_batch(bench, say=lambda line: typer.echo(line, err=True))
+    _show(result, batch.as_text(result), as_json)
+
+
 Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]
 Seed = Annotated[int, typer.Option(min=0)]
 Threads = Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")]
