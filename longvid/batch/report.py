@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longvid.batch.folder import BatchFolder
-from longvid.batch.status import counts_of
+from longvid.batch.status import counts_of, line_of
 from longvid.batch.table import Row, Table
 from longvid.document import Document
 from longvid.errors import InputError
@@ -144,9 +144,7 @@ def _failure(row: Row) -> str:
 
 
 def _standing(row: Row) -> str:
-    if row.state == "running":
-        return f"{row.progress:.0%}"
-    return escape(f"again, after: {row.reason}") if row.lost and row.reason else "waiting"
+    return escape(line_of(row).removeprefix(f"{row.name}: "))
 
 
 def _film(row: Row, base: str) -> str:

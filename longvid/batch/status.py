@@ -81,11 +81,11 @@ def line_of(row: Row) -> str:
             seconds = row.result.get("seconds")
             what = f"done in {seconds:.1f} s" if seconds else "done"
         case "running":
-            what = f"{row.progress:.0%}"
+            what = f"{row.progress:.0%}" + (f", after: {row.reason}" if row.lost else "")
         case "failed":
             what = row.reason or "failed"
         case _:
-            what = f"again, after: {row.reason}" if row.lost and row.reason else "waiting"
+            what = "waiting" + (f" again, after: {row.reason}" if row.lost else "")
     tries = f" (worker {row.attempt})" if row.attempt > 1 else ""
     return f"{row.name}: {what}{tries}"
 
@@ -102,7 +102,7 @@ def picture(rows: Sequence[Row], height: int = _SHOWN_ROWS) -> Group:
         table.add_column(name, ratio=ratio, no_wrap=True, overflow="ellipsis")
     ordered = sorted(rows, key=lambda row: (_ORDER.index(row.state), -(row.ended or 0)))
     for row in ordered[:height]:
-        detail = line_of(row).partition(": ")[2]
+        detail = line_of(row).removeprefix(f"{row.name}: ")
         table.add_row(Text(row.name), Text(row.state, _STYLES[row.state]), Text(detail))
     more = [Text(f"and {len(rows) - height} more", "dim")] if len(rows) > height else []
     return Group(table, *more, Text(headline(rows), "bold"))
@@ -115,13 +115,14 @@ def show_batch(console: Console) -> Iterator[Callable[[list[Row]], None]]:
         with Live(console=console, transient=True, auto_refresh=False) as live:
             yield lambda rows: live.update(picture(rows, max(3, console.height - 6)), refresh=True)
         return
-    known: dict[str, tuple[str, int]] = {}
+    told: dict[str, str] = {}
 
     def show(rows: list[Row]) -> None:
         for row in rows:
-            now = (row.state, row.lost)
-            if known.get(row.name, ("waiting", 0)) != now and (row.state in ("done", "failed") or row.lost):
+            # A worker's death is told once, whatever the next one does meanwhile.
+            news = row.state if row.state in ("done", "failed") else f"lost {row.lost}" if row.lost else ""
+            if news and told.get(row.name) != news:
+                told[row.name] = news
                 console.print(Text(line_of(row)), soft_wrap=True, highlight=False)
-            known[row.name] = now
 
     yield show

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from longvid.batch.folder import BatchFolder
 from longvid.batch.jobs import Defaults, Job, Refused, read_jobs
 from longvid.batch.table import Table
 from longvid.errors import InputError
-from longvid.models.facts import facts_of
+from longvid.models.facts import NAMES, facts_of, find_model
 from longvid.plan import make_plan
+from longvid.settings import Settings
 
 
 def submit(paths: Sequence[Path], folder: BatchFolder, table: Table, defaults: Defaults) -> list[Refused]:
@@ -29,7 +31,8 @@ def submit(paths: Sequence[Path], folder: BatchFolder, table: Table, defaults: D
             if isinstance(item, Refused):
                 refused.append(item)
             else:
-                jobs.append((item, shape_of(item)))
+                job = replace(item, settings=_with_whole_path(item.settings))
+                jobs.append((job, shape_of(job)))
         except InputError as error:
             refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
     known = {row.name for row in table.rows()}
@@ -45,6 +48,15 @@ def shape_of(job: Job) -> str:
     """Films of one shape run the same kernels on the same sizes: `64x64, 6 latents`. Raises InputError."""
     plan = make_plan(job.script, job.settings, facts_of(job.settings.model.path))
     return f"{plan.width}x{plan.height}, {max(chunk.num_latents for chunk in plan.chunks)} latents"
+
+
+def _with_whole_path(settings: Settings) -> Settings:
+    """The same from any folder: a batch may go on elsewhere than where it began."""
+    name = settings.model.path
+    if name in NAMES:
+        return settings
+    model = settings.model.model_copy(update={"path": str(find_model(name).absolute())})
+    return settings.model_copy(update={"model": model})
 
 
 def share_of_threads(workers: int, ranks: int) -> int:
