@@ -57,23 +57,25 @@ def run(
     from longvid.batch.folder import BatchFolder
     from longvid.batch.jobs import Defaults
     from longvid.batch.status import show_batch
-    from longvid.batch.submit import share_of_threads, submit
+    from longvid.batch.submit import plan_jobs, share_of_threads, submit
     from longvid.batch.supervisor import BatchPlan, Supervisor, verdict
     from longvid.batch.table import Table
 
     if not jobs and not resume:
         raise InputError("name the jobs, or --resume to go on with those in --out")
-    folder = BatchFolder(out)
     if resume:
         Table.find(out).close()
     threads = share_of_threads(workers, ranks_per_film)
-    defaults = Defaults(preset, tuple(all_overrides(model, overrides)), length, threads)
+    planned = plan_jobs(jobs or [], Defaults(preset, tuple(all_overrides(model, overrides)), length, threads))
+    folder = BatchFolder(out)
     folder.make()
     table = Table(out)
     table.restore(folder.is_there)
+    if jobs:
+        submit(planned, folder, table)
     if resume:
         table.forgive()
-    for refused in submit(jobs, folder, table, defaults) if jobs else ():
+    for refused in planned.refused:
         typer.echo(f"longvid: {refused.reason}; the other films go on", err=True)
     with show_batch(Console(stderr=True)) as on_look:
         Supervisor(BatchPlan(out, workers, ranks_per_film, max_retries), on_look).run()

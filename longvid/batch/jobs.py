@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from longvid.document import Document, nearest, parse_scalar, read_document, show
+from longvid.document import Document, Loc, nearest, parse_scalar, read_document, show
 from longvid.errors import InputError
 from longvid.fingerprint import Plain
 from longvid.script import Script, script_of
@@ -41,17 +41,18 @@ _SAME_FILM: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One film to be made. `story` is a storyboard as plain data; `place` says where it was read."""
+    """One film to be made. `story` is a storyboard as plain data; `place` is its file, `origins` its lines."""
 
     name: str
     place: str
     story: Plain
     settings: Settings
+    origins: dict[Loc, int | str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def script(self) -> Script:
         """The storyboard."""
-        return script_of(Document(self.place, self.story))
+        return script_of(Document(self.place, self.story, self.origins))
 
     @cached_property
     def content(self) -> Plain:
@@ -178,7 +179,8 @@ def _storyboard(path: Path, defaults: Defaults) -> Job | Refused:
     try:
         document = read_document(path)
         script_of(document)
-        return Job(check_name(path.stem, str(path)), str(path), document.data, defaults.settings())
+        name = check_name(path.stem, str(path))
+        return Job(name, str(path), document.data, defaults.settings(), document.origins)
     except InputError as error:
         return Refused(path.stem, str(path), str(error))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longvid.batch.folder import BatchFolder
@@ -16,32 +16,42 @@ from longvid.plan import make_plan
 from longvid.settings import Settings
 
 
-def submit(paths: Sequence[Path], folder: BatchFolder, table: Table, defaults: Defaults) -> list[Refused]:
-    """Enter the jobs of these files in the table; those that cannot be are entered as failed, and returned.
+@dataclass(frozen=True)
+class Planned:
+    """Jobs that can be done, with their shapes, and what is none."""
 
-    Raises InputError, and enters none, for what concerns all: wrong settings, an unknown model, jobs that changed
-    under their names, films in the folder that are not of this batch.
-    """
-    items = read_jobs(paths, defaults)
+    jobs: list[tuple[Job, str]]
+    refused: list[Refused]
+
+
+def plan_jobs(paths: Sequence[Path], defaults: Defaults) -> Planned:
+    """Read and plan the jobs of these files. Raises InputError for what concerns all: settings, model, paths."""
     facts_of(defaults.settings().model.path)
-    jobs: list[tuple[Job, str]] = []
-    refused: list[Refused] = []
-    for item in items:
+    planned = Planned([], [])
+    for item in read_jobs(paths, defaults):
         try:
             if isinstance(item, Refused):
-                refused.append(item)
+                planned.refused.append(item)
             else:
                 job = replace(item, settings=_with_whole_path(item.settings))
-                jobs.append((job, shape_of(job)))
+                planned.jobs.append((job, shape_of(job)))
         except InputError as error:
-            refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
+            planned.refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
+    return planned
+
+
+def submit(planned: Planned, folder: BatchFolder, table: Table) -> None:
+    """Enter jobs in a batch's table, and as failed what is none.
+
+    Raises InputError, and enters nothing, for jobs that changed under their names and for films in the folder that are
+    not of this batch.
+    """
     known = {row.name for row in table.rows()}
-    for job, _ in jobs:
+    for job, _ in planned.jobs:
         if job.name not in known and folder.is_there(job.name):
             raise InputError(f"{folder.film(job.name)}: is there already, and not of this batch; move it away")
-    table.add(jobs)
-    table.refuse(refused)
-    return refused
+    table.add(planned.jobs)
+    table.refuse(planned.refused)
 
 
 def shape_of(job: Job) -> str:

@@ -175,7 +175,7 @@ class Desk:
         return None
 
     def work(self, engine: Engine, order: Order) -> None:
-        """Render the film, give it its name, tell the table. What goes wrong is in the table when it is raised."""
+        """Render the film, give it its name, tell the table. Failures are raised when the table knows them, too."""
         lease = self._lease
         assert lease is not None, "`next` comes first"
         try:
@@ -190,7 +190,8 @@ class Desk:
             self._refuse(lease, order, error)
             raise
         except Exception as error:
-            self._table.lose(lease, reason_of(error), self._task.max_retries)
+            if self._task.ranks == 1:  # of a gang, its launcher knows better who failed and why
+                self._table.lose(lease, reason_of(error), self._task.max_retries)
             raise
         self._publish(lease, order.draft, {**beat.result, "resumed": order.resume})
 

@@ -8,7 +8,7 @@ import pytest
 
 from longvid.batch.folder import BatchFolder, can_resume
 from longvid.batch.jobs import Defaults, Job
-from longvid.batch.submit import submit
+from longvid.batch.submit import plan_jobs, submit
 from longvid.batch.table import Lease, Table
 from longvid.batch.worker import Desk, Heartbeat, Task, reason_of
 from longvid.errors import InputError, RuntimeFailure
@@ -115,13 +115,12 @@ def test_a_film_of_somebody_else_is_not_taken_for_ours(tmp_path: Path) -> None:
     (tmp_path / "cat.yaml").write_text("scenes: [{prompt: a cat, for: 1s}]")
     folder.film("cat").touch()
     with pytest.raises(InputError, match="is there already, and not of this batch"):
-        submit([tmp_path / "cat.yaml"], folder, Table(folder.root), Defaults())
+        submit(plan_jobs([tmp_path / "cat.yaml"], Defaults()), folder, Table(folder.root))
 
 
 def test_what_the_model_cannot_do_is_told_before_a_worker_starts(tmp_path: Path) -> None:
-    folder = BatchFolder(tmp_path / "films")
-    folder.make()
-    table = Table(folder.root)
     (tmp_path / "cat.yaml").write_text("size: [50, 50]\nscenes: [{prompt: a cat, for: 1s}]")
-    (refused,) = submit([tmp_path / "cat.yaml"], folder, table, Defaults())
-    assert "cat.yaml" in refused.reason and table.counts()["failed"] == 1
+    (tmp_path / "dog.yaml").write_text("scenes: [{prompt: a dog, for: 1s}]")
+    planned = plan_jobs([tmp_path], Defaults())
+    assert [job.name for job, _ in planned.jobs] == ["dog"]
+    assert planned.refused[0].reason.startswith(f"{tmp_path / 'cat.yaml'}:1: ")
