@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
+from longvid.options import AsJson, Model, Overrides, Preset, all_overrides
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -76,14 +78,9 @@ bench_app = typer.Typer(help="Measure longvid beside others on the same work.", 
 app.add_typer(bench_app, name="bench")
 train_app = typer.Typer(help="Train the parts of a model of the drawn world, on this machine.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(batch_app, name="batch")
 
 Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
-Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers pipeline.", show_default="mini")]
-Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.command()
@@ -154,7 +151,7 @@ def render(
         from longvid.engine import Engine
 
         def load() -> Engine:
-            return Engine.load(preset=preset, overrides=_overrides(model, overrides))
+            return Engine.load(preset=preset, overrides=all_overrides(model, overrides))
 
         def work(engine: Engine) -> None:
             engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger, preemption=preemption)
@@ -343,6 +340,22 @@ def bench_attention(
     _show(result, attention.as_text(result), as_json)
 
 
+@bench_app.command("batch")
+def bench_batch(
+    jobs: Annotated[int, typer.Option(min=1, max=100000)] = 200,
+    workers: Annotated[int, typer.Option(min=1, max=1024)] = 2,
+    kill_every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often a worker is killed.")] = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time many small films with and without the batch layer, and with a random worker killed every few seconds."""
+    with _json_alone():
+        from longvid.bench import batch
+
+        bench = batch.BatchBench(jobs=jobs, workers=workers, kill_s=kill_every)
+        result = batch.bench_batch(bench, say=lambda line: typer.echo(line, err=True))
+    _show(result, batch.as_text(result), as_json)
+
+
 Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]
 Seed = Annotated[int, typer.Option(min=0)]
 Threads = Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")]
@@ -482,14 +495,10 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
-def _overrides(model: str | None, overrides: list[str] | None) -> list[str]:
-    return [*(overrides or []), *([f"model.path={model}"] if model is not None else [])]
-
-
 def _settings(model: str | None, preset: str | None, overrides: list[str] | None) -> Any:
     from longvid.settings import load_settings
 
-    return load_settings(preset, _overrides(model, overrides))
+    return load_settings(preset, all_overrides(model, overrides))
 
 
 @contextlib.contextmanager

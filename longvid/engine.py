@@ -469,7 +469,8 @@ class Engine:
             unknown = unknown_words(plan.prompts[scene.prompt], vocabulary)
             if unknown:
                 hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
-                yield f"line {scene.line}: the model does not know {', '.join(hints)}"
+                place = f"line {scene.line}: " if scene.line else ""
+                yield f"{place}the model does not know {', '.join(hints)}"
         if self.attention:
             tokens = largest_tokens(plan, self.settings, self.facts)
             if not self.attention.pays(tokens, self.device):

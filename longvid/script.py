@@ -86,12 +86,12 @@ class Script:
 
 def load_script(path: str | Path) -> Script:
     """Read a storyboard file. Raises InputError with file and line."""
-    return _build(read_document(Path(path)))
+    return script_of(read_document(Path(path)))
 
 
 def parse_script(text: str | bytes, name: str) -> Script:
     """Parse a storyboard; `name` stands for the file in messages. Raises InputError with `name` and line."""
-    return _build(parse_document(text, name))
+    return script_of(parse_document(text, name))
 
 
 def blend_frames(script: Script, scene: Scene, fps: float) -> int:
@@ -180,7 +180,8 @@ class _StoryYaml(Section):
     scenes: Annotated[list[_SceneYaml], Field(min_length=1)]
 
 
-def _build(document: Document) -> Script:
+def script_of(document: Document) -> Script:
+    """The storyboard that a document's plain data is. Raises InputError with the place of what is wrong."""
     if document.data is None:
         raise InputError(f"{document.name}:1: the storyboard is empty; it needs `scenes`")
     story = validate(_StoryYaml, document)

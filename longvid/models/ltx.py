@@ -14,7 +14,14 @@ from torch import Tensor
 
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan import text_spans
-from longvid.models.wan_attention import QueueSelfAttention, SceneTextAttention, SelfContext, TextKv, text_kv
+from longvid.models.wan_attention import (
+    QueueSelfAttention,
+    SceneTextAttention,
+    SelfContext,
+    TextContext,
+    TextKv,
+    text_kv,
+)
 from longvid.parallel.executor import Output, Unit
 from longvid.parallel.sequence import KvPart, Rope, WholeSequence
 
@@ -87,7 +94,7 @@ class LtxStage:
             spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, slice(0, num_latents * per_latent))
             hidden = entering[branch]
             for block in self.dit.transformer_blocks:
-                hidden = block(hidden, spans, modulation, context)
+                hidden = block(hidden, TextContext(spans), modulation, context)
             branches.append(self._head(hidden, temb, unit) if self._is_last else hidden)
             stored.append(context.stored)
         kv = tuple([[layer[span] for layer in layers] for layers in stored] for span in range(len(unit.store)))
