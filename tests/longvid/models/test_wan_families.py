@@ -139,14 +139,14 @@ def test_a_latent_image_is_the_film_s_first_latent_and_is_told_to_be_clean(
     engine = load(checkpoint_of, kind, "queue.chunk_latents=2", "queue.context_latents=1")
     plan = engine.plan(parse_script(story(kind, image), "story.yaml"))
     seen: list[Unit] = []
-    forward = WanStage.forward
+    conditioned = WanImageStage.conditioned
 
-    def listen(stage: WanStage, unit: Unit) -> Output:
-        seen.append(unit)
-        return forward(stage, unit)
+    def listen(stage: WanImageStage, unit: Unit) -> Unit:
+        seen.append(conditioned(stage, unit))
+        return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WanStage, "forward", listen)
+        patch.setattr(WanImageStage, "conditioned", listen)
         first, *_ = engine.denoise(plan)
     latents = engine._encode_image(image, plan).latents
     assert torch.equal(first.latents[:, :1], latents)
