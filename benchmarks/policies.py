@@ -2,6 +2,9 @@
 
 python benchmarks/policies.py attention --films 4 --out benchmarks/results/attention-policies-cpu.json
 python benchmarks/policies.py cache --films 8 --out benchmarks/results/cache-policies-cpu.json
+python benchmarks/policies.py preset --films 8 --out benchmarks/results/presets-cpu.json
+
+Attention is looked at in whole clips, where it is most of the work; caches in the queue.
 """
 
 from __future__ import annotations
@@ -11,23 +14,32 @@ import json
 import sys
 from pathlib import Path
 
-from longvid.bench.policies import Case, as_text, measure_policies
+from longvid.bench.policies import DENSE, Case, as_text, measure_policies
 from longvid.doctor import cpu_facts, package_version
 
-ATTENTION = ["schedule=sequential", "sampler.steps=8"]
-"""The whole clip at once: where attention is most of the work."""
 
-CACHE = ["sampler.steps=24"]
-"""The queue, with steps to spare."""
+def cache(name: str, *settings: str, published: str = "") -> Case:
+    return Case(name, tuple(f"cache.{setting}" for setting in settings), published)
 
-CACHES = tuple(
-    Case(
-        f"taylorseer {interval}/{order}",
-        ("cache.policy=taylorseer", f"cache.interval={interval}", f"cache.order={order}"),
-        "HunyuanVideo 4.65-5.0x" if (interval, order) == (5, 1) else "",
-    )
-    for interval, order in ((2, 1), (3, 1), (4, 1), (5, 0), (5, 1), (5, 2))
+
+SEER = ("policy=taylorseer", "interval=5")
+CACHES = (
+    cache("taylorseer 2/1", "policy=taylorseer", "interval=2"),
+    cache("taylorseer 3/1", "policy=taylorseer", "interval=3"),
+    cache("taylorseer 5/0", *SEER, "order=0"),
+    cache("taylorseer 5/1", *SEER, published="HunyuanVideo 4.65-5.0x"),
+    cache("taylorseer 5/2", *SEER, "order=2", published="FLUX 4.99x at interval 6"),
+    cache("taylorseer last_layer", *SEER, "level=last_layer"),
+    cache("taylorseer module", *SEER, "level=module"),
+    cache("cg_taylor", "policy=cg_taylor", published="Wan 4.14x"),
+    cache("cg_taylor 0.1", "policy=cg_taylor", "gate=0.1"),
+    cache("cg_taylor 0.03", "policy=cg_taylor", "gate=0.03"),
+    cache("first_block", "policy=first_block"),
+    cache("first_block 0.2", "policy=first_block", "threshold=0.2", "first_steps=3"),
+    cache("delta_dit", "policy=delta_dit", published="1.6x at 20 steps"),
+    cache("delta_dit 3", "policy=delta_dit", "interval=3"),
 )
+EXACT, *PRESETS = (Case(name, (), preset=name) for name in ("exact", "balanced", "fast"))
 
 POLICIES = (
     Case("adaspa", ("attention.policy=adaspa",), "HunyuanVideo 1.78x, 29.07 dB"),
@@ -45,21 +57,33 @@ POLICIES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["attention", "cache"])
+    parser.add_argument("what", choices=["attention", "cache", "preset"])
+    parser.add_argument("--steps", type=int, help="of caches, which need steps to spare: 24; of attention: 8")
+    parser.add_argument("--static", nargs="*", default=[], help="presets by `longvid train cache`")
     parser.add_argument("--films", type=int, default=4)
     parser.add_argument("--frames", type=int, default=961)
     parser.add_argument("--only", nargs="*", help="names of policies")
     parser.add_argument("--profile", help="a profile by `longvid tune`, for sparse_vdit")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cases = list(POLICIES if args.what == "attention" else CACHES)
+    cases = list({"attention": POLICIES, "cache": CACHES, "preset": PRESETS}[args.what])
+    cases += [Case(f"static {Path(preset).stem}", (), preset=preset) for preset in args.static]
     if args.profile:
         overrides = ("attention.policy=sparse_vdit", f"attention.profile={args.profile}")
         cases.append(Case("sparse_vdit", overrides, "Wan2.1 1.58x, 22.59 dB"))
     cases = [case for case in cases if not args.only or case.name in args.only]
-    common = ATTENTION if args.what == "attention" else CACHE
+    common = {
+        "attention": ["schedule=sequential", f"sampler.steps={args.steps or 8}"],
+        "cache": [f"sampler.steps={args.steps or 24}"],
+        "preset": [],
+    }[args.what]
     result = measure_policies(
-        cases, common, films=args.films, frames=args.frames, say=lambda line: print(line, file=sys.stderr, flush=True)
+        cases,
+        common,
+        films=args.films,
+        frames=args.frames,
+        reference=EXACT if args.what == "preset" else DENSE,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     result["machine"] = {"cpu": cpu_facts()["name"], "torch": package_version("torch")}
     if args.out:

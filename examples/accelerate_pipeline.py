@@ -1,4 +1,4 @@
-"""Sparse attention in a diffusers pipeline that your program uses as before.
+"""Sparse attention and a cache in a diffusers pipeline that your program uses as before.
 
 python examples/accelerate_pipeline.py [FRAMES [FOLDER]]
 """
@@ -20,8 +20,10 @@ def main(frames: int | str = 961, folder: str | Path | None = None) -> None:
     whole = seconds(pipe, int(frames))
     longvid.accelerate(pipe, attention="adaspa")
     sparse = seconds(pipe, int(frames))
+    longvid.accelerate(pipe, attention="adaspa", cache="taylorseer")
+    both = seconds(pipe, int(frames))
     longvid.restore(pipe)
-    print(f"{frames} frames: dense {whole:.1f} s, adaspa {sparse:.1f} s")
+    print(f"{frames} frames: dense {whole:.1f} s, adaspa {sparse:.1f} s, with taylorseer {both:.1f} s")
 
 
 def seconds(pipe: Any, frames: int) -> float:

@@ -5,7 +5,7 @@
     engine = longvid.Engine.load("mini")
     engine.render("story.yaml", "film.mp4")
 
-    longvid.accelerate(pipe, attention="adaspa")  # somebody's diffusers pipeline
+    longvid.accelerate(pipe, attention="adaspa", cache="taylorseer")  # somebody's diffusers pipeline
 
 Importing this package loads no torch: what it offers arrives with its first use.
 """

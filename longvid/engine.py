@@ -118,8 +118,8 @@ class Engine:
         """Measured where layers are split over stages."""
         self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
         """The policy of sparse attention at work; None: dense."""
-        self._cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
-        require(self.facts, settings, self._cache_plan)
+        self.cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
+        require(self.facts, settings, self.cache_plan)
         self.cache = cache
         """What leaves layers out, if anything does."""
         self._make_sampler = checkpoint.make_sampler
@@ -161,7 +161,7 @@ class Engine:
         return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
 
     def _new_sampler(self, num_tokens: int) -> Sampler:
-        return self.wrap_sampler(make_caching(self._make_sampler(self.settings.sampler, num_tokens), self._cache_plan))
+        return self.wrap_sampler(make_caching(self._make_sampler(self.settings.sampler, num_tokens), self.cache_plan))
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
@@ -173,7 +173,7 @@ class Engine:
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
         self._layers = layers
-        self.cache = self.cache or make_cache(self._cache_plan, layers, mesh.topology.guidance)
+        self.cache = self.cache or make_cache(self.cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
         options = StageOptions(
@@ -336,7 +336,7 @@ class Engine:
             return None
         topology = self.mesh.topology
         bounds = split_layers(self.costs, topology.stage)
-        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self._cache_plan.share)
+        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share)
         buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
         return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost).bubble
 

@@ -30,6 +30,7 @@ class Case:
     name: str
     overrides: tuple[str, ...]
     published: str = ""
+    preset: str | None = None
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _Side:
     denoise_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
+    verdicts: list[bool] = field(default_factory=list)
     scores: list[dict[str, bool]] = field(default_factory=list)
     fidelity: Fidelity = field(default_factory=Fidelity)
 
@@ -59,16 +61,56 @@ class _Side:
     def count(self, layout: BlockLayout | None) -> None:
         self.densities.append(1.0 if layout is None else layout.density())
 
+    def count_verdicts(self) -> None:
+        """Take down what the cache's gate decides, in all films to come."""
+        runtime = self.engine.cache
+        if runtime is None:
+            return
+        note = runtime.note
+
+        def listen(chunk: int, *, is_left_out: bool) -> None:
+            self.verdicts.append(is_left_out)
+            note(chunk, is_left_out=is_left_out)
+
+        runtime.note = listen  # type: ignore[method-assign]
+
+    @property
+    def compute(self) -> float:
+        """The share of layers that were computed."""
+        plan, layers = self.engine.cache_plan, range(self.engine.facts.num_layers)
+        left_out = statistics.mean(self.verdicts) if self.verdicts else 0.0
+
+        def share(step: int) -> float:
+            found = statistics.mean(plan.share(layer, step) for layer in layers)
+            if plan.steps[step].treatment != "gated":
+                return found
+            assert plan.gate is not None
+            behind = len(plan.steps[step].span) or len(layers) - plan.gate.layers
+            return found - left_out * behind / len(layers)
+
+        return statistics.mean(map(share, range(len(plan.steps))))
+
+
+DENSE = Case("dense", ())
+
 
 def measure_policies(
-    cases: Sequence[Case], common: Sequence[str], *, films: int, frames: int, model: str = "mini", say: Say
+    cases: Sequence[Case],
+    common: Sequence[str],
+    *,
+    films: int,
+    frames: int,
+    reference: Case = DENSE,
+    model: str = "mini",
+    say: Say,
 ) -> dict[str, Any]:
-    """Times as medians of ratios to dense attention on the same film, PSNR (dB) and SSIM to its frames, adherence.
+    """Times as medians of ratios to the reference on the same film, PSNR (dB) and SSIM to its frames, adherence.
 
     `density` is the mean over all attentions, the dense ones of warm-up included; it is counted in a film that is not
-    timed. Every case renders a film before the next film begins, so that all see the same machine.
+    timed. `compute` is the share of layers that ran. Every case renders a film before the next film begins, so that all
+    see the same machine.
     """
-    dense = _Side(Case("dense", ()), Engine.load(model, overrides=list(common)))
+    dense = _Side(reference, _load(model, common, reference))
     sides = [_Side(case, _load(model, common, case)) for case in cases]
     rng = np.random.default_rng(7)
     for seed in range(films + 1):
@@ -76,9 +118,9 @@ def measure_policies(
         if seed == 0:
             _warm_up(dense, sides, look, frames)
             continue
-        reference = dense.render(look, seed, frames)
+        originals = dense.render(look, seed, frames)
         for side in sides:
-            for image, original in zip(side.render(look, seed, frames), reference, strict=True):
+            for image, original in zip(side.render(look, seed, frames), originals, strict=True):
                 side.fidelity.push(image, original)
         say(f"film {seed} of {films}")
     plan = dense.engine.plan(Script((Scene("a red circle", Duration(frames, "f")),)))
@@ -97,7 +139,7 @@ def measure_policies(
 def _load(model: str, common: Sequence[str], case: Case) -> Engine:
     is_sparse = any(override.startswith("attention.") for override in case.overrides)
     always = ["attention.crossover=always"] if is_sparse else []
-    return Engine.load(model, overrides=[*common, *always, *case.overrides])
+    return Engine.load(model, preset=case.preset, overrides=[*common, *always, *case.overrides])
 
 
 def _warm_up(dense: _Side, sides: Sequence[_Side], look: world.Look, frames: int) -> None:
@@ -110,6 +152,7 @@ def _warm_up(dense: _Side, sides: Sequence[_Side], look: world.Look, frames: int
         side.denoise_s, side.total_s, side.scores = [], [], []
         if runtime:
             runtime.on_layout = None
+        side.count_verdicts()
 
 
 def _result(side: _Side, dense: _Side) -> dict[str, Any]:
@@ -122,6 +165,7 @@ def _result(side: _Side, dense: _Side) -> dict[str, Any]:
         "denoise_s": statistics.median(side.denoise_s),
         "denoise_speedup": _ratio(dense.denoise_s, side.denoise_s),
         "speedup": _ratio(dense.total_s, side.total_s),
+        "compute": side.compute,
         "density": statistics.mean(side.densities) if side.densities else 1.0,
         "sparse_density": statistics.mean([d for d in side.densities if d < 1] or [1.0]),
         "psnr": side.fidelity.psnr() if compared else None,
@@ -139,10 +183,10 @@ def as_text(result: dict[str, Any]) -> str:
     """The table for people."""
     lines = [
         f"{result['films']} films of {result['frames']} frames, {result['queries']} x {result['keys']} tokens",
-        f"{'':14}{'denoise':>9}{'film':>8}{'density':>9}{'PSNR':>8}{'SSIM':>8}{'joint':>7}",
+        f"{'':24}{'denoise':>9}{'film':>8}{'compute':>9}{'density':>9}{'PSNR':>8}{'SSIM':>8}{'joint':>7}",
     ]
     for row in (result["dense"], *result["policies"]):
         fidelity = f"{row['psnr']:8.2f}{row['ssim']:8.4f}" if row["psnr"] is not None else " " * 16
-        times = f"{row['denoise_speedup']:8.2f}x{row['speedup']:7.2f}x{row['density']:9.3f}"
-        lines.append(f"{row['name']:14}{times}{fidelity}{row['joint_adherence']:7.0%}")
+        times = f"{row['denoise_speedup']:8.2f}x{row['speedup']:7.2f}x{row['compute']:9.3f}{row['density']:9.3f}"
+        lines.append(f"{row['name']:24}{times}{fidelity}{row['joint_adherence']:7.0%}")
     return "\n".join(lines)
