@@ -25,8 +25,7 @@ from longvid.sampler import Sampler, Solver
 from longvid.script import load_script
 from longvid.settings import Settings
 
-Method = Literal["steps", "bac"]
-METHODS: tuple[Method, ...] = ("steps", "bac")
+Method = Literal["steps", "bac", "harmonica"]
 
 MAX_TOKENS = 64
 """Of every module's output so many tokens are looked at, evenly spaced."""
@@ -34,7 +33,7 @@ MAX_TOKENS = 64
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found: for `steps` the computed steps, for `bac` what each step leaves out. `share` of work is left."""
+    """What was found: for `steps` the computed steps, else what each step leaves out. `share` of the work is left."""
 
     method: Method
     share: float
@@ -45,7 +44,13 @@ class Calibration:
 
 
 def calibrate(
-    story: Path, settings: Settings, *, method: Method, share: float, bubble: float, on_done: Callable[[int, int], None]
+    story: Path,
+    settings: Settings,
+    *,
+    method: Literal["steps", "bac"],
+    share: float,
+    bubble: float,
+    on_done: Callable[[int, int], None],
 ) -> Calibration:
     """Find what can be left out so that about `share` of the steps, or of each module's, are computed.
 

@@ -407,11 +407,21 @@ def train_cache(
     story: Story,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PRESET", help="The preset to write, a YAML file.")],
     method: Annotated[
-        Literal["steps", "bac"],
-        typer.Option(help="steps: whole steps, by what each does to the film; bac: single modules of layers."),
+        Literal["steps", "bac", "harmonica"],
+        typer.Option(
+            help="steps: whole steps, by what each does to the film; modules of layers: bac, by how much they change; "
+            "harmonica, by a router that is trained."
+        ),
     ] = "steps",
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the work, what is to be computed.")] = 0.4,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="steps and bac: of the work, what is to be computed.")
+    ] = 0.4,
     bubble: Annotated[float, typer.Option(min=0, max=1, help="bac: share of layers that count as volatile.")] = 0.2,
+    price: Annotated[
+        float,
+        typer.Option(min=0, help="harmonica: what a computed module costs, beside relative errors of velocities."),
+    ] = 1e-3,
+    runs: Annotated[int, typer.Option(min=1, help="harmonica: denoising runs to train on.")] = 200,
     model: Model = None,
     preset: Preset = None,
     overrides: Overrides = None,
@@ -421,14 +431,22 @@ def train_cache(
 
     from longvid.calibrate import calibrate, write_preset
 
-    found = calibrate(
-        story,
-        settings,
-        method=method,
-        share=share,
-        bubble=bubble,
-        on_done=lambda done, of: typer.echo(f"{done} of {of}", err=True),
-    )
+    if method == "harmonica":
+        from longvid.training.harmonica import HarmonicaSettings, run_harmonica
+
+        def tell(run: int, error: float, computed: float) -> None:
+            typer.echo(f"run {run} of {runs}: error {error:.2e}, {computed:.0%} computed", err=True)
+
+        found = run_harmonica(story, settings, HarmonicaSettings(runs=runs, price=price), tell)
+    else:
+        found = calibrate(
+            story,
+            settings,
+            method=method,
+            share=share,
+            bubble=bubble,
+            on_done=lambda done, of: typer.echo(f"{done} of {of}", err=True),
+        )
     write_preset(found, out, settings.sampler.steps)
     typer.echo(f"{found.share:.0%} of the work is left; render with --preset {out}")
 
