@@ -45,15 +45,14 @@ def test_work_is_asked_and_given_its_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_work_that_ends_in_time_ends_as_it_does() -> None:
-    preemption, threads = Preemption(), threading.active_count()
+    preemption, before = Preemption(), set(threading.enumerate())
     preemption.is_awaited = True
     with preempted_by_sigterm(preemption, print):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert threading.active_count() == threads + 1
-    until = time.monotonic() + 60
-    while threading.active_count() > threads:  # the timer that would end this process
-        assert time.monotonic() < until
-        time.sleep(0.01)
+        timers = [thread for thread in set(threading.enumerate()) - before if isinstance(thread, threading.Timer)]
+    assert len(timers) == 1, "one would end this process"
+    timers[0].join(60)
+    assert not timers[0].is_alive()
     assert preemption.is_asked and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
