@@ -281,7 +281,11 @@ def test_adaptive_attention_and_forecasts_over_ranks_and_after_a_kill_give_the_s
 @pytest.mark.parametrize(
     ("cache", "num_ranks", "axes"),
     [
-        (["policy=cg_taylor", "gate=0.1", "max_skips=2"], 4, ["sampler.guidance=2", "mesh.guidance=2", "mesh.stage=2"]),
+        (
+            ["policy=cg_taylor", "gate=9", "max_skips=1", "first_steps=2"],
+            4,
+            ["sampler.guidance=2", "mesh.guidance=2", "mesh.stage=2"],
+        ),
         (["policy=first_block", "threshold=0.3", "first_steps=2"], 4, ["queue.left=cached"]),
         (["policy=delta_dit", "negative_every=2"], 3, ["sampler.guidance=2"]),
         (["policy=taylorseer", "level=last_layer", "interval=3", "first_steps=2"], 2, []),
