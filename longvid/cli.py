@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -206,12 +207,13 @@ def plan(
         settings, script = _settings(model, preset, overrides), load_script(story)
 
         from longvid.cache.settings import plan_cache
-        from longvid.models.facts import facts_of
+        from longvid.models.facts import facts_of, weight_bytes
         from longvid.models.families import require
 
         facts = facts_of(settings.model.path)
         require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
-        overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks)
+        weights = partial(weight_bytes, settings.model.path)
+        overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks, weights)
         picture = overview.grid() if grid else None
     if as_json:
         _print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})

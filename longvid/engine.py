@@ -38,11 +38,11 @@ from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmIn
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint
+from longvid.models.parts import ModelPart
 from longvid.models.prompts import unknown_words
-from longvid.models.weights import ModelPart
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
-from longvid.parallel.executor import Executor, Finished
+from longvid.parallel.executor import Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.pipeline import name_of
@@ -125,6 +125,8 @@ class Engine:
         self._make_sampler = checkpoint.make_sampler
         self.wrap_sampler: Callable[[Sampler], Sampler] = _as_it_is
         """What stands around every film's sampler, for whoever wants to see velocities."""
+        self.watch_action: OnAction | None = None
+        """Called after every action of a render that is not traced."""
         self._sampler = self._new_sampler(num_tokens=1)
         """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
@@ -172,7 +174,7 @@ class Engine:
             self.costs = broadcast(measured)
             assert self.costs is not None
             layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
-        self._layers = layers
+        self.layers = layers
         self.cache = self.cache or make_cache(self.cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
         branches = range(self.settings.sampler.num_branches)
@@ -243,9 +245,9 @@ class Engine:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
         if ledger:
             tools.ledger = Ledger(
-                Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self._layers
+                Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self.layers
             )
-        holder = Holder(self.mesh, self._layers, self._stage.branches, self.attention, self.cache)
+        holder = Holder(self.mesh, self.layers, self._stage.branches, self.attention, self.cache)
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
         with self._open_film(job, tools) as writer:
@@ -361,7 +363,7 @@ class Engine:
             buffers=buffers,
             cache=self.cache,
             saver=tools.saver,
-            on_action=tools.trace.on_action if tools.trace else None,
+            on_action=tools.trace.on_action if tools.trace else self.watch_action,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
         if self.attention:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
 from longvid.cache.settings import plan_cache
+from longvid.memory import StageMemory, stage_memory
+from longvid.models.parts import ModelPart
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, make_schedule
@@ -31,12 +33,21 @@ class Overview:
     topology: Topology
     bubble: float
     """The share of the ranks' time without work, if all layers cost the same and nothing else costs anything."""
+    memory: tuple[StageMemory, ...]
 
     @classmethod
-    def of(cls, plan: Plan, settings: Settings, facts: ModelFacts, num_ranks: int = 1) -> Overview:
+    def of(
+        cls,
+        plan: Plan,
+        settings: Settings,
+        facts: ModelFacts,
+        num_ranks: int = 1,
+        weights: Callable[[ModelPart, int], int] = lambda part, itemsize: 0,
+    ) -> Overview:
         """Simulate the plan's whole schedule, and rehearse it on the ranks; an error in it is ours (ScheduleError).
 
-        Raises InputError for a mesh that does not fit.
+        `weights` says how many bytes a part of the transformer takes, with so many bytes a number. Raises InputError
+        for a mesh that does not fit.
         """
         actions, rules, steps = make_schedule(plan, settings), QueueRules.of(settings), settings.sampler.steps
         report = simulate(actions, plan.chunks, steps, rules)
@@ -45,7 +56,9 @@ class Overview:
         share = plan_cache(settings.cache, steps, facts.num_layers).share
         cost = stage_costs(costs, topology, split_layers(costs, topology.stage), steps, share)
         rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, settings.mesh.buffers, cost)
-        return cls(plan, settings, facts, report, topology, rehearsal.bubble)
+        bounds = split_layers(costs, topology.stage)
+        memory = stage_memory(plan, settings, facts, report, topology, bounds, weights)
+        return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""
@@ -69,7 +82,8 @@ class Overview:
             "max_live_latents": report.max_live_latents,
             "max_live_kv": report.max_live_kv,
             "latents_mb": self.latents_mb,
-            "cache_mb": self.cache_mb,
+            "cache_mb": sum(stage.cache_mb for stage in self.memory),
+            "memory": [asdict(stage) for stage in self.memory],
             "ranks": self.topology.num_ranks,
             "mesh": dict(zip(AXES, self.topology.sizes, strict=True)),
             "layers": [[span.start, span.stop] for span in self.layers],
@@ -93,8 +107,15 @@ class Overview:
             f"a unit    at most {self.max_unit_latents} latents with context, {self.max_unit_latents * tokens} tokens",
             f"at once   at most {live}",
         ]
-        if self.cache_mb:
-            lines.append(f"cache     {self.cache_mb:.1f} MB, over all stages")
+        for index, stage in enumerate(self.memory):
+            kinds = {
+                "weights": stage.weights_mb,
+                "K/V": stage.kv_mb,
+                "latents": stage.latents_mb,
+                "cache": stage.cache_mb,
+            }
+            parts = ", ".join(f"{kind} {size:.1f} MB" for kind, size in kinds.items() if size)
+            lines.append(f"{f'stage {index}':10}{parts}")
         if self.topology.num_ranks > 1:
             spans = ", ".join(f"{span.start}-{span.stop - 1}" for span in self.layers)
             lines.append(f"mesh      {self.topology}")
@@ -133,19 +154,6 @@ class Overview:
         width, height = self.facts.grid.latent_size(self.plan.width, self.plan.height)
         largest = max(chunk.num_latents for chunk in self.plan.chunks)
         return self.report.max_live_latents * largest * self.facts.latent_channels * width * height * 4 / 1e6
-
-    @property
-    def cache_mb(self) -> float:
-        """The most (10^6 bytes) that the cache remembers of activations at once, over all stages; K/V are apart."""
-        settings, rules = self.settings, QueueRules.of(self.settings)
-        cache = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
-        recomputed = settings.queue.left == "recompute"
-        tokens = [self.tokens_per_latent * (c.num_latents + c.num_left * recomputed) for c in self.plan.chunks]
-        in_flight = -(-settings.sampler.steps // rules.gap)
-        values = [cache.values(count) for count in tokens]
-        most = max(sum(values[i : i + in_flight]) for i in range(len(values)))
-        itemsize = 4 if settings.runtime.dtype == "float32" else 2
-        return most * settings.sampler.num_branches * self.facts.hidden_size * itemsize / 1e6
 
     def _shots(self) -> Iterator[tuple[Shot, list[SceneSpan]]]:
         scenes = groupby(self.plan.scenes, key=lambda scene: scene.shot)

@@ -210,6 +210,8 @@ class Executor:
 
     current: RankAction | None = None
     """The action at hand, for whoever watches this rank."""
+    live: Live = field(default_factory=Live)
+    """The state of the run at hand."""
     _save_at: int = -1
 
     def run(
@@ -226,7 +228,7 @@ class Executor:
         unit's step. On other ranks it yields nothing. Raises RuntimeFailure when latents stop being finite, and when
         another rank is lost. Closing the iterator early releases everything.
         """
-        live = live or Live()
+        live = self.live = live or Live()
         self._save_at = -1
         for action, incoming in self._with_receives(actions, plan, done):
             self.current = action

@@ -23,7 +23,7 @@ LEVELS = {
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint trace ledger",
     5: "engine doctor tune calibrate",
     6: "launch",
-    7: "cli __main__ progress journal overview options batch",
+    7: "cli __main__ progress journal overview memory options batch",
 }
 BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""

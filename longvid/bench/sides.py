@@ -19,8 +19,8 @@ from longvid.bench.film import FilmBench
 from longvid.engine import Engine, pick_device
 from longvid.errors import Interrupted, LongvidError
 from longvid.models.loader import open_checkpoint
+from longvid.models.parts import ModelPart
 from longvid.models.wan_checkpoint import WanCheckpoint
-from longvid.models.weights import ModelPart
 from longvid.plan import ModelFacts
 from longvid.script import Duration, Scene, Script
 from longvid.settings import Settings, load_settings

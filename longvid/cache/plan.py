@@ -88,11 +88,15 @@ class CachePlan:
         """Whether some step's velocity may be forecast."""
         return any(step.treatment != "computed" and not step.span for step in self.steps)
 
-    def values(self, num_tokens: int) -> int:
-        """How many tokens' activations are remembered at once of a unit's branch, at the most."""
-        spans = any(step.span for step in self.steps)
-        remembered = (self.order + 1) * num_tokens * (spans + len(self.kept_modules))
-        if self.gate:  # of the prompt's branch alone, but gates are small
+    def values(self, num_tokens: int, layers: range) -> int:
+        """How many tokens' activations a stage of these layers remembers at once of a unit's branch, at the most.
+
+        What a span adds lies where its last layer is.
+        """
+        spans = any(step.span.stop - 1 in layers for step in self.steps if step.span)
+        modules = sum(layer in layers for layer, _ in self.kept_modules)
+        remembered = (self.order + 1) * num_tokens * (spans + modules)
+        if self.gate and self.gate.layers - 1 in layers:  # of the prompt's branch alone, but gates are small
             stride = -(-num_tokens // self.gate.max_tokens)
             remembered += (self.gate.order + 1) * -(-num_tokens // stride)
         return remembered

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
-from longvid.models.weights import ModelPart
+from longvid.models.parts import ModelPart
 from longvid.parallel.executor import Finished, Stage
 from longvid.parallel.sequence import SequenceAttention, WholeSequence
 from longvid.plan import ModelFacts

@@ -14,25 +14,22 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
 from longvid.models.cogvideox import CogVideoXStage
+from longvid.models.cogvideox_facts import COGVIDEOX_PARTS
 from longvid.models.cogvideox_solvers import CogVideoXSampler
 from longvid.models.cogvideox_vae import CogVideoXStreamDecoder
 from longvid.models.configs import Configs
+from longvid.models.parts import ModelPart
 from longvid.models.weights import (
-    ModelPart,
-    PartNames,
     check_weights,
     errors_name,
     load_part,
     load_scheduler,
     load_whole,
+    take_layers,
 )
 from longvid.plan import ModelFacts
 from longvid.sampler import Sampler
 from longvid.settings import SamplerSettings
-
-NAMES = PartNames(
-    "transformer_blocks", first=frozenset({"patch_embed"}), last=frozenset({"norm_final", "norm_out", "proj_out"})
-)
 
 
 def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> CogVideoXCheckpoint:
@@ -103,11 +100,13 @@ class CogVideoXCheckpoint:
         if self.pipeline is not None:
             assert self.layers is not None
             dit = self.pipeline.transformer
-            dit.transformer_blocks = part.take(self.layers)
+            dit.transformer_blocks = take_layers(part, self.layers)
             return CogVideoXStage(dit, branches=options.branches, **ends)
         assert self.root is not None
         with errors_name(self.root, "CogVideoX"):
-            dit = load_part(CogVideoXTransformer3DModel, self.root / "transformer", part, NAMES, dtype, device)
+            dit = load_part(
+                CogVideoXTransformer3DModel, self.root / "transformer", part, COGVIDEOX_PARTS, dtype, device
+            )
             return CogVideoXStage(dit, branches=options.branches, **ends)
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
 from longvid.models.configs import Configs
+from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
 
 UNBOUNDED = 1 << 20
 """Latents: rotary and sine positions can be computed for any number."""
+
+COGVIDEOX_PARTS = PartNames(
+    "transformer_blocks", first=frozenset({"patch_embed"}), last=frozenset({"norm_final", "norm_out", "proj_out"})
+)
 
 
 def cogvideox_facts(configs: Configs) -> ModelFacts:
@@ -43,6 +48,7 @@ def cogvideox_facts(configs: Configs) -> ModelFacts:
         per_token_timesteps=False,
         max_latents=UNBOUNDED,
         num_heads=int(transformer["num_attention_heads"]),
+        hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         splits_tokens=False,
         sparse_attention=False,
         layer_caches=False,

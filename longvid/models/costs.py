@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from longvid.models.checkpoint import Checkpoint, StageOptions, StreamDecoder
-from longvid.models.weights import ModelPart
+from longvid.models.parts import ModelPart
 from longvid.parallel.executor import Unit
 from longvid.parallel.partition import Costs
 from longvid.plan import Chunk, PromptBlend

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from longvid.errors import InputError
 from longvid.models.configs import read_configs
-from longvid.models.families import read_facts
+from longvid.models.families import family_of, read_facts
+from longvid.models.parts import ModelPart, part_bytes
 from longvid.plan import ModelFacts
 
 NAMES = {"mini": "assets/mini"}
@@ -22,6 +23,13 @@ def find_model(name: str) -> Path:
         known = ", ".join(sorted(NAMES))
         raise InputError(f"model.path: {name!r} is neither a directory nor a known name ({known})")
     return path
+
+
+def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
+    """Bytes of a part's weights, by the headers of the files: of both experts, where there are two."""
+    root = find_model(name)
+    names = family_of(read_configs(name, root)).parts
+    return sum(part_bytes(root / folder, part, names, itemsize) for folder in ("transformer", "transformer_2"))
 
 
 def facts_of(name: str) -> ModelFacts:

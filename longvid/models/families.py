@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from longvid.cache.plan import CachePlan
 from longvid.cache.settings import NoCache
 from longvid.errors import InputError
-from longvid.models.cogvideox_facts import cogvideox_facts
+from longvid.models.cogvideox_facts import COGVIDEOX_PARTS, cogvideox_facts
 from longvid.models.configs import Configs
-from longvid.models.ltx_facts import ltx_facts
-from longvid.models.wan_facts import wan_facts
+from longvid.models.ltx_facts import LTX_PARTS, ltx_facts
+from longvid.models.parts import PartNames
+from longvid.models.wan_facts import WAN_PARTS, wan_facts
 from longvid.plan import ModelFacts
 from longvid.settings import Settings
 from longvid.sparsity.settings import Dense
@@ -31,13 +32,16 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     facts: Callable[[Configs], ModelFacts]
+    parts: PartNames
     module: str
 
 
 FAMILIES = (
-    Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, "longvid.models.wan_checkpoint"),
-    Family("ltx", ("LTXPipeline",), ltx_facts, "longvid.models.ltx_checkpoint"),
-    Family("cogvideox", ("CogVideoXPipeline",), cogvideox_facts, "longvid.models.cogvideox_checkpoint"),
+    Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, WAN_PARTS, "longvid.models.wan_checkpoint"),
+    Family("ltx", ("LTXPipeline",), ltx_facts, LTX_PARTS, "longvid.models.ltx_checkpoint"),
+    Family(
+        "cogvideox", ("CogVideoXPipeline",), cogvideox_facts, COGVIDEOX_PARTS, "longvid.models.cogvideox_checkpoint"
+    ),
 )
 
 

@@ -19,23 +19,21 @@ from longvid.errors import InputError
 from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
 from longvid.models.configs import Configs
 from longvid.models.ltx import LtxStage
+from longvid.models.ltx_facts import LTX_PARTS
 from longvid.models.ltx_vae import LtxStreamDecoder
+from longvid.models.parts import ModelPart
 from longvid.models.weights import (
-    ModelPart,
-    PartNames,
     check_weights,
     errors_name,
     load_part,
     load_scheduler,
     load_whole,
+    take_layers,
 )
 from longvid.plan import ModelFacts
 from longvid.sampler import EulerSampler, Sampler
 from longvid.settings import SamplerSettings
 
-NAMES = PartNames(
-    "transformer_blocks", first=frozenset({"proj_in"}), last=frozenset({"scale_shift_table", "norm_out", "proj_out"})
-)
 MAX_TOKENS = 128
 """Tokens of a prompt, and the length that the stock pipeline pads to."""
 
@@ -94,11 +92,11 @@ class LtxCheckpoint:
         if self.pipeline is not None:
             assert self.layers is not None
             dit = self.pipeline.transformer
-            dit.transformer_blocks = part.take(self.layers)
+            dit.transformer_blocks = take_layers(part, self.layers)
         else:
             assert self.root is not None
             with errors_name(self.root, "LTX-Video"):
-                dit = load_part(LTXVideoTransformer3DModel, self.root / "transformer", part, NAMES, dtype, device)
+                dit = load_part(LTXVideoTransformer3DModel, self.root / "transformer", part, LTX_PARTS, dtype, device)
         grid = self.facts.grid
         ends = {"is_first": part.is_first, "is_last": part.is_last}
         return LtxStage(dit, compression=(grid.temporal, grid.spatial), branches=options.branches, **ends)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
 from longvid.models.configs import Configs
+from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
 
 UNBOUNDED = 1 << 20
 """Latents: rotary positions are computed for any time."""
+
+LTX_PARTS = PartNames(
+    "transformer_blocks", first=frozenset({"proj_in"}), last=frozenset({"scale_shift_table", "norm_out", "proj_out"})
+)
 
 
 def ltx_facts(configs: Configs) -> ModelFacts:
@@ -35,6 +40,7 @@ def ltx_facts(configs: Configs) -> ModelFacts:
         per_token_timesteps=True,
         max_latents=UNBOUNDED,
         num_heads=int(transformer["num_attention_heads"]),
+        hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         splits_tokens=False,
         sparse_attention=False,
         layer_caches=False,

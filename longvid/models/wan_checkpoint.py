@@ -14,28 +14,25 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT
 
 from longvid.models.checkpoint import FamilyStage, FilmInputs, StageOptions, StreamDecoder
 from longvid.models.configs import Configs
+from longvid.models.parts import ModelPart
 from longvid.models.prompts import encode_prompts
 from longvid.models.solvers import make_sampler
 from longvid.models.wan import WanStage
 from longvid.models.wan_experts import WanExpertsStage
+from longvid.models.wan_facts import WAN_PARTS
 from longvid.models.wan_image import ImageCondition, WanImageEncoder, WanImageStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.weights import (
-    ModelPart,
-    PartNames,
     check_weights,
     errors_name,
     load_part,
     load_scheduler,
     load_whole,
+    take_layers,
 )
 from longvid.plan import ModelFacts
 from longvid.sampler import Sampler
 from longvid.settings import SamplerSettings
-
-WAN_NAMES = PartNames(
-    "blocks", first=frozenset({"patch_embedding"}), last=frozenset({"proj_out", "scale_shift_table", "norm_out"})
-)
 
 
 def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> WanCheckpoint:
@@ -121,11 +118,11 @@ class WanCheckpoint:
         if self.pipeline is not None:
             assert self.blocks is not None
             dit = getattr(self.pipeline, name)
-            dit.blocks = part.take(self.blocks[name])
+            dit.blocks = take_layers(part, self.blocks[name])
             return dit
         assert self.root is not None
         with errors_name(self.root, "Wan"):
-            return load_part(WanTransformer3DModel, self.root / name, part, WAN_NAMES, dtype, device)
+            return load_part(WanTransformer3DModel, self.root / name, part, WAN_PARTS, dtype, device)
 
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions

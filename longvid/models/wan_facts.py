@@ -8,9 +8,14 @@ from typing import Any, Literal
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
 from longvid.models.configs import Configs
+from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
 
 PATCH = (1, 2, 2)
+
+WAN_PARTS = PartNames(
+    "blocks", first=frozenset({"patch_embedding"}), last=frozenset({"proj_out", "scale_shift_table", "norm_out"})
+)
 
 
 def wan_facts(configs: Configs) -> ModelFacts:

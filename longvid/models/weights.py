@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,12 @@ from torch import nn
 
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_json
+from longvid.models.parts import ModelPart, PartNames
 
 
-@dataclass(frozen=True)
-class PartNames:
-    """Which tensors of a transformer are of its layers, and which are needed at its ends alone; all need the others.
-
-    `layers` is the list of layers in the module; `first` and `last` are names before the first dot.
-    """
-
-    layers: str
-    first: frozenset[str]
-    last: frozenset[str]
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """What one stage owns of a transformer: some layers, and at the ends what is needed there alone."""
-
-    layers: range
-    is_first: bool = True
-    is_last: bool = True
-
-    def owns(self, name: str, names: PartNames) -> bool:
-        """Whether it needs a tensor, by its name in the checkpoint."""
-        kind, _, rest = name.partition(".")
-        if kind == names.layers:
-            return int(rest.partition(".")[0]) in self.layers
-        return not (kind in names.first and not self.is_first) and not (kind in names.last and not self.is_last)
-
-    def local_name(self, name: str, names: PartNames) -> str:
-        """The tensor's name in a model that holds this part's layers alone."""
-        if not name.startswith(f"{names.layers}."):
-            return name
-        _, layer, rest = name.split(".", 2)
-        return f"{names.layers}.{int(layer) - self.layers.start}.{rest}"
-
-    def take(self, layers: nn.ModuleList) -> nn.ModuleList:
-        """Its own of all layers."""
-        return nn.ModuleList(layers[layer] for layer in self.layers)
+def take_layers(part: ModelPart, layers: nn.ModuleList) -> nn.ModuleList:
+    """A part's own of all layers."""
+    return nn.ModuleList(layers[layer] for layer in part.layers)
 
 
 def load_part(
@@ -65,7 +31,7 @@ def load_part(
     with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
         dit = kind.from_config(config)
     wanted = {name for name in dit.state_dict() if part.owns(name, names)}
-    setattr(dit, names.layers, part.take(getattr(dit, names.layers)))
+    setattr(dit, names.layers, take_layers(part, getattr(dit, names.layers)))
     in_fp32 = set(dit._keep_in_fp32_modules or ())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -26,9 +26,9 @@ from longvid.calibrate import Calibration
 from longvid.engine import pick_device
 from longvid.errors import InputError
 from longvid.models.loader import open_checkpoint
+from longvid.models.parts import ModelPart
 from longvid.models.wan import TEXT_COLUMNS
 from longvid.models.wan_checkpoint import WanCheckpoint
-from longvid.models.weights import ModelPart
 from longvid.plan import make_plan
 from longvid.sampler import Sampler
 from longvid.script import load_script

@@ -105,7 +105,7 @@ def test_a_cache_remembers_as_much_as_is_planned(tiny_model: Path, cache: str) -
 
     runtime.end_step = watch  # type: ignore[method-assign]
     list(engine.denoise(plan))
-    planned = Overview.of(plan, engine.settings, engine.facts).cache_mb * 1e6
+    planned = Overview.of(plan, engine.settings, engine.facts).memory[0].cache_mb * 1e6
     assert 0.8 * planned <= most <= planned
 
 

@@ -16,8 +16,8 @@ import torch
 from longvid.errors import InputError
 from longvid.models.facts import facts_of
 from longvid.models.loader import open_checkpoint
+from longvid.models.parts import ModelPart
 from longvid.models.wan_checkpoint import WAN_NAMES, WanCheckpoint
-from longvid.models.weights import ModelPart
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -172,7 +172,7 @@ def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()
-part = loader.ModelPart(range({layers}), is_last={layers == 24})
+part = parts.ModelPart(range({layers}), is_last={layers == 24})
 dit = loader.load_part(wan, Path({str(folder)!r}), part, names, torch.float32, torch.device("cpu"))
 sum(float(tensor.sum()) for tensor in dit.parameters() if not tensor.is_meta)  # the file may only be mapped
 print(json.dumps([read, peak() - before]))

@@ -1,0 +1,65 @@
+"""Parts of a transformer: which tensors a stage owns, and how many bytes they are, by the files' headers. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from longvid.errors import InputError
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """Which tensors of a transformer are of its layers, and which are needed at its ends alone; all need the others.
+
+    `layers` is the list of layers in the module; `first` and `last` are names before the first dot.
+    """
+
+    layers: str
+    first: frozenset[str]
+    last: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What one stage owns of a transformer: some layers, and at the ends what is needed there alone."""
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+    def owns(self, name: str, names: PartNames) -> bool:
+        """Whether it needs a tensor, by its name in the checkpoint."""
+        kind, _, rest = name.partition(".")
+        if kind == names.layers:
+            return int(rest.partition(".")[0]) in self.layers
+        return not (kind in names.first and not self.is_first) and not (kind in names.last and not self.is_last)
+
+    def local_name(self, name: str, names: PartNames) -> str:
+        """The tensor's name in a model that holds this part's layers alone."""
+        if not name.startswith(f"{names.layers}."):
+            return name
+        _, layer, rest = name.split(".", 2)
+        return f"{names.layers}.{int(layer) - self.layers.start}.{rest}"
+
+
+def part_bytes(folder: Path, part: ModelPart, names: PartNames, itemsize: int) -> int:
+    """Bytes of a part's weights with so many bytes a number, by the headers of the safetensors files in ``folder``."""
+    shapes = {name: shape for path in sorted(folder.glob("*.safetensors")) for name, shape in read_shapes(path).items()}
+    return itemsize * sum(math.prod(shape) for name, shape in shapes.items() if part.owns(name, names))
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file; nothing but its header is read. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(size))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{path}: is corrupt or truncated ({error})") from None
