@@ -26,10 +26,11 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.errors import InputError, Preempted, RuntimeFailure
 from longvid.hls import sync, write_whole
 from longvid.manifest import ANEW, MANIFEST, Manifest, file_name, state_folder
-from longvid.parallel.executor import KEPT, KvSpan, Live
+from longvid.parallel.executor import KEPT, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.sequence import KvPart
+from longvid.parallel.stage import KvSpan
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler, Solver
 from longvid.sparsity.policy import Memory

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol, assert_never, runtime_checkable
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -47,65 +47,12 @@ from longvid.parallel.schedule import (
     LatentVersion,
     Step,
 )
+from longvid.parallel.stage import Begun, GatedStage, KvSpan, Stage, Unit
 from longvid.plan import Chunk, ModelFacts, Plan
 from longvid.sampler import Forecaster, Sampler, Solver, guide
 
 LOOK_AHEAD = 32
 """Actions that are read ahead of the one at hand, to post their receives."""
-
-KvSpan = object
-"""K/V of all layers of a stage for a span of latents: only the stage that made it looks inside."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One pass of a chunk through a stage. Legend: C channels, F latents that enter as tokens, h and w of a latent.
-
-    F is the chunk's own latents, behind the left context where that is recomputed. `timesteps` fp32 [F], one for each
-    latent; `latent_size` is (h, w). On the first stage `latents` fp32 [C, F, h, w], to be read only; on the others
-    `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents
-    (as indices into F) K/V must be returned.
-
-    With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
-    earlier step returned for each of `store`, for the layers that do not run. The first `num_branches` of the stage's
-    branches run.
-    """
-
-    chunk: Chunk
-    step: int
-    timesteps: Tensor
-    latent_size: tuple[int, int]
-    latents: Tensor | None = None
-    hidden: Tensor | None = None
-    left: KvSpan | None = None
-    right: KvSpan | None = None
-    store: tuple[slice, ...] = ()
-    is_left_out: bool = False
-    kept: tuple[KvSpan, ...] = ()
-    num_branches: int = 2
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A unit that came as far as the gate: `probe` is what decides, None where this rank has no say; `work` goes on."""
-
-    unit: Unit
-    probe: Tensor | None
-    work: object
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_latents, h, w] of the own latents on the last
-    stage, and `hidden` [branches, tokens, E] on the others; `kv` for each span of `Unit.store`.
-
-    A branch is a prompt's or its negative's; with guidance over two ranks each has one of them. Inside a span of layers
-    that a cache remembers, `hidden` [2 · branches, tokens, E] also holds what entered the span.
-    """
-
-    hidden: Tensor | None = None
-    velocity: Tensor | None = None
-    kv: tuple[KvSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,34 +61,6 @@ class Finished:
 
     chunk: Chunk
     latents: Tensor
-
-
-class Stage(Protocol):
-    """Some layers of a model, on one rank."""
-
-    @property
-    def num_branches(self) -> int:
-        """Branches that it runs: 1, or 2 with guidance on the same rank."""
-        ...
-
-    def forward(self, unit: Unit) -> Output: ...
-
-    def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of `hidden` for a unit of F latents of (h, w)."""
-        ...
-
-
-@runtime_checkable
-class GatedStage(Stage, Protocol):
-    """A stage that can stop at a cache's gate."""
-
-    def begin(self, unit: Unit) -> Begun:
-        """The layers up to the gate."""
-        ...
-
-    def go_on(self, begun: Begun, *, is_left_out: bool) -> Output:
-        """The layers behind the gate, without the step's span if that is left out."""
-        ...
 
 
 @dataclass

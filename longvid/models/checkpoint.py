@@ -12,8 +12,9 @@ from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.parts import ModelPart
-from longvid.parallel.executor import Finished, Stage
+from longvid.parallel.executor import Finished
 from longvid.parallel.sequence import SequenceAttention, WholeSequence
+from longvid.parallel.stage import Stage
 from longvid.plan import ModelFacts
 from longvid.sampler import Sampler
 from longvid.settings import SamplerSettings

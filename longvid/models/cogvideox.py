@@ -19,8 +19,8 @@ from torch import Tensor
 
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.joint_attention import JointContext, JointSpan, joint_attention
-from longvid.parallel.executor import Output, Unit
 from longvid.parallel.sequence import KvPart, Rope
+from longvid.parallel.stage import Output, Unit
 from longvid.plan import PromptBlend
 
 

@@ -10,8 +10,8 @@ import torch
 
 from longvid.models.checkpoint import Checkpoint, StageOptions, StreamDecoder
 from longvid.models.parts import ModelPart
-from longvid.parallel.executor import Unit
 from longvid.parallel.partition import Costs
+from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.settings import Settings
 

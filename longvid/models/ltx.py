@@ -22,8 +22,8 @@ from longvid.models.wan_attention import (
     TextKv,
     text_kv,
 )
-from longvid.parallel.executor import Output, Unit
 from longvid.parallel.sequence import KvPart, Rope, WholeSequence
+from longvid.parallel.stage import Output, Unit
 
 
 class LtxStage:

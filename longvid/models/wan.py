@@ -29,8 +29,8 @@ from longvid.models.wan_attention import (
     run_module,
     text_kv,
 )
-from longvid.parallel.executor import Begun, Output, Unit
 from longvid.parallel.sequence import Attention, DenseAttention, KvPart, Rope, SequenceAttention, WholeSequence
+from longvid.parallel.stage import Begun, Output, Unit
 from longvid.plan import PromptBlend
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.tokens import TokenMap

@@ -15,8 +15,8 @@ import torch
 
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan import WanStage
-from longvid.parallel.executor import Output, Unit
 from longvid.parallel.sequence import KvPart
+from longvid.parallel.stage import Output, Unit
 
 
 class ExpertKv(list[list[KvPart]]):

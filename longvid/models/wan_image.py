@@ -20,7 +20,8 @@ from longvid.kernels.dense import attend
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan import WanStage
 from longvid.models.wan_attention import LayerKv, SceneTextAttention, TextSpan
-from longvid.parallel.executor import Finished, Unit
+from longvid.parallel.executor import Finished
+from longvid.parallel.stage import Unit
 
 MAX_LATENTS = 4096
 """Latents after which the encoder of a still must have settled: far beyond what its convolutions see."""

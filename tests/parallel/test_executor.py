@@ -25,10 +25,11 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group, Header
-from longvid.parallel.executor import Begun, Executor, Live, Output
+from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import QueueRules, Step, queue_schedule, sequential_schedule
+from longvid.parallel.stage import Begun, Output
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate
 from longvid.plan import ModelFacts

@@ -22,7 +22,7 @@ from longvid.models.cogvideox_vae import CogVideoXStreamDecoder
 from longvid.models.facts import facts_of
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
-from longvid.parallel.executor import Unit
+from longvid.parallel.stage import Unit
 from longvid.parallel.topology import Topology, choose_topology, workload
 from longvid.plan import Chunk, PromptBlend, make_plan
 from longvid.script import parse_script

@@ -18,7 +18,7 @@ from longvid.models.loader import open_checkpoint
 from longvid.models.ltx import LtxStage
 from longvid.models.ltx_vae import LtxStreamDecoder
 from longvid.models.parts import ModelPart
-from longvid.parallel.executor import Unit
+from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
 from longvid.settings import SamplerSettings

@@ -11,7 +11,7 @@ import torch
 
 from longvid.engine import Engine
 from longvid.models.wan import WanStage
-from longvid.parallel.executor import Unit
+from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
 

@@ -19,7 +19,7 @@ from longvid.models.facts import facts_of
 from longvid.models.wan import WanStage
 from longvid.models.wan_experts import ExpertKv, WanExpertsStage
 from longvid.models.wan_image import WanImageStage
-from longvid.parallel.executor import Output, Unit
+from longvid.parallel.stage import Output, Unit
 from longvid.plan import make_plan
 from longvid.script import parse_script
 from longvid.settings import load_settings
