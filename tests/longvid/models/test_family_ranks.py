@@ -43,7 +43,7 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
         digest.update(made.tobytes())
         frames += len(made)
     engine.leave()
-    return {"digest": digest.hexdigest(), "frames": frames, "layers": len(engine._layers)}
+    return {"digest": digest.hexdigest(), "frames": frames, "layers": len(engine.layers)}
 
 
 @pytest.fixture(scope="module")

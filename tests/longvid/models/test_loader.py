@@ -17,7 +17,8 @@ from longvid.errors import InputError
 from longvid.models.facts import facts_of
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
-from longvid.models.wan_checkpoint import WAN_NAMES, WanCheckpoint
+from longvid.models.wan_checkpoint import WanCheckpoint
+from longvid.models.wan_facts import WAN_PARTS
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -121,8 +122,8 @@ def test_parts_hold_the_same_tensors_as_the_whole_model(euler_checkpoint: Path, 
     for part in (ModelPart(range(1), is_last=False), ModelPart(range(1, count), is_first=False)):
         dit = checkpoint.load_layers(part, dtype, CPU)
         for name, tensor in whole.state_dict().items():
-            if part.owns(name, WAN_NAMES):
-                loaded = dit.state_dict()[part.local_name(name, WAN_NAMES)]
+            if part.owns(name, WAN_PARTS):
+                loaded = dit.state_dict()[part.local_name(name, WAN_PARTS)]
                 assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor), name
                 seen.add(name)
     assert seen == set(whole.state_dict())
@@ -155,7 +156,9 @@ import json, torch
 from pathlib import Path
 from safetensors import safe_open
 import longvid.models.weights as loader
-from longvid.models.wan_checkpoint import WAN_NAMES as names, WanTransformer3DModel as wan
+from longvid.models.parts import ModelPart
+from longvid.models.wan_checkpoint import WanTransformer3DModel as wan
+from longvid.models.wan_facts import WAN_PARTS as names
 read = 0
 class Counting:
     def __init__(self, file): self.file = file
@@ -172,7 +175,7 @@ def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()
-part = parts.ModelPart(range({layers}), is_last={layers == 24})
+part = ModelPart(range({layers}), is_last={layers == 24})
 dit = loader.load_part(wan, Path({str(folder)!r}), part, names, torch.float32, torch.device("cpu"))
 sum(float(tensor.sum()) for tensor in dit.parameters() if not tensor.is_meta)  # the file may only be mapped
 print(json.dumps([read, peak() - before]))
