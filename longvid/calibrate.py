@@ -16,7 +16,7 @@ from longvid.cache.plan import MODULES, CachePlan, Module, StepPlan
 from longvid.cache.runtime import CacheRuntime, Place
 from longvid.cache.search import Matrix, choose_modules, choose_steps, forecast_errors
 from longvid.cache.settings import NoCache
-from longvid.cache.table import Row, write_table
+from longvid.cache.table import Row, computed_share, write_table
 from longvid.engine import Engine, set_threads
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
@@ -59,8 +59,8 @@ def calibrate(
     set_threads(settings)
     settings = settings.model_copy(update={"cache": NoCache()})
     count = max(2, round(share * settings.sampler.steps))
-    search = _steps if method == "steps" else _modules
-    return search(_Films(story, settings), count, bubble, on_done)
+    films = _Films(story, settings)
+    return _steps(films, count, on_done) if method == "steps" else _modules(films, count, bubble, on_done)
 
 
 class _Films:
@@ -115,7 +115,7 @@ class _RecordingSolver:
         self._solver.load_state(state)
 
 
-def _steps(films: _Films, count: int, bubble: float, on_done: Callable[[int, int], None]) -> Calibration:
+def _steps(films: _Films, count: int, on_done: Callable[[int, int], None]) -> Calibration:
     """Steps by what an error at each of them does to the film: every step is once forecast alone."""
     engine, plan = films.engine()
     num_steps = films.settings.sampler.steps
@@ -179,8 +179,10 @@ def _modules(films: _Films, count: int, bubble: float, on_done: Callable[[int, i
     for done, _ in enumerate(engine.denoise(plan), 1):
         on_done(done, len(plan.chunks))
     grams: dict[tuple[int, Module], Matrix] = {name: np.mean(found, axis=0) for name, found in recorder.grams.items()}
-    rows, left_out = choose_modules(grams, count, bubble)
-    return Calibration("bac", 1 - left_out, rows=rows, model=films.checkpoint.facts.name, num_layers=num_layers)
+    rows = choose_modules(grams, count, bubble)
+    return Calibration(
+        "bac", computed_share(rows, num_layers), rows=rows, model=films.checkpoint.facts.name, num_layers=num_layers
+    )
 
 
 def _gram(values: Tensor) -> Matrix:

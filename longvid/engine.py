@@ -116,10 +116,10 @@ class Engine:
         self._executor: Executor | None = None
         self.costs: Costs | None = None
         """Measured where layers are split over stages."""
-        self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
-        """The policy of sparse attention at work; None: dense."""
         self.cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
         require(self.facts, settings, self.cache_plan)
+        self.attention = attention or make_attention(settings, self.facts, checkpoint.root)
+        """The policy of sparse attention at work; None: dense."""
         self.cache = cache
         """What leaves layers out, if anything does."""
         self._make_sampler = checkpoint.make_sampler

@@ -35,14 +35,14 @@ class CacheRuntime:
 
     def span(self, chunk: int, branch: int, step: int) -> Series:
         """What the layers of the step's span add; it lies where their last one does."""
-        return self._of((chunk, branch, self.at(step).span.stop - 1), SPAN, self.plan.order)
+        return self._of((chunk, branch, self.at(step).span.stop - 1), SPAN)
 
     def module(self, place: Place, module: Module, step: int, compute: Callable[[], Tensor]) -> Tensor:
         """What a module of a layer gives: computed and remembered, or forecast."""
         name = place[2], module
         if name not in self.plan.kept_modules:
             return compute()
-        series = self._of(place, module, self.plan.order)
+        series = self._of(place, module)
         if name in self.at(step).modules and not series.is_empty:
             return series.forecast(step)
         value = compute()
@@ -82,7 +82,7 @@ class CacheRuntime:
 
     def _gate(self, chunk: int) -> Series:
         assert self.plan.gate is not None
-        return self._of((chunk, 0, self.plan.gate.layers - 1), GATE, self.plan.gate.order)
+        return self._of((chunk, 0, self.plan.gate.layers - 1), GATE)
 
     # ---------------------------------------------------------------------------------------------------------- memory
 
@@ -122,15 +122,15 @@ class CacheRuntime:
         self._series, self._skipped = {}, {}
         for place, memory in state.items():
             for name in {key.partition(".")[0] for key in memory} - {SKIPPED}:
-                order = self.plan.gate.order if name == GATE and self.plan.gate else self.plan.order
                 prefix = f"{name}."
                 own = {key.removeprefix(prefix): x for key, x in memory.items() if key.startswith(prefix)}
-                self._of(place, name, order).load_state(own)
+                self._of(place, name).load_state(own)
             if SKIPPED in memory:
                 self._skipped[place[0]] = int(memory[SKIPPED])
 
-    def _of(self, place: Place, name: str, order: int) -> Series:
+    def _of(self, place: Place, name: str) -> Series:
         kept = self._series.setdefault(place, {})
         if name not in kept:
-            kept[name] = Series(order)
+            gate = self.plan.gate if name == GATE else None
+            kept[name] = Series(gate.order if gate else self.plan.order)
         return kept[name]

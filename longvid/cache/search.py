@@ -69,14 +69,11 @@ def choose_steps(gram: Matrix, sensitivity: Matrix, count: int, order: int) -> t
     return tuple(sorted(steps))
 
 
-def choose_modules(
-    grams: Mapping[tuple[int, Module], Matrix], updates: int, bubble: float
-) -> tuple[tuple[Row, ...], float]:
+def choose_modules(grams: Mapping[tuple[int, Module], Matrix], updates: int, bubble: float) -> tuple[Row, ...]:
     """Block-wise adaptive caching (BAC): for each module its own `updates` steps, the others reuse the last value.
 
     Then the *bubbling union*: where a feed-forward is updated, so are those of the layers before it whose values change
-    most, a share `bubble` of all; for their stale values would reach it. Returns what each step leaves out, and the
-    share of modules that is left out.
+    most, a share `bubble` of all; for their stale values would reach it. Returns what each step leaves out.
     """
     num_steps = len(next(iter(grams.values())))
     equal = np.ones(num_steps)
@@ -86,8 +83,7 @@ def choose_modules(
         for upstream in volatile:
             if upstream < layer:
                 computed[upstream, "ffn"] |= computed[layer, module]
-    rows = tuple(frozenset(name for name in grams if step not in computed[name]) for step in range(num_steps))
-    return rows, sum(map(len, rows)) / (num_steps * len(grams))
+    return tuple(frozenset(name for name in grams if step not in computed[name]) for step in range(num_steps))
 
 
 def most_volatile(grams: Mapping[tuple[int, Module], Matrix], share: float) -> Sequence[int]:

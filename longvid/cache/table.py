@@ -26,6 +26,11 @@ class Table(BaseModel):
     reused: list[dict[Module, list[int]]]
 
 
+def computed_share(rows: Sequence[Row], num_layers: int) -> float:
+    """The share of all modules of all steps that is computed."""
+    return 1 - sum(map(len, rows)) / (len(rows) * num_layers * len(MODULES))
+
+
 def read_table(path: str, num_steps: int, num_layers: int) -> tuple[Row, ...]:
     """The rows of a table for a number of steps. Raises InputError for a file that is none, or is another model's."""
     place = f"cache.table: {path}"

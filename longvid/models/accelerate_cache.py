@@ -21,6 +21,7 @@ from longvid.models.clock import PipelineClock
 
 Forward = Callable[..., Any]
 MODULE_OF: dict[Module, str] = {"self": "attn1", "text": "attn2", "ffn": "ffn"}
+"""The names of a Wan layer's modules."""
 
 
 class CacheAcceleration:

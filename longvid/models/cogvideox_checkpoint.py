@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
 from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
 from longvid.models.cogvideox import CogVideoXStage
@@ -24,7 +24,8 @@ from longvid.models.weights import (
     errors_name,
     load_part,
     load_scheduler,
-    load_whole,
+    load_text,
+    load_vae,
     take_layers,
 )
 from longvid.plan import ModelFacts
@@ -76,9 +77,7 @@ class CogVideoXCheckpoint:
             return CogVideoXPrompts(self.pipeline.tokenizer, self.pipeline.text_encoder, self._text_tokens)
         assert self.root is not None
         with errors_name(self.root, "CogVideoX"):
-            encoder = T5EncoderModel.from_pretrained(self.root / "text_encoder", dtype=dtype, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(self.root / "tokenizer")
-            return CogVideoXPrompts(tokenizer, encoder.eval().to(device), self._text_tokens)
+            return CogVideoXPrompts(*load_text(T5EncoderModel, self.root, dtype, device), self._text_tokens)
 
     def load_decoder(self, dtype: torch.dtype, device: torch.device) -> CogVideoXStreamDecoder:
         """With the VAE in fp32 on a CPU."""
@@ -86,8 +85,7 @@ class CogVideoXCheckpoint:
             return CogVideoXStreamDecoder(self.pipeline.vae, self._together)
         assert self.root is not None
         with errors_name(self.root, "CogVideoX"):
-            wanted = torch.float32 if device.type == "cpu" else dtype
-            vae = load_whole(AutoencoderKLCogVideoX, self.root / "vae", wanted, device)
+            vae = load_vae(AutoencoderKLCogVideoX, self.root, dtype, device)
             return CogVideoXStreamDecoder(vae, self._together)
 
     def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
 from longvid.errors import InputError
 from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
@@ -27,7 +27,8 @@ from longvid.models.weights import (
     errors_name,
     load_part,
     load_scheduler,
-    load_whole,
+    load_text,
+    load_vae,
     take_layers,
 )
 from longvid.plan import ModelFacts
@@ -73,8 +74,7 @@ class LtxCheckpoint:
             return LtxPrompts(self.pipeline.tokenizer, self.pipeline.text_encoder)
         assert self.root is not None
         with errors_name(self.root, "LTX-Video"):
-            encoder = T5EncoderModel.from_pretrained(self.root / "text_encoder", dtype=dtype, use_safetensors=True)
-            return LtxPrompts(AutoTokenizer.from_pretrained(self.root / "tokenizer"), encoder.eval().to(device))
+            return LtxPrompts(*load_text(T5EncoderModel, self.root, dtype, device))
 
     def load_decoder(self, dtype: torch.dtype, device: torch.device) -> LtxStreamDecoder:
         """With the VAE in fp32 on a CPU."""
@@ -82,8 +82,7 @@ class LtxCheckpoint:
             return LtxStreamDecoder(self.pipeline.vae)
         assert self.root is not None
         with errors_name(self.root, "LTX-Video"):
-            wanted = torch.float32 if device.type == "cpu" else dtype
-            return LtxStreamDecoder(load_whole(AutoencoderKLLTXVideo, self.root / "vae", wanted, device))
+            return LtxStreamDecoder(load_vae(AutoencoderKLLTXVideo, self.root, dtype, device))
 
     def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:
         return None

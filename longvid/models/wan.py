@@ -46,7 +46,8 @@ BranchKv = list[list[KvPart]]
 class _Pass:
     """One branch of a unit on its way through the layers: `hidden` [1, l, E] entered the stage as `entering`.
 
-    `anchor` is what entered the step's span of layers, where a cache remembers what that adds.
+    `temb` and `modulation` are those of the unit's timesteps (`WanStage._modulation`). `anchor` is what entered the
+    step's span of layers, where a cache remembers what that adds.
     """
 
     branch: int
@@ -54,6 +55,8 @@ class _Pass:
     anchor: Tensor | None
     text: TextContext
     context: SelfContext
+    temb: Tensor
+    modulation: Tensor
     entering: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,13 +173,15 @@ class WanStage:
         grid = _token_grid(unit)
         per_latent, num_latents = math.prod(grid), len(unit.timesteps)
         part = self._sequence.part(num_latents * per_latent)
+        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
         entering, anchors = self._enter(unit, part)
         passes = []
         for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
             run = self._run_module(unit, branch)
             spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
             context = self._self_context(unit, index, grid, run)
-            passes.append(_Pass(branch, entering[index], anchors[index], TextContext(spans, run), context))
+            text = TextContext(spans, run)
+            passes.append(_Pass(branch, entering[index], anchors[index], text, context, temb, modulation))
         return passes
 
     def _run_module(self, unit: Unit, branch: int) -> RunModule:
@@ -195,9 +200,6 @@ class WanStage:
         """Some of the stage's layers, but for those of the step's span if it is left out."""
         plan = self._cache.at(unit.step) if self._cache else StepPlan()
         is_left_out |= plan.treatment == "forecast"
-        per_latent = math.prod(_token_grid(unit))
-        part = self._sequence.part(len(unit.timesteps) * per_latent)
-        _, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
         for one in passes:
             for index in indices:
                 layer, block = self._first_layer + index, self.dit.blocks[index]
@@ -208,7 +210,7 @@ class WanStage:
                 else:
                     if isinstance(block.ffn, CachedFeedForward):
                         block.ffn.run = one.context.run
-                    one.hidden = block(one.hidden, one.text, modulation, one.context)
+                    one.hidden = block(one.hidden, one.text, one.modulation, one.context)
                 if layer == plan.span.stop - 1:
                     self._end_span(one, unit, is_left_out=is_left_out)
 
@@ -236,9 +238,7 @@ class WanStage:
             inside = [one.anchor for one in passes if one.anchor is not None and self._ends_inside(unit)]
             return Output(hidden=torch.cat([*(one.hidden for one in passes), *inside]), kv=kv)
         grid = _token_grid(unit)
-        num_tokens = len(unit.timesteps) * math.prod(grid)
-        temb, _ = self._modulation(unit.timesteps.tolist(), math.prod(grid), self._sequence.part(num_tokens))
-        return Output(velocity=torch.stack([self._head(one.hidden, temb, unit, grid) for one in passes]), kv=kv)
+        return Output(velocity=torch.stack([self._head(one.hidden, one.temb, unit, grid) for one in passes]), kv=kv)
 
     def _ends_inside(self, unit: Unit) -> bool:
         """Whether the next stage begins inside the step's span of layers."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from longvid.models.checkpoint import FamilyStage, FilmInputs, StageOptions, StreamDecoder
 from longvid.models.configs import Configs
@@ -27,7 +27,8 @@ from longvid.models.weights import (
     errors_name,
     load_part,
     load_scheduler,
-    load_whole,
+    load_text,
+    load_vae,
     take_layers,
 )
 from longvid.plan import ModelFacts
@@ -73,9 +74,7 @@ class WanCheckpoint:
             return self.pipeline.tokenizer, self.pipeline.text_encoder
         assert self.root is not None
         with errors_name(self.root, "Wan"):
-            folder = self.root / "text_encoder"
-            encoder = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-            return AutoTokenizer.from_pretrained(self.root / "tokenizer"), encoder.eval().to(device)
+            return load_text(UMT5EncoderModel, self.root, dtype, device)
 
     def load_prompts(self, dtype: torch.dtype, device: torch.device) -> WanPrompts:
         return WanPrompts(*self.load_text(dtype, device))
@@ -86,9 +85,8 @@ class WanCheckpoint:
             return self.pipeline.vae
         assert self.root is not None
         with errors_name(self.root, "Wan"):
-            return load_whole(
-                AutoencoderKLWan, self.root / "vae", torch.float32 if device.type == "cpu" else dtype, device
-            )
+            vae: AutoencoderKLWan = load_vae(AutoencoderKLWan, self.root, dtype, device)
+            return vae
 
     def load_decoder(self, dtype: torch.dtype, device: torch.device) -> WanStreamDecoder:
         return WanStreamDecoder(self.load_vae(dtype, device))

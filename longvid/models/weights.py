@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoTokenizer
 
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_json
@@ -55,6 +56,17 @@ def load_whole(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device
     if missing:
         raise InputError(f"{folder}: lacks {len(missing)} tensors that its config asks for, first {sorted(missing)[0]}")
     return model.eval().to(device)
+
+
+def load_vae(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A directory's VAE, in fp32 on a CPU."""
+    return load_whole(kind, root / "vae", torch.float32 if device.type == "cpu" else dtype, device)
+
+
+def load_text(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """A directory's tokenizer, and its text encoder of a class ``kind``."""
+    encoder = kind.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
+    return AutoTokenizer.from_pretrained(root / "tokenizer"), encoder.eval().to(device)
 
 
 def check_weights(root: Path, parts: Sequence[str]) -> None:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longvid.cache.plan import MODULES, Module
-from longvid.cache.table import Row
+from longvid.cache.plan import MODULES
+from longvid.cache.table import Row, computed_share
 from longvid.calibrate import Calibration
 from longvid.engine import pick_device
 from longvid.errors import InputError
+from longvid.models.accelerate_cache import MODULE_OF
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.models.wan import TEXT_COLUMNS
@@ -35,7 +36,6 @@ from longvid.script import load_script
 from longvid.settings import Settings
 
 THRESHOLD = 0.1
-PARTS: dict[Module, str] = {"self": "attn1", "text": "attn2", "ffn": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _Routed:
         self._modules: list[nn.Module] = []
         for layer, block in enumerate(dit.blocks):
             for index, module in enumerate(MODULES):
-                part: Any = getattr(block, PARTS[module])
+                part: Any = getattr(block, MODULE_OF[module])
                 part.forward = partial(self._run, part.forward, layer, index)
                 self._modules.append(part)
 
@@ -132,8 +132,7 @@ def train_router(
         for run in range(settings.runs):
             errors = _train_on(clips(run), dit, sampler, router, routed, optimiser, weights, settings.price)
             weights = 0.9 * weights + 0.1 * (errors / errors.mean().clamp_min(1e-12))
-            computed = 1 - sum(map(len, router.rows())) / router.scores.numel()
-            on_step(run + 1, float(errors.mean()), computed)
+            on_step(run + 1, float(errors.mean()), computed_share(router.rows(), len(dit.blocks)))
     finally:
         routed.remove()
     return router
@@ -195,8 +194,8 @@ def run_harmonica(
 
     sampler = checkpoint.make_sampler(settings.sampler, math.prod(shape[1:]))
     rows = train_router(dit, sampler, clip, how, on_step).rows()
-    left_out = sum(map(len, rows)) / (len(rows) * facts.num_layers * len(MODULES))
-    return Calibration("harmonica", 1 - left_out, rows=rows, model=facts.name, num_layers=facts.num_layers)
+    share = computed_share(rows, facts.num_layers)
+    return Calibration("harmonica", share, rows=rows, model=facts.name, num_layers=facts.num_layers)
 
 
 def _padded(states: Tensor) -> Tensor:

@@ -22,16 +22,17 @@ def pipe(euler_checkpoint: Path) -> Any:
     return pipeline
 
 
-def run(pipe: Any, guidance: float = 3.0) -> torch.Tensor:
+def run(pipe: Any, guidance: float = 3.0, steps: int = 5, noise: torch.Tensor | None = None) -> torch.Tensor:
     result = pipe(
         prompt="a red circle moving left",
         negative_prompt="blue",
         width=32,
         height=48,
         num_frames=37,
-        num_inference_steps=5,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(4),
+        latents=noise,
         output_type="latent",
     )
     latents: torch.Tensor = result.frames
@@ -48,19 +49,7 @@ scenes:
 
 def run_from(pipe: Any, noise: torch.Tensor, guidance: float) -> torch.Tensor:
     """The film of STORY in 8 steps, [C, latents, h, w]."""
-    result = pipe(
-        prompt="a red circle moving left",
-        negative_prompt="blue",
-        width=32,
-        height=48,
-        num_frames=37,
-        num_inference_steps=8,
-        guidance_scale=guidance,
-        latents=noise,
-        output_type="latent",
-    )
-    latents: torch.Tensor = result.frames[0]
-    return latents
+    return run(pipe, guidance, 8, noise)[0]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
