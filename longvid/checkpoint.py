@@ -133,7 +133,9 @@ class _Job:
 
 
 class CheckpointSaver:
-    """The executor's `Saver` on one rank of a film.
+    """Saves one film's state on one rank; `together.FilmSavers` gives it the film's part of what the executor saves.
+
+    Chunks and rounds count within the film; `chunks` are its own among those of the plan.
 
     A save is due `interval_s` seconds after the last one began, and at most one is under way. A thread of its own does
     the writing: tensors are taken as they are, for nobody writes to them. Where it fails (the disk is full, a rank does
@@ -151,6 +153,7 @@ class CheckpointSaver:
         holder: Holder,
         bulletin: Bulletin,
         *,
+        chunks: range,
         fingerprint: Mapping[str, Any],
         film_state: Callable[[], FilmState],
         on_notice: Callable[[str], None],
@@ -158,7 +161,8 @@ class CheckpointSaver:
         timeout_s: float = 600.0,
         preemption: Preemption | None = None,
     ) -> None:
-        self._state, self._holder, self._bulletin = state_folder(film), holder, bulletin
+        self._film, self._state, self._holder, self._bulletin = film, state_folder(film), holder, bulletin
+        self._chunks = chunks
         self._fingerprint, self._film_state, self._on_notice = fingerprint, film_state, on_notice
         self._interval_s, self._timeout_s = interval_s, timeout_s
         self._preemption = preemption or Preemption()
@@ -190,7 +194,7 @@ class CheckpointSaver:
 
     def save_kv(self, done: int, kv: dict[KvVersion, KvSpan]) -> None:
         self._began = time.monotonic()
-        tensors = kv_tensors(kv, self._holder) | memory_tensors(self._holder)
+        tensors = kv_tensors(kv, self._holder) | memory_tensors(self._holder, self._chunks)
         job = _Job(done, tensors, {"kv": [(v.chunk, v.round, v.edge) for v in kv]})
         if self._holder.mesh.is_leader:
             self._kv = job
@@ -267,7 +271,7 @@ class CheckpointSaver:
         """The other ranks' files and their bytes. Raises RuntimeFailure where one failed, or says nothing."""
         ranks = range(1, self._holder.mesh.topology.num_ranks)
         began = time.monotonic()
-        while (answers := self._bulletin.wait([_key(done, rank) for rank in ranks], 0.5)) is None:
+        while (answers := self._bulletin.wait([self._key(done, rank) for rank in ranks], 0.5)) is None:
             if time.monotonic() > min(began + self._timeout_s, self._until):
                 raise RuntimeFailure("not every rank wrote its part in time")
         sizes = {}
@@ -278,7 +282,10 @@ class CheckpointSaver:
         return sizes
 
     def _answer(self, done: int, answer: dict[str, Any]) -> None:
-        self._bulletin.post(_key(done, self._holder.mesh.rank), json.dumps(answer))
+        self._bulletin.post(self._key(done, self._holder.mesh.rank), json.dumps(answer))
+
+    def _key(self, done: int, rank: int) -> str:
+        return f"checkpoint/{self._film}/{done}/{rank}"
 
     def _tell(self) -> None:
         while self._notices:
@@ -286,10 +293,6 @@ class CheckpointSaver:
             if reason != self._told:
                 self._on_notice(f"no new checkpoint: {reason}; the render goes on, and the one before stays")
             self._told = reason
-
-
-def _key(done: int, rank: int) -> str:
-    return f"checkpoint/{done}/{rank}"
 
 
 def _reason(error: Exception) -> str:
@@ -317,12 +320,14 @@ def _kv_name(version: KvVersion, branch: int, layer: int, holder: Holder) -> str
     return f"kv/{version.chunk}/{version.round}/{version.edge}/branch_{branch}/layer_{layer}/seq_{seq}"
 
 
-def memory_tensors(holder: Holder) -> Tensors:
-    """What the attention's policy and the cache remember on a rank."""
+def memory_tensors(holder: Holder, chunks: range) -> Tensors:
+    """What the attention's policy and the cache remember of some chunks on a rank."""
     tensors: Tensors = {}
     for kind, owner in (("memory", holder.attention), ("cached", holder.cache)):
         for (chunk, branch, layer), kept in owner.state().items() if owner else ():
-            place = f"{kind}/{chunk}/{branch}/{layer}/{holder.mesh.place.seq}"
+            if chunk not in chunks:
+                continue
+            place = f"{kind}/{chunk - chunks.start}/{branch}/{layer}/{holder.mesh.place.seq}"
             tensors |= {f"{place}/{name}": x for name, x in kept.items()}
     return tensors
 

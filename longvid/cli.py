@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
-from longvid.options import AsJson, Model, Overrides, Preset, all_overrides
+from longvid.options import AsJson, Model, Overrides, Preset, all_overrides, film_paths
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -86,8 +86,11 @@ Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a 
 
 @app.command()
 def render(
-    story: Story,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILM.mp4", help="The film to write.")],
+    stories: Annotated[list[Path], typer.Argument(metavar="STORY...", help="Storyboards, YAML files.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILM.mp4", help="The film to write; of several, their folder."),
+    ],
     model: Model = None,
     preset: Preset = None,
     overrides: Overrides = None,
@@ -103,7 +106,7 @@ def render(
         Path | None, typer.Option(metavar="FILE", help="Keep progress and pace in a file, for Prometheus.")
     ] = None,
 ) -> None:
-    """Render a storyboard to a film.
+    """Render a storyboard to a film, or several side by side, each to FOLDER/STORY.mp4.
 
     While it renders, FILM.mp4.longvid/film.m3u8 plays what is finished. Ctrl-C leaves that as FILM.partial.mp4;
     SIGTERM saves the state and ends with 0 within 30 seconds. Under torchrun, mpirun, srun or deepspeed this is one of
@@ -120,13 +123,15 @@ def render(
     if env and ranks and env.world_size != ranks:
         raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
     is_leader = env is None or env.rank == 0
-    script = load_script(story) if is_leader else story
+    films = film_paths(stories, output)
+    scripts = [load_script(story) if is_leader else story for story in stories]
     if is_leader:
-        check_path(output)
+        for film in films:
+            check_path(film)
         for option, path in (("trace", trace), ("ledger", ledger), ("log-file", log_file), ("metrics", metrics)):
             check_file(f"--{option}", path)
-        if resume:
-            find_manifest(output)
+        if resume and len(films) == 1:
+            find_manifest(films[0])
 
     from longvid.journal import Journals, report, sayer
 
@@ -155,7 +160,8 @@ def render(
             return Engine.load(preset=preset, overrides=all_overrides(model, overrides))
 
         def work(engine: Engine) -> None:
-            engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger, preemption=preemption)
+            tools: dict[str, Any] = {"trace": trace, "ledger": ledger, "preemption": preemption}
+            engine.render_films(scripts, films, on_event, resume=resume, **tools)
 
         if env is None or env.world_size == 1:
             work(load())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,20 +21,20 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import plan_cache
 from longvid.checkpoint import (
     CheckpointSaver,
-    FilmState,
     Holder,
     LocalBulletin,
     Saved,
     load_checkpoint,
 )
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
-from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
+from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
+from longvid.films import first_rounds, join, num_lanes
 from longvid.fingerprint import Machine, describe_model, fingerprint
 from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
-from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
+from longvid.manifest import find_manifest, has_checkpoint, is_complete
 from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
@@ -47,10 +48,18 @@ from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.pipeline import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import QueueRules, Step, make_schedule
+from longvid.parallel.schedule import (
+    QueueRules,
+    Step,
+    last_round,
+    make_schedule,
+    num_finished,
+    num_rounds,
+    num_units,
+)
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
-from longvid.plan import Chunk, ModelFacts, Plan, make_plan
+from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler
 from longvid.script import Script, load_script
@@ -58,8 +67,9 @@ from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.tokens import largest_tokens
+from longvid.together import Clip, Film, FilmDecoders, FilmSavers, FilmSet, Job, join_live, join_memory
 from longvid.trace import Trace, summary, summary_text, write_trace
-from longvid.writer import FilmWriter, check_path
+from longvid.writer import check_path
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -72,19 +82,12 @@ class _Tools:
 
     trace: Trace | None = None
     ledger: Ledger | None = None
-    saver: CheckpointSaver | None = None
-    saved: Saved | None = None
+    decoders: FilmDecoders | None = None
+    saver: FilmSavers | None = None
+    saved: Sequence[Saved | None] = ()
+    done: int = -1
+    """The last round that all films have behind them."""
     preemption: Preemption = field(default_factory=Preemption)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A film to be made, as the leader tells all ranks."""
-
-    path: Path
-    plan: Plan
-    manifest: Manifest | None = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
 def ignore_event(event: Event) -> None:
@@ -165,6 +168,11 @@ class Engine:
     def _new_sampler(self, num_tokens: int) -> Sampler:
         return self.wrap_sampler(make_caching(self._make_sampler(self.settings.sampler, num_tokens), self.cache_plan))
 
+    def _sampler_of(self, plan: Plan) -> Sampler:
+        """A film's: noise levels may depend on the tokens of its largest unit."""
+        per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
+        return self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
+
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
         mesh = self.mesh
@@ -217,7 +225,11 @@ class Engine:
         Raises InputError for a wrong storyboard before any work, RuntimeFailure for latents that are
         not finite. Close the iterator to stop early.
         """
-        return self._stream(self.plan(story), on_event, _Tools())
+        return self._frames(self.plan(story), on_event)
+
+    def _frames(self, plan: Plan, on_event: OnEvent) -> Iterator[Frames]:
+        with contextlib.closing(self._stream(plan, on_event, _Tools())) as clips:
+            yield from (clip.frames for clip in clips if len(clip.frames))
 
     def render(
         self,
@@ -238,9 +250,43 @@ class Engine:
         rank's work, ``ledger`` one for hashes of what this rank makes. Raises Interrupted on Ctrl-C, after saving what
         is finished as a film of its own, and Preempted after saving its state, once ``preemption`` was asked for.
         """
-        started = time.monotonic()
-        job = self._on_leader(lambda: self._job(story, Path(path), resume))
-        tools = _Tools(preemption=preemption or Preemption())
+        film = Path(path)
+        job = self._on_leader(lambda: self._film(story, film, resume))
+        self._render(self._join([job]), on_event, trace, ledger, preemption)
+        return film
+
+    def render_films(
+        self,
+        stories: Sequence[str | Path | Script],
+        paths: Sequence[str | Path],
+        on_event: OnEvent = ignore_event,
+        *,
+        resume: bool = False,
+        trace: str | Path | None = None,
+        ledger: str | Path | None = None,
+        preemption: Preemption | None = None,
+    ) -> list[Path]:
+        """Render storyboards of one size and frame rate to a film each, side by side through the stages.
+
+        Every film is what `render` makes of it; ``mesh.films`` says how many are under way at once. With ``resume``
+        films that are complete are left as they are, those with a checkpoint go on from it, and the others begin. All
+        else is as in `render`.
+        """
+        films = [Path(path) for path in paths]
+        to_make = self._on_leader(lambda: list(self._films_to_make(stories, films, resume)))
+        if to_make:
+            self._render(self._join(to_make), on_event, trace, ledger, preemption)
+        return films
+
+    def _render(
+        self,
+        job: Job,
+        on_event: OnEvent,
+        trace: str | Path | None,
+        ledger: str | Path | None,
+        preemption: Preemption | None,
+    ) -> None:
+        tools = _Tools(done=job.done, preemption=preemption or Preemption())
         if trace:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
         if ledger:
@@ -248,30 +294,22 @@ class Engine:
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self.layers
             )
         holder = Holder(self.mesh, self.layers, self._stage.branches, self.attention, self.cache)
-        if job.manifest:
-            tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
-        with self._open_film(job, tools) as writer:
+        tools.saved = [
+            load_checkpoint(film.path, film.manifest, holder, self.device) if film.manifest else None
+            for film in job.films
+        ]
+        tools.decoders = FilmDecoders(self._decoder) if self.mesh.is_leader else None
+        with FilmSet(job, tools.decoders, on_event) as films:
+            if self.mesh.is_leader:
+                films.open(tools.saved, self.settings.output)
             if self._root is not None:
-                tools.saver = CheckpointSaver(
-                    job.path,
-                    holder,
-                    LocalBulletin() if self.mesh.topology.num_ranks == 1 else StoreBulletin(),
-                    fingerprint=job.fingerprint,
-                    film_state=lambda: FilmState(self._decoder.state(), _writer(writer).state()),
-                    on_notice=lambda text: on_event(Notice(text)),
-                    interval_s=self.settings.runtime.checkpoint_s,
-                    timeout_s=self.settings.runtime.timeout_s,
-                    preemption=tools.preemption,
-                )
+                films.saver = tools.saver = self._make_savers(films, holder, on_event, tools.preemption)
                 tools.preemption.is_awaited = True
-            film = self._write(job, writer, on_event, tools)
+            self._write(films, on_event, tools)
         if trace and tools.trace:
             self._write_trace(Path(trace), tools.trace, job.plan, on_event)
-        if self.mesh.is_leader:
-            on_event(FilmDone(film, job.plan.num_frames, time.monotonic() - started))
-        return film
 
-    def _job(self, story: str | Path | Script, path: Path, resume: bool) -> _Job:
+    def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
         """What the leader knows of a film before it begins."""
         check_path(path)
         script = story if isinstance(story, Script) else load_script(story)
@@ -279,7 +317,7 @@ class Engine:
         if self._root is None:
             if resume:
                 raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
-            return _Job(path, plan)
+            return Film(path, plan)
         kernels = describe_kernels(self.device, sparse=self.attention is not None)
         machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
         model = describe_model(self._root)
@@ -287,42 +325,71 @@ class Engine:
         manifest = find_manifest(path) if resume else None
         if manifest:
             manifest.require(path, marks)
-        return _Job(path, plan, manifest, marks)
+        return Film(path, plan, manifest, marks)
 
-    def _open_film(self, job: _Job, tools: _Tools) -> contextlib.AbstractContextManager[FilmWriter | None]:
-        """The leader's writer, where the checkpoint says, and its decoder with it; nothing on the others."""
-        if not self.mesh.is_leader:
-            return contextlib.nullcontext()
-        plan, saved = job.plan, tools.saved
-        shape: dict[str, Any] = {"width": plan.width, "height": plan.height, "fps": plan.fps}
-        if not saved:
-            return FilmWriter(job.path, **shape, output=self.settings.output)
-        assert saved.film is not None
-        self._decoder.load_state(saved.film.decoder)
-        state = saved.film.writer
-        return FilmWriter.resume(
-            job.path, **shape, output=self.settings.output, segments=state.segments, open_frames=state.open_frames
-        )
+    def _films_to_make(
+        self, stories: Sequence[str | Path | Script], paths: Sequence[Path], resume: bool
+    ) -> Iterator[Film]:
+        """Those of several films that are not complete; one without a checkpoint begins anew."""
+        for story, path in zip(stories, paths, strict=True):
+            if not (resume and is_complete(path)):
+                yield self._film(story, path, resume and has_checkpoint(path))
 
-    def _write(self, job: _Job, writer: FilmWriter | None, on_event: OnEvent, tools: _Tools) -> Path:
+    def _join(self, films: Sequence[Film]) -> Job:
+        """The films as one plan, each from where its checkpoint is."""
+        rules, chosen = QueueRules.of(self.settings), self.settings
+        lanes = num_lanes(chosen.mesh.films, self.mesh.topology.stage, chosen.sampler.steps, rules)
+        done = [film.manifest.round if film.manifest else -1 for film in films]
+        plans = [film.plan for film in films]
+        start, firsts = first_rounds(plans, done, lanes, rules)
+        levels = {tuple(self._sampler_of(plan).timestep(k) for k in range(chosen.sampler.steps)) for plan in plans}
+        if len(levels) > 1:
+            raise InputError(
+                "films that are made together must have the same noise levels, and this model chooses them by the size "
+                "of a film's largest chunk: render them one by one"
+            )
+        return Job(tuple(films), join(plans, firsts), start - 1)
+
+    def _make_savers(self, films: FilmSet, holder: Holder, on_event: OnEvent, preemption: Preemption) -> FilmSavers:
+        spans = films.job.plan.films
+        bulletin = LocalBulletin() if self.mesh.topology.num_ranks == 1 else StoreBulletin()
+        savers = [
+            CheckpointSaver(
+                film.path,
+                holder,
+                bulletin,
+                chunks=span.chunks,
+                fingerprint=film.fingerprint,
+                film_state=partial(films.state, index),
+                on_notice=lambda text: on_event(Notice(text)),
+                interval_s=self.settings.runtime.checkpoint_s,
+                timeout_s=self.settings.runtime.timeout_s,
+                preemption=preemption,
+            )
+            for index, (film, span) in enumerate(zip(films.job.films, spans, strict=True))
+        ]
+        return FilmSavers(spans, [last_round(span, self.settings) for span in spans], savers)
+
+    def _write(self, films: FilmSet, on_event: OnEvent, tools: _Tools) -> None:
+        """Stream the films to their writers."""
         try:
             with contextlib.ExitStack() as stack:
-                if tools.saver:
-                    stack.callback(tools.saver.close)
+                if films.saver:
+                    stack.callback(films.saver.close)
                 if tools.ledger:
                     stack.callback(tools.ledger.close)
-                for frames in self._stream(job.plan, on_event, tools):
+                for clip in self._stream(films.job.plan, on_event, tools):
                     began = time.monotonic_ns()
-                    _writer(writer).append(frames)
+                    films.add(clip)
                     if tools.trace:
-                        tools.trace.add("write", f"{len(frames)} frames", began, time.monotonic_ns())
-            return writer.finish() if writer else job.path
+                        tools.trace.add("write", f"{len(clip.frames)} frames", began, time.monotonic_ns())
+            films.finish_ended()
         except KeyboardInterrupt:
             if tools.preemption.is_asked:
-                raise Preempted(_what_is_saved(job.path, tools)) from None
-            raise Interrupted(_what_is_left(writer, job.path)) from None
+                raise Preempted(films.what_is_saved()) from None
+            raise Interrupted(films.what_is_left()) from None
         except Preempted:
-            raise Preempted(_what_is_saved(job.path, tools) if self.mesh.is_leader else "") from None
+            raise Preempted(films.what_is_saved() if self.mesh.is_leader else "") from None
 
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
@@ -346,8 +413,7 @@ class Engine:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
         tools = tools or _Tools()
         images = self._prepare(plan)
-        per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
-        self._sampler = self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
+        self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
             rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
@@ -366,16 +432,16 @@ class Engine:
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
+        saved = tools.saved or [None] * len(plan.films)
         if self.attention:
-            self.attention.load_state(tools.saved.memory if tools.saved else {})
+            self.attention.load_state(join_memory(plan.films, [film.memory if film else {} for film in saved]))
         if self.cache:
-            self.cache.load_state(tools.saved.cached if tools.saved else {})
-        done = tools.saved.round if tools.saved else -1
-        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
+            self.cache.load_state(join_memory(plan.films, [film.cached if film else {} for film in saved]))
+        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, tools.done)
         actions = make_schedule(plan, self.settings)
-        live = tools.saved.live(self._sampler) if tools.saved else None
+        live = join_live(plan.films, saved, self._sampler)
         try:
-            for finished in self._executor.run(actions, plan, rounds.on_unit, live, done):
+            for finished in self._executor.run(actions, plan, rounds.on_unit, live, tools.done):
                 image = images[finished.chunk.shot]
                 yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
@@ -425,22 +491,28 @@ class Engine:
         levels = map(self._sampler.timestep, range(self._sampler.num_steps))
         return tuple(chosen.guidance if level >= boundary else low for level in levels)
 
-    def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Iterator[Frames]:
+    def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Generator[Clip]:
         if self.mesh.is_leader:
             for text in self._notices(plan):
                 on_event(Notice(text))
-            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
-            on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
+            rounds, shape = num_rounds(plan, self.settings), (plan.width, plan.height, plan.fps)
+            on_event(Started(plan.num_frames, len(plan.chunks), rounds, *shape, num_films=len(plan.films)))
+        chunks_done = num_finished(plan, self.settings, tools.done)
+        frames_done = [
+            self._frames_until(plan, film, count) for film, count in zip(plan.films, chunks_done, strict=True)
+        ]
         for finished in self.denoise(plan, on_event, tools):
+            chunk, film = finished.chunk, plan.film_of(finished.chunk)
             began = time.monotonic_ns()
+            if tools.decoders:
+                tools.decoders.at(film)
             frames = self.decode(plan, finished)
             if tools.trace:
-                tools.trace.add("decode", f"c{finished.chunk.index}", began, time.monotonic_ns())
-            shot = plan.shots[finished.chunk.shot]
-            done = shot.first_frame + min(self._frames_until(finished.chunk), shot.num_frames)
-            if len(frames):
-                yield frames
-            on_event(ChunkDone(finished.chunk.index + 1, len(plan.chunks), done))
+                tools.trace.add("decode", f"c{chunk.index}", began, time.monotonic_ns())
+            chunks_done[film] += 1
+            frames_done[film] = self._frames_until(plan, plan.films[film], chunks_done[film])
+            yield Clip(film, frames, is_last=chunk.index == plan.films[film].chunks[-1])
+            on_event(ChunkDone(sum(chunks_done), len(plan.chunks), sum(frames_done)))
 
     def decode(self, plan: Plan, finished: Finished) -> Frames:
         """Frames of a chunk, uint8 [T, H, W, 3]; chunks must come in film order.
@@ -455,8 +527,13 @@ class Engine:
         left = shot.num_frames - self._decoder.frames_after(chunk.start)
         return frames[: max(0, left)]
 
-    def _frames_until(self, chunk: Chunk) -> int:
-        return self.facts.grid.num_frames(chunk.start + chunk.num_latents)
+    def _frames_until(self, plan: Plan, film: FilmSpan, num_chunks: int) -> int:
+        """Frames of a film's first chunks."""
+        if not num_chunks:
+            return 0
+        chunk = plan.chunks[film.chunks[num_chunks - 1]]
+        shot = plan.shots[chunk.shot]
+        return shot.first_frame + min(self.facts.grid.num_frames(chunk.start + chunk.num_latents), shot.num_frames)
 
     def _noise(self, plan: Plan) -> Callable[[Chunk], Tensor]:
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
@@ -472,6 +549,8 @@ class Engine:
             if unknown:
                 hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
                 place = f"line {scene.line}: " if scene.line else ""
+                if plan.joined:
+                    place = f"film {1 + plan.film_of(plan.chunks[plan.shots[scene.shot].first_chunk])}, {place}"
                 yield f"{place}the model does not know {', '.join(hints)}"
         if self.attention:
             tokens = largest_tokens(plan, self.settings, self.facts)
@@ -538,12 +617,11 @@ class _RoundCounter:
     """Turns units into one event a round."""
 
     def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent, done: int = -1) -> None:
-        rules = QueueRules.of(settings)
-        self._num_rounds = rules.num_rounds(len(plan.chunks), steps)
+        self._num_rounds = num_rounds(plan, settings)
         self._num_units = len(plan.chunks) * steps
         self._on_event = on_event
         self._round, self._in_round = done + 1, 0
-        self._done = sum(min(max(done + 1 - rules.gap * i, 0), steps) for i in range(len(plan.chunks)))
+        self._done = num_units(plan, settings, done)
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
@@ -557,29 +635,3 @@ class _RoundCounter:
     def _end_round(self) -> None:
         self._on_event(RoundDone(self._round + 1, self._num_rounds, self._in_round, self._done, self._num_units))
         self._in_round = 0
-
-
-def _writer(writer: FilmWriter | None) -> FilmWriter:
-    assert writer is not None, "frames come on the leader alone"
-    return writer
-
-
-def _what_is_left(writer: FilmWriter | None, path: Path) -> str:
-    if writer is None:
-        return "interrupted"
-    partial = writer.partial()
-    go_on = "; --resume goes on with it" if (state_folder(path) / MANIFEST).exists() else ""
-    if partial is None:
-        return f"interrupted before the first chunk was finished; {path} was not written{go_on}"
-    return f"interrupted; what was finished is in {partial}{go_on}"
-
-
-def _what_is_saved(path: Path, tools: _Tools) -> str:
-    """After a pre-emption: what there is to go on from."""
-    try:
-        done = f"round {Manifest.read(path).round + 1}"
-    except InputError:
-        return "stopped before the first checkpoint; the same command begins anew"
-    if tools.saver and tools.saver.is_saved_for_preemption:
-        return f"stopped, and saved after {done}; the same command with --resume goes on"
-    return f"stopped; there was no time to save more than the checkpoint after {done}: --resume goes on from there"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Started:
-    """Planning is done and denoising begins."""
+    """Planning is done and denoising begins. With several films, counts in this and other events are of all."""
 
     num_frames: int
     num_chunks: int
@@ -16,6 +16,7 @@ class Started:
     width: int
     height: int
     fps: float
+    num_films: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RoundDone:
 
 @dataclass(frozen=True)
 class ChunkDone:
-    """A chunk's frames are decoded. ``chunk`` counts from 1; ``frames_done`` are the film's so far."""
+    """A chunk's frames are decoded: ``chunk`` chunks are done, and ``frames_done`` frames."""
 
     chunk: int
     num_chunks: int
@@ -50,7 +51,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class FilmDone:
-    """The film is complete at ``path``."""
+    """A film is complete at ``path``, so many seconds after the start."""
 
     path: Path
     num_frames: int

@@ -18,7 +18,7 @@ from typing import IO, ClassVar, Literal, Protocol
 from rich.console import Console
 
 from longvid.errors import Interrupted, LongvidError, Preempted
-from longvid.events import Event, FilmDone, Notice
+from longvid.events import Event, Notice
 from longvid.hls import write_whole
 from longvid.progress import Lines, Tally, show_progress
 
@@ -190,7 +190,7 @@ class Metrics:
 
     def show(self, event: Event) -> None:
         self.tally.add(event)
-        if isinstance(event, FilmDone):
+        if self.tally.is_done:
             self.state = "done"
         if self.state == "done" or self.tally.clock() - self._last_write >= EVERY_S:
             self._write()

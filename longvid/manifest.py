@@ -97,13 +97,23 @@ class Manifest(BaseModel):
             )
 
 
+def is_complete(film: Path) -> bool:
+    """Whether a film is there, and nothing of its making."""
+    return film.exists() and not working_folder(film).exists()
+
+
+def has_checkpoint(film: Path) -> bool:
+    """Whether a render of a film left a checkpoint."""
+    return (state_folder(film) / MANIFEST).exists()
+
+
 def find_manifest(film: Path) -> Manifest | None:
     """The checkpoint that `--resume` goes on from; None where the film was never begun, so that it begins now.
 
     Raises InputError where there is a working folder without a checkpoint, and where the film is complete.
     """
+    if is_complete(film):
+        raise InputError(f"{film}: is complete: there is nothing to resume; leave --resume out to render it anew")
     if not working_folder(film).exists():
-        if film.exists():
-            raise InputError(f"{film}: is complete: there is nothing to resume; leave --resume out to render it anew")
         return None
     return Manifest.read(film)

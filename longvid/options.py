@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from longvid.errors import InputError
 
 Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
 Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
@@ -17,3 +21,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 def all_overrides(model: str | None, overrides: list[str] | None) -> list[str]:
     """What `--set` and `--model` say, as overrides of settings."""
     return [*(overrides or []), *([f"model.path={model}"] if model is not None else [])]
+
+
+def film_paths(stories: Sequence[Path], output: Path) -> list[Path]:
+    """The film of each storyboard: `output`, or where there are several its files, named after them.
+
+    Raises InputError where two would have one name.
+    """
+    if len(stories) == 1:
+        return [output]
+    if output.suffix.lower() == ".mp4":
+        raise InputError(f"-o {output}: {len(stories)} storyboards make as many films: name a folder")
+    films = [output / f"{story.stem}.mp4" for story in stories]
+    for film in films:
+        if films.count(film) > 1:
+            raise InputError(f"two storyboards are named {film.stem}, and both would be {film}: rename one")
+    return films

@@ -7,6 +7,7 @@ and nothing crosses a cut: frames and latents count within a shot, unless a comm
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
@@ -107,9 +108,22 @@ class SceneSpan:
     line: int
 
 
+@dataclass(frozen=True, slots=True)
+class FilmSpan:
+    """One film of a plan, where several share a pipe: its chunks and shots, and the first round of its own."""
+
+    chunks: range
+    shots: range
+    first_round: int = 0
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A film as data. `negatives[i]` goes with `prompts[i]`; the pairs are unique."""
+    """A film as data. `negatives[i]` goes with `prompts[i]`; the pairs are unique.
+
+    Or several films that are made together (`films.join`): then it has chunks, shots and scenes of one after the
+    other, times and frames count within each film, and `num_frames` is that of all.
+    """
 
     shots: tuple[Shot, ...]
     chunks: tuple[Chunk, ...]
@@ -121,6 +135,16 @@ class Plan:
     height: int
     num_frames: int
     seed: int
+    joined: tuple[FilmSpan, ...] = ()
+
+    @property
+    def films(self) -> tuple[FilmSpan, ...]:
+        """The films in it: one, unless several were joined."""
+        return self.joined or (FilmSpan(range(len(self.chunks)), range(len(self.shots))),)
+
+    def film_of(self, chunk: Chunk) -> int:
+        """Which of its films a chunk belongs to."""
+        return bisect_right(self.films, chunk.index, key=lambda film: film.chunks.start) - 1
 
 
 def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:

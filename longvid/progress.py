@@ -32,6 +32,7 @@ class Tally:
     num_units: int = 0
     chunk: int = 0
     frames_done: int = 0
+    films_done: int = 0
     _ends: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_ROUNDS + 1))
 
     def add(self, event: Event) -> None:
@@ -46,8 +47,15 @@ class Tally:
                 self.num_units = event.num_units
             case ChunkDone():
                 self.chunk, self.frames_done = event.chunk, event.frames_done
+            case FilmDone():
+                self.films_done += 1
             case _:
                 pass
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every film is complete."""
+        return self.films_done == (self.plan.num_films if self.plan else 1)
 
     def frames_per_s(self) -> float | None:
         """Frames of film a second of work since the start; None before the first chunk."""
@@ -146,9 +154,9 @@ def _line(event: Started | Notice | FilmDone) -> str:
             seconds = event.num_frames / event.fps
             size = f"{event.width} x {event.height}"
             work = f"{event.num_chunks} chunks in {event.num_rounds} rounds"
-            return (
-                f"rendering {seconds:.1f} s of film, {event.num_frames} frames of {size} at {event.fps:g} fps: {work}"
-            )
+            films = f"{event.num_films} films, " if event.num_films > 1 else ""
+            length = f"{films}{seconds:.1f} s of film, {event.num_frames} frames"
+            return f"rendering {length} of {size} at {event.fps:g} fps: {work}"
         case FilmDone():
             pace = f" ({event.num_frames / event.seconds:.1f} frames/s)" if event.seconds > 0 else ""
             return f"{event.path}: {event.num_frames} frames in {event.seconds:.1f} s{pace}"

@@ -63,7 +63,7 @@ class MeshSettings(Section):
     """How ranks are spread: films x layers x chunks x guidance branches x tokens. `auto` decides by the film.
 
     `ring` is the part of `seq` that passes K/V around in a ring; the rest exchanges heads (Ulysses). `buffers` is how
-    many messages a rank may have under way to another.
+    many messages a rank may have under way to another, `films` how many films go through the stages side by side.
     """
 
     replica: Axis = "auto"
@@ -73,6 +73,7 @@ class MeshSettings(Section):
     seq: Axis = "auto"
     ring: Annotated[int, Field(ge=1, le=1024)] = 1
     buffers: Annotated[int, Field(ge=1, le=64)] = 2
+    films: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
 
 
 SequenceBackend = Literal["longvid", "deepspeed", "xfuser"]

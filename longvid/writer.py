@@ -114,9 +114,13 @@ class FilmWriter:
         return tuple(self.folder / name for name in self._segments[first_new:])
 
     def finish(self) -> Path:
-        """Join the segments to the film and remove them, unless the settings keep them. Returns the film's path."""
+        """Join the segments to the film and remove them, unless the settings keep them. Returns the film's path.
+
+        What an interruption left as `film.partial.mp4` goes away: all of it is in the film.
+        """
         self.close()
         self._join(self.path)
+        self._partial_path.unlink(missing_ok=True)
         if not self._output.keep_state:
             self._remove_folder()
         return self.path
@@ -126,9 +130,12 @@ class FilmWriter:
         self.close()
         if not self._segments:
             return None
-        target = self.path.with_name(f"{self.path.stem}.partial.mp4")
-        self._join(target)
-        return target
+        self._join(self._partial_path)
+        return self._partial_path
+
+    @property
+    def _partial_path(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.partial.mp4")
 
     def close(self) -> None:
         """End the open segment and the playlist. No frames can follow."""

@@ -87,7 +87,7 @@ KEPT = -1
 class Saver(Protocol):
     """Keeps the state of a run at the end of a round, on every rank."""
 
-    def is_due(self) -> bool:
+    def is_due(self, done: int) -> bool:
         """Asked on the leader at the end of every round: whether the state should be saved soon."""
         ...
 
@@ -409,7 +409,7 @@ class Executor:
     def _boundary(self, action: Boundary, live: Live) -> None:
         if not self.saver:
             return
-        if self.mesh.is_leader and self.saver.is_due() and self._save_at <= action.round - SAVE_NOTICE:
+        if self.mesh.is_leader and self.saver.is_due(action.round) and self._save_at <= action.round - SAVE_NOTICE:
             # A lone rank has nobody to tell.
             self._save_at = action.round + (SAVE_NOTICE if self.mesh.topology.num_ranks > 1 else 0)
         if self._save_at == action.round:
@@ -423,10 +423,12 @@ class Executor:
             self.saver.save_latents(action.round, latents, solvers)
 
     def _place(self, chunk: Chunk, plan: Plan) -> str:
-        shot = plan.shots[chunk.shot]
+        shot, film = plan.shots[chunk.shot], plan.film_of(chunk)
+        index = shot.index - plan.films[film].shots.start
+        name = f"film {film + 1} of {len(plan.films)}, shot {index}" if plan.joined else f"shot {index}"
         first = self.facts.grid.num_frames(chunk.start)
         end = min(self.facts.grid.num_frames(chunk.start + chunk.num_latents), shot.num_frames)
-        return f"shot {shot.index}, frames {shot.first_frame + first}-{shot.first_frame + end - 1}"
+        return f"{name}, frames {shot.first_frame + first}-{shot.first_frame + end - 1}"
 
 
 _NOTHING = torch.empty(0)

@@ -27,11 +27,12 @@ steps the first rank decides behind the first layers whether the others run; the
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from longvid.plan import Chunk, Plan
+from longvid.plan import Chunk, FilmSpan, Plan
 from longvid.settings import Settings
 
 LeftLevel = Literal["same", "fresher"]
@@ -197,10 +198,77 @@ class QueueRules:
 
 
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
-    """The schedule that the settings ask for."""
-    if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
-    return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
+    """The schedule that the settings ask for; of several films, each round by round beside the others."""
+    make = sequential_schedule if settings.schedule == "sequential" else queue_schedule
+    rules, steps = QueueRules.of(settings), settings.sampler.steps
+
+    def of_film(film: FilmSpan) -> Iterator[Action]:
+        alone = make(plan.chunks[film.chunks.start : film.chunks.stop], steps, rules)
+        return (shift(action, film.chunks.start, film.first_round) for action in alone)
+
+    return heapq.merge(*map(of_film, plan.films), key=lambda action: action.round)
+
+
+def last_round(film: FilmSpan, settings: Settings) -> int:
+    """The round in which a film's last chunk takes its last step."""
+    return film.first_round + QueueRules.of(settings).num_rounds(len(film.chunks), settings.sampler.steps) - 1
+
+
+def num_rounds(plan: Plan, settings: Settings) -> int:
+    """Rounds until the last film is done."""
+    return 1 + max(last_round(film, settings) for film in plan.films)
+
+
+def num_units(plan: Plan, settings: Settings, done: int) -> int:
+    """Units of the rounds up to `done`."""
+    steps = settings.sampler.steps
+    return sum(min(max(done + 1 - n, 0), steps) for film in plan.films for n in _entries(film, settings))
+
+
+def num_finished(plan: Plan, settings: Settings, done: int) -> list[int]:
+    """Chunks of each film that are finished when round `done` is over."""
+    steps = settings.sampler.steps
+    return [sum(n + steps <= done + 1 for n in _entries(film, settings)) for film in plan.films]
+
+
+def _entries(film: FilmSpan, settings: Settings) -> range:
+    """The rounds in which a film's chunks enter."""
+    gap = QueueRules.of(settings).gap
+    return range(film.first_round, film.first_round + gap * len(film.chunks), gap)
+
+
+def shift(action: Action, chunks: int, rounds: int) -> Action:
+    """The same action, with chunks and rounds that are so many further."""
+    if not chunks and not rounds:
+        return action
+
+    def latents(version: LatentVersion) -> LatentVersion:
+        return LatentVersion(version.chunk + chunks, version.version)
+
+    def kv(version: KvVersion) -> KvVersion:
+        return KvVersion(version.chunk + chunks, version.round + rounds, version.edge)
+
+    n = action.round + rounds
+    match action:
+        case Forward(left=left, right=right):
+            return Forward(
+                n,
+                action.chunk + chunks,
+                action.step,
+                left=kv(left) if isinstance(left, KvVersion) else latents(left) if left else None,
+                right=kv(right) if right else None,
+                store=tuple(map(kv, action.store)),
+            )
+        case Gate(forward=forward):
+            shifted = shift(forward, chunks, rounds)
+            assert isinstance(shifted, Forward)
+            return Gate(shifted)
+        case Finish() | DropLatents():
+            return replace(action, round=n, latents=latents(action.latents))
+        case DropKv():
+            return DropKv(n, kv(action.kv))
+        case Admit() | Forecast() | Step():
+            return replace(action, round=n, chunk=action.chunk + chunks)
 
 
 def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:

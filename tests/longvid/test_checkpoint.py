@@ -38,13 +38,14 @@ from longvid.noise import chunk_noise
 from longvid.parallel.comm import Group, LoneComm
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.schedule import KvVersion, LatentVersion, make_schedule
+from longvid.parallel.schedule import KvVersion, LatentVersion, last_round, make_schedule
 from longvid.parallel.sequence import KvPart
 from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, make_plan
 from longvid.sampler import EulerSampler
 from longvid.script import parse_script
 from longvid.settings import load_settings
+from longvid.together import FilmSavers
 from longvid.writer import FilmWriter, WriterState
 
 NUM_LAYERS = 5
@@ -106,7 +107,13 @@ def film_state(done: int) -> FilmState:
 
 
 def saver_of(film: Path, holder: Holder, bulletin: LocalBulletin, **options: Any) -> CheckpointSaver:
-    options = {"fingerprint": {"a": 1}, "film_state": lambda: film_state(0), "on_notice": pytest.fail, **options}
+    options = {
+        "fingerprint": {"a": 1},
+        "chunks": range(1000),
+        "film_state": lambda: film_state(0),
+        "on_notice": pytest.fail,
+        **options,
+    }
     return CheckpointSaver(film, holder, bulletin, **options)
 
 
@@ -362,7 +369,7 @@ def test_a_rank_that_is_not_done_with_an_earlier_save_says_so(film: Path, monkey
     peer = saver_of(film, other, bulletin)
     peer.save_kv(3, kv_of(other, 3))
     peer.save_kv(7, kv_of(other, 7))
-    [answer] = bulletin.wait(["checkpoint/7/1"], 5) or [""]
+    [answer] = bulletin.wait([f"checkpoint/{film}/7/1"], 5) or [""]
     assert "still being written" in answer
     may_write.set()
     peer.close()
@@ -566,7 +573,8 @@ class Film:
             film_state=lambda: FilmState(self.decoder.state(), writer.state()),
             interval_s=0,
         )
-        self.executor.saver = saver
+        lasts = [last_round(film, self.settings) for film in self.plan.films]
+        self.executor.saver = FilmSavers(self.plan.films, lasts, [saver])
         units = 0
 
         def on_unit(_: object) -> None:

@@ -64,6 +64,7 @@ def test_json_is_all_that_stderr_has_a_line_an_event() -> None:
         "width": 64,
         "height": 64,
         "fps": 16.0,
+        "num_films": 1,
     }
     assert lines[4]["path"] == "film.mp4" and all(datetime.fromisoformat(line["time"]).tzinfo for line in lines)
 

@@ -261,6 +261,34 @@ def test_a_killed_rank_ends_all_and_the_resumed_film_is_the_same(
     assert warm.render(story, film, "--resume", num_ranks=3) == alone
 
 
+def test_films_in_one_pipe_are_what_they_are_alone_and_so_they_are_after_a_kill(
+    story: Path, alone: str, warm: Warm, tmp_path: Path
+) -> None:
+    """One after the other and side by side; some are complete and some not begun when a rank is killed."""
+    stories = [tmp_path / name for name in ("first.yaml", "second.yaml", "third.yaml")]
+    for path, text in zip(stories, (SHORT, STORY, SHORT.replace("seed: 5", "seed: 6")), strict=True):
+        path.write_text(text)
+    wanted = [
+        warm.render(stories[0], tmp_path / "one.mp4"),
+        alone,
+        warm.render(stories[2], tmp_path / "three.mp4"),
+    ]
+    folder = tmp_path / "films"
+    folder.mkdir()
+    films = [folder / f"{path.stem}.mp4" for path in stories]
+    together = [*arguments(stories[0], folder, settings=["mesh.films=2"]), *map(str, stories[1:])]
+    ranks = warm.start(together, num_ranks=2)
+    wait_for(films[0].exists)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(ranks.pids[1], signal.SIGKILL)
+    ranks.wait()
+    first = films[0].stat().st_mtime_ns
+    warm.run([*together, "--resume"], num_ranks=3)
+    assert [digest(film) for film in films] == wanted
+    assert films[0].stat().st_mtime_ns == first
+    assert sorted(path.name for path in folder.iterdir()) == sorted(film.name for film in films)
+
+
 SPARSE = ["attention.policy=adaspa", "attention.crossover=always", "attention.tile=16", "attention.search_at=[0.3]"]
 CACHE = ["cache.policy=taylorseer", "cache.interval=3", "cache.first_steps=2", "sampler.steps=7"]
 
