@@ -394,7 +394,12 @@ class Executor:
         if isinstance(message, Verdict):
             return _NOTHING.shape, _NOTHING.dtype
         if isinstance(message, Hidden):
-            return self.stage.hidden_shape(chunk.num_latents + chunk.num_left * message.with_left, self.latent_size)
+            num_latents = chunk.num_latents + chunk.num_left * message.with_left
+            shape, dtype = self.stage.hidden_shape(num_latents, self.latent_size)
+            if self.cache and self.cache.regions:
+                num_own = shape[1] * chunk.num_latents // num_latents
+                shape = (shape[0], self.cache.num_rows(shape[1], num_own, shape[2], message.step), shape[2])
+            return shape, dtype
         shape = (self.facts.latent_channels, chunk.num_latents, *self.latent_size)
         if isinstance(message, Velocity):
             return (self.stage.num_branches, *shape), torch.float32

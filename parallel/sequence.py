@@ -83,6 +83,8 @@ class Around:
     """Tokens of the whole span that `left` is a part of."""
     store: tuple[slice, ...] = ()
     attention: Attention = field(default_factory=DenseAttention)
+    queries: Tensor | None = None
+    """Where not all of the unit's tokens ask: which do, int64 [l]. Their K/V come of all."""
     head_costs: Sequence[float] | None = None
     """What each head costs beside the others, where they are to be dealt to ranks by that."""
 
@@ -394,7 +396,11 @@ def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around
         right = [(around.right.key, around.right.value)] if around.right else []
         parts = [*left, (k_BLHD, v_BLHD), *right]
         k_BLHD, v_BLHD = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    q_BLHD = rotate(q_BLHD, rows(around.rope, first, first + num_tokens))
+    if around.queries is None:
+        rope = rows(around.rope, first, first + num_tokens)
+    else:
+        rope = around.rope[0][:, first + around.queries], around.rope[1][:, first + around.queries]
+    q_BLHD = rotate(q_BLHD, rope)
     return around.attention.whole(q_BLHD, rotate(k_BLHD, around.rope), v_BLHD, heads)
 
 

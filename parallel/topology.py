@@ -102,7 +102,8 @@ def workload(settings: Settings, facts: ModelFacts) -> Workload:
     steps = settings.sampler.steps
     in_flight = -(-steps // QueueRules.of(settings).gap)
     branches, heads = settings.sampler.num_branches, facts.num_heads
-    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, facts.splits_tokens)
+    splits_tokens = facts.splits_tokens and settings.cache.splits_tokens
+    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, splits_tokens)
 
 
 def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
@@ -176,7 +177,7 @@ def _with_ring(topology: Topology, ring: int, work: Workload) -> tuple[Topology,
         branches = "one branch without guidance" if work.branches == 1 else f"{work.branches} branches"
         return topology, f"guidance {topology.guidance}: there is only {branches} (sampler.guidance)"
     if topology.seq > 1 and not work.splits_tokens:
-        return topology, f"seq {topology.seq}: tokens of a model of this family stay on one rank, so seq is 1"
+        return topology, f"seq {topology.seq}: with this model or cache.policy tokens stay on one rank, so seq is 1"
     if topology.seq % ring:
         return topology, f"seq {topology.seq} is not a multiple of ring {ring}"
     topology = replace(topology, ring=ring)

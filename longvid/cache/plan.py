@@ -24,13 +24,14 @@ class StepPlan:
     `treatment` is that of the layers of `span`: forecast by what they changed in the hidden states at computed steps,
     or gated: the first rank decides between the two. An empty span that is not computed means the whole model, of which
     the velocity is forecast. `modules` (layer, module) are forecast one by one. With guidance, `skips_negative` leaves
-    the negative's pass out.
+    the negative's pass out. `active` is the share of a chunk's own tokens that go through the layers (`regions.py`).
     """
 
     treatment: Treatment = "computed"
     span: range = range(0)
     modules: frozenset[tuple[int, Module]] = frozenset()
     skips_negative: bool = False
+    active: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,17 @@ class GateRules:
 
 
 @dataclass(frozen=True)
+class RegionRules:
+    """Which tokens go through the layers: those of which the prediction deviates least (`focus` low), or most (high).
+
+    What was left out comes in again: a score is multiplied by e^(starvation · steps left out in a row).
+    """
+
+    focus: Literal["low", "high"]
+    starvation: float
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """A policy for a number of steps and layers. `order` is that of the series; `steps` are all of a chunk's own.
 
@@ -67,6 +79,7 @@ class CachePlan:
     steps: tuple[StepPlan, ...]
     order: int = 0
     gate: GateRules | None = None
+    regions: RegionRules | None = None
     kept_modules: frozenset[tuple[int, Module]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +89,11 @@ class CachePlan:
     @property
     def is_inside(self) -> bool:
         """Whether stages take part: something is left out inside forward passes, or a gate decides."""
-        return self.gate is not None or any(step.span or step.modules or step.skips_negative for step in self.steps)
+        return (
+            self.gate is not None
+            or self.regions is not None
+            or any(step.span or step.modules or step.skips_negative for step in self.steps)
+        )
 
     @property
     def skips_negatives(self) -> bool:
@@ -96,6 +113,8 @@ class CachePlan:
         spans = any(step.span.stop - 1 in layers for step in self.steps if step.span)
         modules = sum(layer in layers for layer, _ in self.kept_modules)
         remembered = (self.order + 1) * num_tokens * (spans + modules)
+        if self.regions:  # K/V; latents and velocities count as a layer's
+            remembered += 2 * num_tokens * (len(layers) + 1)
         if self.gate and self.gate.layers - 1 in layers:  # of the prompt's branch alone, but gates are small
             stride = -(-num_tokens // self.gate.max_tokens)
             remembered += (self.gate.order + 1) * -(-num_tokens // stride)
@@ -106,4 +125,4 @@ class CachePlan:
         plan = self.steps[step]
         if plan.treatment == "forecast" and (not plan.span or layer in plan.span):
             return 0.0
-        return 1 - sum((layer, module) in plan.modules for module in MODULES) / len(MODULES)
+        return plan.active * (1 - sum((layer, module) in plan.modules for module in MODULES) / len(MODULES))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longvid.cache.plan import CachePlan, Module, StepPlan
+from longvid.cache.regions import RegionMemory, num_active
 from longvid.cache.taylor import Series
 from longvid.sparsity.policy import Memory
 
@@ -27,6 +28,13 @@ class CacheRuntime:
         self.plan = plan
         self._series: dict[Place, dict[str, Series]] = {}
         self._skipped: dict[int, int] = {}
+        self.regions = RegionMemory(plan.regions) if plan.regions else None
+        """For a policy that leaves tokens out."""
+
+    def num_rows(self, num_tokens: int, num_own: int, width: int, step: int) -> int:
+        """Rows of hidden states between stages: active tokens, and who they are (`Active.as_rows`)."""
+        share = self.at(step).active
+        return num_tokens if share == 1 else num_tokens - num_own + num_active(share, num_own) - (-num_tokens // width)
 
     def at(self, step: int) -> StepPlan:
         return self.plan.steps[step]
@@ -92,6 +100,8 @@ class CacheRuntime:
         is_last = step == len(steps) - 1
         if is_last:
             self._skipped.pop(chunk, None)
+            if self.regions:
+                self.regions.forget(chunk)
         elif steps[step].span == steps[step + 1].span:
             return
         for place in [place for place in self._series if place[0] == chunk]:
@@ -103,10 +113,13 @@ class CacheRuntime:
     @property
     def num_bytes(self) -> int:
         """Bytes that are remembered."""
-        return sum(series.num_bytes for kept in self._series.values() for series in kept.values())
+        of_series = sum(series.num_bytes for kept in self._series.values() for series in kept.values())
+        return of_series + (self.regions.num_bytes if self.regions else 0)
 
     def state(self) -> dict[Place, Memory]:
         """What is remembered, as tensors that nobody writes to."""
+        if self.regions:
+            return self.regions.state()
         found: dict[Place, Memory] = {
             place: {f"{name}.{key}": x for name, series in kept.items() for key, x in series.state().items()}
             for place, kept in self._series.items()
@@ -120,6 +133,9 @@ class CacheRuntime:
     def load_state(self, state: Mapping[Place, Memory]) -> None:
         """Go on from what `state` gave; without anything, a new film begins."""
         self._series, self._skipped = {}, {}
+        if self.regions:
+            self.regions.load_state(state)
+            return
         for place, memory in state.items():
             for name in {key.partition(".")[0] for key in memory} - {SKIPPED}:
                 prefix = f"{name}."

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field
 
-from longvid.cache.plan import MODULES, CachePlan, GateRules, StepPlan
+from longvid.cache.plan import MODULES, CachePlan, GateRules, RegionRules, StepPlan
 from longvid.cache.table import read_table
 from longvid.document import Section, with_policy
 from longvid.errors import InputError
@@ -26,6 +26,11 @@ class Policy(Section):
     """
 
     negative_every: Annotated[int, Field(ge=1, le=1000)] = 1
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether a unit's tokens may be spread over ranks."""
+        return True
 
     def forecast_steps(self, num_steps: int) -> frozenset[int]:
         """The steps at which no layer runs anywhere."""
@@ -178,6 +183,33 @@ class StaticTable(Policy):
         return CachePlan(tuple(StepPlan(modules=row) for row in rows), self.order)
 
 
+class RegionAdaptive(Policy):
+    """Region-adaptive sampling (RAS, arXiv 2502.10389): of a chunk's tokens only `ratio` go through the layers a step.
+
+    The others keep their last velocity, and their K/V stand where they were. The first `first_steps`, every
+    `reset_every`-th step after them and the last are of all tokens. `focus` and `starvation` say which are chosen.
+    """
+
+    policy: Literal["ras"]
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    first_steps: Steps = 4
+    reset_every: Steps = 8
+    focus: Literal["low", "high"] = "high"
+    starvation: Annotated[float, Field(ge=0, le=10)] = 0.1
+
+    @property
+    def splits_tokens(self) -> bool:
+        return False
+
+    def plan(self, num_steps: int, num_layers: int) -> CachePlan:
+        def active(k: int) -> float:
+            is_whole = k < self.first_steps or k == num_steps - 1 or (k - self.first_steps + 1) % self.reset_every == 0
+            return 1.0 if is_whole else self.ratio
+
+        steps = tuple(StepPlan(active=active(k)) for k in range(num_steps))
+        return CachePlan(steps, regions=RegionRules(self.focus, self.starvation))
+
+
 def plan_cache(settings: Policy, num_steps: int, num_layers: int) -> CachePlan:
     """What is left out at which step. Raises InputError where model, steps and policy do not go together."""
     try:
@@ -197,7 +229,7 @@ def _gated(steps: Iterable[int], num_steps: int, span: range) -> tuple[StepPlan,
     return tuple(StepPlan("gated" if k in steps else "computed", span) for k in range(num_steps))
 
 
-POLICIES = ("none", "taylorseer", "cg_taylor", "first_block", "delta_dit", "static")
+POLICIES = ("none", "taylorseer", "cg_taylor", "first_block", "delta_dit", "static", "ras")
 
 
 def _with_policy(data: Any) -> Any:
@@ -205,7 +237,7 @@ def _with_policy(data: Any) -> Any:
 
 
 CacheSettings = Annotated[
-    NoCache | TaylorSeer | ConfidenceGatedTaylor | FirstBlock | DeltaDit | StaticTable,
+    NoCache | TaylorSeer | ConfidenceGatedTaylor | FirstBlock | DeltaDit | StaticTable | RegionAdaptive,
     Discriminator("policy"),
     BeforeValidator(_with_policy),
 ]

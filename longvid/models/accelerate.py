@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from longvid.cache.settings import NoCache
+from longvid.cache.settings import NoCache, RegionAdaptive
 from longvid.document import Document, validate
 from longvid.errors import InputError
 from longvid.kernels.dense import attend
@@ -44,6 +44,8 @@ def accelerate(
     """
     sections = {"attention": _section(attention), "cache": _section(cache)}
     settings = validate(Settings, Document("accelerate", sections))
+    if isinstance(settings.cache, RegionAdaptive):
+        raise InputError("accelerate: cache ras is the engine's; in a pipeline's own layers all tokens go through")
     models = _transformers(pipe)
     restore(pipe)
     for model in models:

@@ -75,6 +75,8 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
             f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor "
             "the negative's pass: use taylorseer or static, with cache.level=output and cache.negative_every=1"
         )
+    if cache.regions:
+        _require_regions(facts, settings)
     if settings.queue.left == "cached" and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
@@ -87,6 +89,16 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
             "a forecast would go on with one's velocities where the other takes over",
         )
         raise InputError(f"cache.policy must be none, not {chosen}: {facts.name} has two experts, and {reason}")
+
+
+def _require_regions(facts: ModelFacts, settings: Settings) -> None:
+    """Refuse a cache that leaves tokens out where they cannot be."""
+    if facts.family != "wan":
+        raise InputError(f"cache.policy ras is for Wan models, and {facts.name} is of the family {facts.family}")
+    if not isinstance(settings.attention, Dense):
+        raise InputError(
+            f"cache.policy ras leaves tokens out: use attention.policy=dense, not {settings.attention.policy}"
+        )
 
 
 def require_sparse(facts: ModelFacts, what: str) -> None:

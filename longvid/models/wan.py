@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -15,10 +15,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from longvid.cache.plan import Module, StepPlan
+from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan_attention import (
     CachedFeedForward,
+    CompleteKv,
+    LayerKv,
     QueueSelfAttention,
     RunModule,
     SceneTextAttention,
@@ -47,7 +50,8 @@ class _Pass:
     """One branch of a unit on its way through the layers: `hidden` [1, l, E] entered the stage as `entering`.
 
     `temb` and `modulation` are those of the unit's timesteps (`WanStage._modulation`). `anchor` is what entered the
-    step's span of layers, where a cache remembers what that adds.
+    step's span of layers, where a cache remembers what that adds. Where a cache leaves tokens out, `active` are those
+    in `hidden`.
     """
 
     branch: int
@@ -57,6 +61,7 @@ class _Pass:
     context: SelfContext
     temb: Tensor
     modulation: Tensor
+    active: Active | None
     entering: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,14 +179,20 @@ class WanStage:
         per_latent, num_latents = math.prod(grid), len(unit.timesteps)
         part = self._sequence.part(num_latents * per_latent)
         temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
-        entering, anchors = self._enter(unit, part)
+        active = self._active(unit, per_latent)
+        entering, anchors = self._enter(unit, part, active)
+        if active is not None:
+            temb = active.of(temb)
+            modulation = active.of(modulation) if modulation.dim() == 4 else modulation
         passes = []
         for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
             run = self._run_module(unit, branch)
             spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
-            context = self._self_context(unit, index, grid, run)
+            if active is not None:
+                spans = active_spans(spans, active)
+            context = self._self_context(unit, index, grid, run, active)
             text = TextContext(spans, run)
-            passes.append(_Pass(branch, entering[index], anchors[index], text, context, temb, modulation))
+            passes.append(_Pass(branch, entering[index], anchors[index], text, context, temb, modulation, active))
         return passes
 
     def _run_module(self, unit: Unit, branch: int) -> RunModule:
@@ -225,10 +236,14 @@ class WanStage:
             series.learn(one.hidden - one.anchor, unit.step)
 
     def _end(self, passes: Sequence[_Pass], unit: Unit) -> Output:
-        """What the stage gives, when all its layers are done."""
+        """What the stage gives, when all its layers are done; policies forget what no later step reads."""
+        output = self._output(passes, unit)
         for runtime in (self._attention, self._cache):
             if runtime:
                 runtime.end_step(unit.chunk.index, unit.step)
+        return output
+
+    def _output(self, passes: Sequence[_Pass], unit: Unit) -> Output:
         stored = [one.context.stored for one in passes]
         kv = tuple(
             [[layer[span] for layer in layers] for layers in stored] + _of_branches(unit, span, len(passes))
@@ -236,16 +251,39 @@ class WanStage:
         )
         if not self._is_last:
             inside = [one.anchor for one in passes if one.anchor is not None and self._ends_inside(unit)]
-            return Output(hidden=torch.cat([*(one.hidden for one in passes), *inside]), kv=kv)
+            hidden = torch.cat([*(one.hidden for one in passes), *inside])
+            if active := passes[0].active:
+                hidden = torch.cat([hidden, active.as_rows(hidden).expand(len(hidden), -1, -1)], dim=1)
+            return Output(hidden=hidden, kv=kv)
         grid = _token_grid(unit)
-        return Output(velocity=torch.stack([self._head(one.hidden, one.temb, unit, grid) for one in passes]), kv=kv)
+        return Output(velocity=torch.stack([self._head(one, unit, grid) for one in passes]), kv=kv)
 
     def _ends_inside(self, unit: Unit) -> bool:
         """Whether the next stage begins inside the step's span of layers."""
         span = self._cache.at(unit.step).span if self._cache else range(0)
         return span.start < self._first_layer + len(self.dit.blocks) < span.stop
 
-    def _enter(self, unit: Unit, part: slice) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    def _active(self, unit: Unit, per_latent: int) -> Active | None:
+        """The tokens that go through the layers, where the step's are not all."""
+        regions = self._cache.regions if self._cache else None
+        if not regions:
+            return None
+        assert self._cache
+        share, num_tokens = self._cache.at(unit.step).active, len(unit.timesteps) * per_latent
+        num_own = unit.chunk.num_latents * per_latent
+        if unit.latents is not None:
+            own = unit.latents[:, -unit.chunk.num_latents :].unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+            own = own.permute(1, 2, 4, 0, 3, 5).reshape(num_own, -1)  # [C, F, rows, 2, columns, 2] to tokens
+            return regions.choose(unit.chunk.index, self.branches, share, own, num_tokens)
+        if share == 1:
+            return None
+        assert unit.hidden is not None
+        width = unit.hidden.shape[-1]
+        return Active.from_rows(unit.hidden[0, num_tokens // -width :], num_tokens, num_own)
+
+    def _enter(
+        self, unit: Unit, part: slice, active: Active | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
         """What each branch begins with, [1, l, E]: embedded patches, or what the stage before made.
 
         And what entered the step's span of layers, if this stage begins inside it.
@@ -253,13 +291,16 @@ class WanStage:
         count = min(unit.num_branches, self.num_branches)
         if not self._is_first:
             assert unit.hidden is not None
-            parts = unit.hidden.split(1)
+            parts = (unit.hidden if active is None else unit.hidden[:, : len(active.tokens)]).split(1)
             return parts[:count], parts[count:] or [None] * count
         assert unit.latents is not None
         patches = self.dit.patch_embedding(unit.latents[None].to(self.dtype)).flatten(2).transpose(1, 2)
-        return [patches[:, part].contiguous()] * count, [None] * count
+        patches = patches[:, part] if active is None else active.of(patches)
+        return [patches.contiguous()] * count, [None] * count
 
-    def _self_context(self, unit: Unit, branch: int, grid: tuple[int, int], run: RunModule) -> SelfContext:
+    def _self_context(
+        self, unit: Unit, branch: int, grid: tuple[int, int], run: RunModule, active: Active | None
+    ) -> SelfContext:
         per_latent, num_latents = grid[0] * grid[1], len(unit.timesteps)
         before = unit.chunk.num_left if unit.left is not None else 0
         after = unit.chunk.num_right if unit.right is not None else 0
@@ -273,7 +314,20 @@ class WanStage:
             head_costs=self._head_costs,
             kept=tuple(layers for span in unit.kept if (layers := _of_branch(span, branch))),
             run=run,
+            queries=active.tokens if active is not None else None,
+            complete=self._complete(unit, self.branches[branch], active),
         )
+
+    def _complete(self, unit: Unit, branch: int, active: Active | None) -> CompleteKv | None:
+        """How layers come by the K/V of tokens that are left out."""
+        regions = self._cache.regions if self._cache else None
+        if not regions:
+            return None
+
+        def complete(index: int, key: Tensor, value: Tensor) -> LayerKv:
+            return regions.kv((unit.chunk.index, branch, self._first_layer + index), key, value, active)
+
+        return complete
 
     def _head_costs(self, index: int) -> Sequence[float] | None:
         return self._attention.policy.head_costs(self._first_layer + index) if self._attention else None
@@ -288,16 +342,23 @@ class WanStage:
 
         return at
 
-    def _head(self, hidden: Tensor, temb: Tensor, unit: Unit, grid: tuple[int, int]) -> Tensor:
+    def _head(self, one: _Pass, unit: Unit, grid: tuple[int, int]) -> Tensor:
         """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
         own, num_tokens = unit.chunk.num_latents * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
-        if hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
+        hidden, temb, active = one.hidden, one.temb, one.active
+        if active is not None:
+            count = len(active.own)
+            hidden, temb, num_tokens = hidden[:, -count:], temb[:, -count:], own
+        elif hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
             hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own
         table = self.dit.scale_shift_table.unsqueeze(0)
         shift, scale = (table + temb.unsqueeze(2)).unbind(2)
         hidden = (self.dit.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         patches = self.dit.proj_out(hidden)
-        if num_tokens != own or patches.shape[1] != own:
+        if self._cache and self._cache.regions:
+            last = self._first_layer + len(self.dit.blocks) - 1
+            patches = self._cache.regions.velocity((unit.chunk.index, one.branch, last), patches, active)
+        elif num_tokens != own or patches.shape[1] != own:
             patches = self._sequence.gather(patches, num_tokens)[:, -own:]
         out = patches.reshape(unit.chunk.num_latents, *grid, 2, 2, -1)
         channels = out.shape[-1]
@@ -354,6 +415,17 @@ def text_spans(prompts: Sequence[PromptBlend], texts: Sequence[TextKv], per_late
             spans.append(TextSpan(inside, texts[blend.a], second, blend.weight))
         start = stop
     return spans
+
+
+def active_spans(spans: Sequence[TextSpan], active: Active) -> list[TextSpan]:
+    """The same spans where only some tokens are in the pass."""
+    if len(spans) == 1:
+        return [replace(spans[0], tokens=slice(0, len(active.tokens)))]
+    ends = torch.tensor([span.tokens.stop for span in spans], device=active.tokens.device)
+    stops = torch.searchsorted(active.tokens, ends).tolist()
+    starts = [0, *stops[:-1]]
+    found = (replace(s, tokens=slice(*at)) for s, *at in zip(spans, starts, stops, strict=True))
+    return [span for span in found if span.tokens.start < span.tokens.stop]
 
 
 def token_map(unit: Unit, num_before: int, num_after: int, grid: tuple[int, int]) -> TokenMap:

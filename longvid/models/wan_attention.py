@@ -25,6 +25,10 @@ RunModule = Callable[[int, Module, Callable[[], Tensor]], Tensor]
 """Gives what a module of a layer (an index in the stage) computes, or in its place what a cache forecasts."""
 
 
+CompleteKv = Callable[[int, Tensor, Tensor], LayerKv]
+"""K/V of all of a unit's tokens in a layer (an index in the stage), by those of the tokens in the pass."""
+
+
 def run_module(_index: int, _module: Module, compute: Callable[[], Tensor]) -> Tensor:
     """Without a cache."""
     return compute()
@@ -37,7 +41,8 @@ class SelfContext:
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
     ``attention`` and ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores
-    those that an earlier step stored: for each span a layer's, ``kept``.
+    those that an earlier step stored: for each span a layer's, ``kept``. Where only ``queries`` of the unit's tokens
+    are in the pass, ``complete`` gives a layer's K/V of all.
     """
 
     rope: Rope
@@ -50,6 +55,8 @@ class SelfContext:
     head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
     kept: tuple[list[KvPart], ...] = ()
     run: RunModule = run_module
+    queries: Tensor | None = None
+    complete: CompleteKv | None = None
 
     def keep_earlier(self, index: int) -> None:
         """For a layer of which no K/V are computed."""
@@ -75,7 +82,10 @@ class QueueSelfAttention:
         query = attn.norm_q(attn.to_q(hidden)).view(shape)
         key = attn.norm_k(attn.to_k(hidden)).view(shape)
         value = attn.to_v(hidden).view(shape)
+        if context.complete:
+            key, value = context.complete(self.index, key, value)
         around = Around(
+            queries=context.queries,
             rope=context.rope,
             left=context.left[self.index] if context.left else None,
             right=context.right[self.index] if context.right else None,

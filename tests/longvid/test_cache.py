@@ -40,6 +40,7 @@ CACHES = {
     "gated velocities": ["cache.policy=cg_taylor", "cache.gate=0.3", "cache.max_skips=2"],
     "gated layers": ["cache.policy=first_block", "cache.threshold=0.3", "cache.first_steps=2"],
     "rear and front": ["cache.policy=delta_dit"],
+    "regions": ["cache.policy=ras", "cache.first_steps=2", "cache.reset_every=3"],
     "negatives": ["cache.negative_every=3"],
     "negatives and layers": [
         "cache.policy=first_block",
@@ -71,6 +72,8 @@ def test_caches_stay_near_the_whole_film(tiny_model: Path, queue: str) -> None:
         ["cache.policy=cg_taylor", "cache.gate=0"],
         ["cache.policy=first_block", "cache.threshold=0", "cache.first_steps=1"],
         ["cache.policy=delta_dit", "cache.interval=1"],
+        ["cache.policy=ras", "cache.ratio=1"],
+        ["cache.policy=ras", "cache.reset_every=1"],
         ["cache.policy=none", "cache.negative_every=1"],
     ],
     ids=" ".join,
@@ -91,7 +94,7 @@ def test_forecasts_of_velocities_are_in_the_schedule(tiny_model: Path) -> None:
     assert kinds.count(Forecast) > (kinds.count(Forecast) + kinds.count(Forward)) / 3
 
 
-@pytest.mark.parametrize("cache", ["sums of layers", "modules", "gated velocities", "gated layers", "rear and front"])
+@pytest.mark.parametrize("cache", CACHES.keys() - {"velocities", "negatives", "negatives and layers"})
 def test_a_cache_remembers_as_much_as_is_planned(tiny_model: Path, cache: str) -> None:
     engine = Engine.load(tiny_model, overrides=[*QUEUE, *CACHES[cache]])
     plan = engine.plan(parse_script(STORY, "story.yaml"))

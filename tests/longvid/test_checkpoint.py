@@ -636,6 +636,7 @@ def whole_films(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]
         ],
         ["cache.policy=delta_dit", "cache.negative_every=3", "sampler.guidance=3.0", "sampler.steps=8"],
         ["cache.policy=taylorseer", "cache.level=module", "cache.interval=3", "sampler.steps=8"],
+        ["cache.policy=ras", "cache.first_steps=2", "sampler.guidance=3.0", "sampler.steps=8"],
     ],
     ids=" ".join,
 )

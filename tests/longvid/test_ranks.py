@@ -318,6 +318,11 @@ def test_adaptive_attention_and_forecasts_over_ranks_and_after_a_kill_give_the_s
         (["policy=delta_dit", "negative_every=2"], 3, ["sampler.guidance=2"]),
         (["policy=taylorseer", "level=last_layer", "interval=3", "first_steps=2"], 2, []),
         (["policy=taylorseer", "level=module", "interval=3", "first_steps=2"], 2, []),
+        (
+            ["policy=ras", "first_steps=2", "reset_every=3"],
+            4,
+            ["sampler.guidance=2", "mesh.guidance=2", "mesh.stage=2"],
+        ),
     ],
 )
 def test_caches_over_ranks_give_the_same_bytes(
