@@ -140,3 +140,5 @@ def test_what_it_does_not_know_is_refused(pipe: Any) -> None:
         longvid.accelerate(pipe, "adspa")
     with pytest.raises(InputError, match="is not a pipeline with a transformer and a scheduler"):
         longvid.accelerate(object())
+    with pytest.raises(InputError, match="ras is the engine's"):
+        longvid.accelerate(pipe, cache="ras")
