@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from longvid.models.configs import Configs
 from longvid.models.sizes import (
     Config,
@@ -103,7 +105,7 @@ def _encoder(base: int, mults: list[int], blocks: int, down_time: list[bool], in
     """Its parameters count alone: a render encodes images at most."""
     net, widths = Network(), [base * mult for mult in (1, *mults)]
     net.conv(inputs, widths[0])
-    for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
         for block in range(blocks):
             _residual(net, after if block else before, after)
         if level < len(mults) - 1:
@@ -124,7 +126,7 @@ def _decoder(
     net.conv(z, z, taps=1)
     net.conv(z, widths[0], keeps=2)
     _middle(net, widths[0])
-    for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
         entering = before // 2 if level and halves else before
         for block in range(blocks + 1):
             _residual(net, after if block else entering, after)

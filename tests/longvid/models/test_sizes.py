@@ -61,7 +61,7 @@ def test_parameters_are_exactly_those_of_the_published_models(name):
     assert sizes.text_params == count(*build_text(configs))
 
 
-IMAGE = dict(image_dim=1280, added_kv_proj_dim=5120, in_channels=36)
+IMAGE = {"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}
 
 
 def test_parameters_of_an_image_model_are_exact_too():
@@ -144,12 +144,12 @@ def hunyuan_pass(model, columns):
 
 
 PASSES = {
-    "Wan2.1-T2V-1.3B": (wan_pass, dict(num_layers=2)),
-    "Wan2.2-TI2V-5B": (wan_pass, dict(num_layers=2)),
-    "CogVideoX-5b": (cogvideox_pass, dict(num_layers=2)),
-    "CogVideoX1.5-5B": (cogvideox_pass, dict(num_layers=2)),
-    "LTX-Video": (ltx_pass, dict(num_layers=2)),
-    "HunyuanVideo": (hunyuan_pass, dict(num_layers=2, num_single_layers=3)),
+    "Wan2.1-T2V-1.3B": (wan_pass, {"num_layers": 2}),
+    "Wan2.2-TI2V-5B": (wan_pass, {"num_layers": 2}),
+    "CogVideoX-5b": (cogvideox_pass, {"num_layers": 2}),
+    "CogVideoX1.5-5B": (cogvideox_pass, {"num_layers": 2}),
+    "LTX-Video": (ltx_pass, {"num_layers": 2}),
+    "HunyuanVideo": (hunyuan_pass, {"num_layers": 2, "num_single_layers": 3}),
 }
 
 
