@@ -33,7 +33,6 @@ def ltx_sizes(configs: Configs) -> Sizes:
         text_params=t5_params(configs.of("text_encoder"), own_positions=False),
         text_columns=TEXT_COLUMNS,
         embed=embed,
-        modulated_tokens=True,
     )
 
 

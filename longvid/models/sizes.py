@@ -27,7 +27,7 @@ def two_linears(inputs: int, outputs: int) -> int:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A pass: `own` tokens go through the layers, and attend `seen` ones and `text` columns; `image`: an image's too."""
+    """A pass: `own` tokens go through the layers, and attend `seen` ones, `text` columns and an `image`'s."""
 
     own: int
     seen: int
@@ -189,6 +189,11 @@ class Network:
         return sum(conv.keeps * conv.inputs * conv.cells for conv in self.convs)
 
     @property
+    def values(self) -> float:
+        """Values a latent cell that all convolutions read and write, of a latent other than the first."""
+        return sum((conv.inputs + conv.outputs) * conv.cells * conv.frames for conv in self.convs)
+
+    @property
     def widest(self) -> float:
         """The most values a latent cell and latent that go into a convolution, its past ones and what comes out."""
         return max(
@@ -225,7 +230,8 @@ class Vae:
 class Sizes:
     """A checkpoint's parts. `first`, `last` and `shared` are parameters that stages have, as `PartNames` says.
 
-    `text_columns` is how many cross- or joint attention reads; `prompt_each_step`: whether K/V of the prompt are computed at every step.
+    `text_columns` is how many of them cross- or joint attention reads. `prompt_each_step`: whether K/V of the prompt are
+    computed at every step.
     """
 
     layers: tuple[Layer, ...]
@@ -241,8 +247,6 @@ class Sizes:
     """A pass of the ends, beside the tokens' own."""
     prompt_each_step: bool = True
     num_experts: int = 1
-    modulated_tokens: bool = False
-    """Whether each token has its own modulation, for noise levels differ inside a unit."""
 
     @property
     def params(self) -> int:

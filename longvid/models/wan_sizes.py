@@ -34,7 +34,6 @@ def wan_sizes(configs: Configs) -> Sizes:
     layer = CrossLayer(_layer_params(config, width, inner), width, inner, text_width=width)
     time = two_linears(levels, width) + linear(width, 6 * width)
     shared = time + two_linears(text, width) + (_image_params(int(image), width) if image else 0)
-    per_token = bool(configs.index.get("expand_timesteps", False))
     return Sizes(
         layers=(layer,) * layers,
         first=linear(entering, width),
@@ -47,7 +46,6 @@ def wan_sizes(configs: Configs) -> Sizes:
         embed=Flops(levels=2 * (levels * width + 7 * width**2), prompt=2 * TEXT_COLUMNS * (text * width + width**2)),
         prompt_each_step=False,
         num_experts=1 + configs.has("transformer_2"),
-        modulated_tokens=per_token,
     )
 
 
