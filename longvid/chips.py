@@ -40,26 +40,26 @@ CHIPS = (
     Chip("h100-80g", 989, 80, 3350, 450, 50, 0.35),
     # NVIDIA H200 data sheet, SXM: the same chip with 141 GB at 4.8 TB/s.
     Chip("h200-141g", 989, 141, 4800, 450, 50, 0.35),
-    # NVIDIA A100 data sheet, SXM: 312 TFLOPS, 80 GB at 2,039 GB/s or 40 GB at 1,555 GB/s, NVLink 600 GB/s both ways. DGX
-    # A100: one 200 Gb/s port a GPU. Attained: FlashAttention-2 (arXiv 2307.08691) reaches 0.5 to 0.73 of the rate in
-    # attention; between that and Hopper's.
+    # NVIDIA A100 data sheet, SXM: 312 TFLOPS, 80 GB at 2,039 GB/s or 40 GB at 1,555 GB/s, NVLink 600 GB/s both ways.
+    # DGX A100: one 200 Gb/s port a GPU. Attained: FlashAttention-2 (arXiv 2307.08691) reaches 0.5 to 0.73 of the rate
+    # in attention; between that and Hopper's.
     Chip("a100-80g", 312, 80, 2039, 300, 25, 0.5),
     Chip("a100-40g", 312, 40, 1555, 300, 25, 0.5),
     # NVIDIA L40S data sheet: 362 TFLOPS bf16, 48 GB at 864 GB/s, PCIe 4.0 x16, 64 GB/s both ways. Attained: between
     # Hopper's and its sibling's, the RTX 4090, for it has twice the rate at less power.
-    Chip("l40s-48g", 362, 48, 864, 32, 12.5, 0.4, fp32_share=0.5),
-    # NVIDIA Ada GPU architecture whitepaper: 165.2 TFLOPS bf16 with fp32 sums, 24 GB at 1,008 GB/s, PCIe 4.0 x16 (32 GB/s
-    # one way, through the host: half of it). Attained: Wan2.1-T2V-1.3B, 480p, 81 frames, 50 steps is 28 PFLOP in about
-    # 240 s (Wan2.1's README).
+    Chip("l40s-48g", 362, 48, 864, 32, 12.5, 0.4),
+    # NVIDIA Ada GPU architecture whitepaper: 165.2 TFLOPS bf16 with fp32 sums, 24 GB at 1,008 GB/s, PCIe 4.0 x16 (32
+    # GB/s one way, through the host: half of it). Attained: Wan2.1-T2V-1.3B, 480p, 81 frames, 50 steps is 28 PFLOP in
+    # about 240 s (Wan2.1's README).
     Chip("rtx4090-24g", 165.2, 24, 1008, 16, 1.25, 0.7),
-    # NVIDIA RTX Blackwell architecture whitepaper: 209.5 TFLOPS bf16 with fp32 sums, 32 GB at 1,792 GB/s, PCIe 5.0 x16
-    # (64 GB/s one way, through the host: half of it). Attained: as the RTX 4090.
+    # NVIDIA RTX Blackwell architecture whitepaper: 209.5 TFLOPS bf16 with fp32 sums, 32 GB at 1,792 GB/s, PCIe 5.0
+    # x16 (64 GB/s one way, through the host: half of it). Attained: as the RTX 4090.
     Chip("rtx5090-32g", 209.5, 32, 1792, 32, 1.25, 0.7),
-    # NVIDIA HGX B200 data sheet: 8 GPUs with 36 PFLOPS bf16 with sparsity, 1.44 TB at 62 TB/s, NVLink 1.8 TB/s a GPU both
-    # ways; one 400 Gb/s port a GPU. Attained: as Hopper.
+    # NVIDIA HGX B200 data sheet: 8 GPUs with 36 PFLOPS bf16 with sparsity, 1.44 TB at 62 TB/s, NVLink 1.8 TB/s a GPU
+    # both ways; one 400 Gb/s port a GPU. Attained: as Hopper.
     Chip("b200-180g", 2250, 180, 7700, 900, 50, 0.35),
-    # AMD Instinct MI300X data sheet: 1,307 TFLOPS bf16, 192 GB at 5.3 TB/s, Infinity Fabric 128 GB/s both ways to each of
-    # 7 others; one 400 Gb/s port a GPU. Attained: as Hopper.
+    # AMD Instinct MI300X data sheet: 1,307 TFLOPS bf16, 192 GB at 5.3 TB/s, Infinity Fabric 128 GB/s both ways to
+    # each of 7 others; one 400 Gb/s port a GPU. Attained: as Hopper.
     Chip("mi300x-192g", 1307, 192, 5300, 64, 50, 0.35),
 )
 

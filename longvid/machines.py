@@ -12,6 +12,8 @@ from longvid.parallel.topology import Topology
 
 VAE_SHARE = 0.5
 """Of what layers attain, what the convolutions of a VAE are taken to: they are narrow where they are many."""
+MERGED = 6
+"""How often each fp32 value of attention's output is read or written when a ring's partial results meet."""
 MESSAGE_S = 20e-6
 """Seconds until the first byte of a message is there."""
 GB = 1e9
@@ -83,7 +85,7 @@ class ChipMachine:
         return computing + self._exchange(layer, tokens, topology, flops.attention / seq / self.rate)
 
     def _exchange(self, layer: Layer, tokens: Tokens, topology: Topology, attention: float) -> float:
-        """Queries, keys, values and outputs between ranks of Ulysses; and K/V in a ring, as far as attention is faster."""
+        """Queries, keys, values and outputs in Ulysses; K/V in a ring, as far as attention is faster, and merging."""
         if topology.seq == 1:
             return 0.0
         link = (self.chip.link if topology.seq <= self.chip.node else self.chip.network) * GB
@@ -92,7 +94,8 @@ class ChipMachine:
         value = layer.width * self.itemsize
         heads = 4 * tokens.own / topology.seq * value * (1 - 1 / ulysses) / inside + 4 * MESSAGE_S * (ulysses > 1)
         block = 2 * tokens.seen / ring * value / ulysses / link + MESSAGE_S
-        return heads + (ring - 1) * max(0.0, block - attention / ring)
+        merged = MERGED * tokens.own / topology.seq * layer.width * 4 / (self.chip.bandwidth * GB)
+        return heads + (ring - 1) * (max(0.0, block - attention / ring) + merged)
 
     def ends(self, tokens: Tokens, topology: Topology) -> float:
         return operations(self.sizes.ends_flops(tokens), self.sizes) / topology.seq / self.rate / 2

@@ -37,7 +37,7 @@ class StageMemory:
 
     @property
     def total_mb(self) -> float:
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
 
 def stage_memory(

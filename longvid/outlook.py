@@ -1,4 +1,4 @@
-"""The outlook: which mesh of which accelerators suits a film, how long it takes, what ranks hold, and what else would do.
+"""The outlook: which mesh of which accelerators suits a film, how long it takes, what ranks hold, what else would do.
 
 From configs, settings and a storyboard alone. A mesh's time is the pace of its schedule (`parallel/pace.py`).
 """
@@ -255,7 +255,8 @@ class Outlook:
         )
         flops, decode = film.flops, film.decode_flops / 1e15
         share = 100 * flops.attention / flops.each_step
-        yield f"work      {flops.each_step / 1e15:.4g} PFLOP, {share:.0f} % of it attention; decoding {decode:.3g} PFLOP"
+        work = f"{flops.each_step / 1e15:.4g} PFLOP, {share:.0f} % of it attention"
+        yield f"work      {work}; decoding {decode:.3g} PFLOP"
         yield f"machine   {self.num_ranks} × {self.machine.name}, {self.machine.memory_gb:.1f} GB a rank"
 
     def _body(self) -> Iterator[str]:
@@ -263,7 +264,7 @@ class Outlook:
         if best is None:
             yield "does not fit"
             for option in self.options[:SHOWN]:
-                yield f"  {_axes(option.topology):34}{option.reason}"
+                yield f"  {_axes(option.topology):40}{option.reason}"
             yield "it would fit with"
             yield from (f"  {remedy}" for remedy in self.remedies or ("nothing that was tried",))
             return
@@ -274,7 +275,7 @@ class Outlook:
         yield f"pace      {best.seconds / work:.2f} s a second of film, bubble {best.pace.bubble * 100:.1f} %"
         yield from _memory_table(best.memory)
         yield ""
-        yield f"{'mesh':34}{'time':>10}{'first':>10}{'GB':>8}  "
+        yield f"{'mesh':40}{'time':>10}{'first':>10}{'GB':>8}  "
         for option in self.options[:SHOWN]:
             yield _row(option, best)
         if len(self.options) > SHOWN:
@@ -335,9 +336,9 @@ def _memory_table(memory: Sequence[StageMemory]) -> Iterator[str]:
 def _row(option: Option, best: Option) -> str:
     gb = f"{option.worst_mb / 1e3:8.1f}" if option.memory else f"{'-':>8}"
     if not option.pace:
-        return f"{_axes(option.topology):34}{'-':>10}{'-':>10}{gb}  {option.reason}"
+        return f"{_axes(option.topology):40}{'-':>10}{'-':>10}{gb}  {option.reason}"
     times = f"{duration(option.seconds):>10}{duration(option.pace.first):>10}"
-    return f"{_axes(option.topology):34}{times}{gb}  {_why(option, best)}"
+    return f"{_axes(option.topology):40}{times}{gb}  {_why(option, best)}"
 
 
 def _why(option: Option, best: Option) -> str:

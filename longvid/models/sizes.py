@@ -59,7 +59,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
     @property
     def each_step(self) -> float:
@@ -230,8 +230,8 @@ class Vae:
 class Sizes:
     """A checkpoint's parts. `first`, `last` and `shared` are parameters that stages have, as `PartNames` says.
 
-    `text_columns` is how many of them cross- or joint attention reads. `prompt_each_step`: whether K/V of the prompt are
-    computed at every step.
+    `text_columns` is how many of them attention reads. `prompt_each_step`: whether K/V of the prompt are computed at
+    every step.
     """
 
     layers: tuple[Layer, ...]
