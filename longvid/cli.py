@@ -203,8 +203,25 @@ def plan(
     as_json: AsJson = False,
     grid: Annotated[bool, typer.Option("--grid", help="Show which chunk takes which step in which round.")] = False,
     ranks: Annotated[int, typer.Option(min=1, max=65536, help="Show what so many ranks would do.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="CHIP", help="Predict time and memory on accelerators, such as h100-80g.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, max=1024, help="How many of them; with --measure, ranks here.")] = 1,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Predict for this machine, by a short measurement.")
+    ] = False,
 ) -> None:
-    """Show what a render will do and hold. Loads no weights."""
+    """Show what a render will do and hold. Loads no weights, but for --measure one layer."""
+    if gpu or measured:
+        if gpu and measured:
+            raise InputError("--measure is of this machine, and --gpu names another: give one of them")
+        with _json_alone():
+            from longvid.predict import predict
+            from longvid.script import load_script
+
+            outlook = predict(load_script(story), _settings(model, preset, overrides), gpu, gpus)
+        _show(outlook.as_json(), outlook.as_text(), as_json)
+        return
     with _json_alone():
         from longvid.overview import Overview
         from longvid.plan import make_plan

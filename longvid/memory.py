@@ -1,32 +1,43 @@
-"""What ranks hold, by kind, before anything is loaded: weights, neighbours' K/V, latents, and what a cache remembers.
+"""What ranks hold, by kind, before anything is loaded. In 10^6 bytes.
 
-Activations of the unit at hand, text encoder, VAE and what libraries take come on top. In 10^6 bytes.
+Always: weights, neighbours' K/V, latents, and what a cache remembers. With a model's `Sizes` also what computing takes:
+activations and messages, on the leader the VAE with its state, and the text encoder. What libraries take comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
+from longvid.models.sizes import Sizes
 from longvid.parallel.schedule import QueueRules
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
-from longvid.plan import ModelFacts, Plan
+from longvid.plan import Chunk, ModelFacts, Plan
 from longvid.settings import Settings
 
 MB = 1e6
+VAE_COPIES = 2
+"""Of the widest layer of a VAE, values at once: a copy with its past and padding, or the upsampling's."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of a stage."""
+    """One rank of a stage: of the first, the leader."""
 
     weights_mb: float
     kv_mb: float
     latents_mb: float
     cache_mb: float
+    activations_mb: float = 0.0
+    vae_mb: float = 0.0
+    text_mb: float = 0.0
+
+    @property
+    def total_mb(self) -> float:
+        return float(sum(astuple(self)))
 
 
 def stage_memory(
@@ -37,6 +48,7 @@ def stage_memory(
     topology: Topology,
     bounds: Sequence[range],
     weights: Callable[[ModelPart, int], int],
+    sizes: Sizes | None = None,
 ) -> tuple[StageMemory, ...]:
     """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation."""
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
@@ -57,6 +69,7 @@ def stage_memory(
 
     recomputed = settings.queue.left == "recompute"
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
+    leader = _leader(sizes, width * height, itemsize) if sizes else (0.0, 0.0)
 
     def of_stage(stage: int, layers: range) -> StageMemory:
         part = ModelPart(layers, stage == 0, stage == len(bounds) - 1)
@@ -67,6 +80,57 @@ def stage_memory(
             kv * len(layers) / MB,
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
+            activation_bytes(plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,
+            *(leader if stage == 0 else ()),
         )
 
     return tuple(of_stage(stage, layers) for stage, layers in enumerate(bounds))
+
+
+def _leader(sizes: Sizes, cells: int, itemsize: int) -> tuple[float, float]:
+    """The VAE's and the text encoder's, 10^6 bytes. Encoder and decoder are loaded whole."""
+    vae = sizes.vae
+    values = vae.params + vae.state_values(cells) + VAE_COPIES * vae.working_values(cells)
+    return itemsize * values / MB, itemsize * sizes.text_params / MB
+
+
+def activation_bytes(
+    plan: Plan, settings: Settings, facts: ModelFacts, sizes: Sizes, topology: Topology, stage: int
+) -> float:
+    """The most bytes of a unit at hand on a rank, and of its messages from stage to stage.
+
+    Counted a token and channel, in the layers as diffusers has them: what is alive in attention (while keys are
+    rotated, in fp32), in the feed-forward, and where its output is added in fp32.
+    """
+    itemsize = 4 if settings.runtime.dtype == "float32" else 2
+    per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
+    recomputes = settings.queue.left == "recompute"
+    branches = settings.sampler.num_branches // topology.guidance
+    layer = max(sizes.layers, key=lambda layer: layer.inner / layer.width)
+    upcast = 4 if itemsize == 2 else 0
+
+    def of_unit(num_own: int, num_seen: int, is_joined: bool) -> float:
+        own, seen = per_latent * num_own / topology.seq, per_latent * num_seen / topology.seq
+        attention = (6 * own + (2 * is_joined) * seen) * itemsize + 8 * seen
+        feed_forward = (2 + 2 * layer.inner / layer.width) * own * itemsize
+        added = 3 * own * itemsize + (8 + 2 * upcast) * own
+        waiting = (branches if stage else 1) + branches - 1
+        moving = 2 * settings.mesh.buffers * branches if topology.stage > 1 else 0
+        levels = (24 + 6 * itemsize) * own if facts.per_token_timesteps and recomputes else 0.0
+        busiest = max(attention, feed_forward, added)
+        return (busiest + (waiting + moving) * own * itemsize + levels) * layer.width
+
+    return max(
+        of_unit(
+            chunk.num_latents + chunk.num_left * recomputes,
+            chunk.num_left + chunk.num_latents + chunk.num_right,
+            bool(chunk.num_right or (chunk.num_left and not recomputes)),
+        )
+        for chunk in kinds_of_chunks(plan)
+    )
+
+
+def kinds_of_chunks(plan: Plan) -> tuple[Chunk, ...]:
+    """One chunk of every size that the plan has."""
+    sizes = {(chunk.num_latents, chunk.num_left, chunk.num_right): chunk for chunk in plan.chunks}
+    return tuple(sizes.values())

@@ -130,6 +130,16 @@ def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topol
     return min(fits, key=lambda topology: (predicted_time(topology, work), topology.seq, topology.guidance))
 
 
+def all_meshes(num_ranks: int, mesh: MeshSettings, work: Workload) -> Iterator[tuple[Topology, str | None]]:
+    """Every mesh that the settings leave open, with every ring where `mesh.ring` is 1, and what rules it out."""
+    fixed = {axis: size for axis in AXES if isinstance(size := getattr(mesh, axis), int)}
+    for topology in _topologies(num_ranks, fixed):
+        rings = range(1, topology.seq + 1) if mesh.ring == 1 else [mesh.ring]
+        for ring in rings:
+            if mesh.ring > 1 or topology.seq % ring == 0:
+                yield _with_ring(topology, ring, work)
+
+
 def predicted_time(topology: Topology, work: Workload) -> float:
     """Time of a film in units of the whole model, for comparing meshes.
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"longvid": "longvid"} | {f"longvid.{name}": name for name in ("configs", "kernels", "launch", "parallel")}
 
 LEVELS = {
-    0: "errors document settings script geometry plan events configs launch.env launch.hosts launch.network"
+    0: "errors document settings script geometry plan events configs launch.env launch.hosts launch.network chips"
     " launch.report preemption fingerprint manifest films batch.jobs batch.table"
     " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
     " parallel.schedule parallel.verify",
@@ -23,7 +23,7 @@ LEVELS = {
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together trace ledger",
     5: "engine doctor tune calibrate",
     6: "launch",
-    7: "cli __main__ progress journal overview memory options batch",
+    7: "cli __main__ progress journal overview memory machines outlook predict measured options batch",
 }
 BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""

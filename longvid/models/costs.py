@@ -19,12 +19,18 @@ REPEATS = 5
 
 
 @torch.no_grad()
-def measure_costs(checkpoint: Checkpoint, decoder: StreamDecoder, settings: Settings, device: torch.device) -> Costs:
-    """Seconds for a unit of the model's native size: a layer, the two ends, and a step's share of decoding.
+def measure_costs(
+    checkpoint: Checkpoint,
+    decoder: StreamDecoder,
+    settings: Settings,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+) -> Costs:
+    """Seconds for a unit of one branch: a layer, the two ends, and a step's share of decoding.
 
-    Reads one layer: they are all alike.
+    `size` is the film's width and height in pixels, else the model's own. Reads one layer: they are all alike.
     """
-    unit = _unit(checkpoint, settings, device)
+    unit = _unit(checkpoint, settings, device, size)
     dtype, inputs = getattr(torch, settings.runtime.dtype), checkpoint.blank_inputs(device)
 
     def seconds(layers: range) -> float:
@@ -41,10 +47,10 @@ def measure_costs(checkpoint: Checkpoint, decoder: StreamDecoder, settings: Sett
     return Costs((layer,) * checkpoint.facts.num_layers, ends / 2, ends / 2, decoding)
 
 
-def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Unit:
+def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device, size: tuple[int, int] | None) -> Unit:
     """A unit as most of a film's are: with left context, at two noise levels."""
     facts, queue = checkpoint.facts, settings.queue
-    width, height = facts.grid.latent_size(facts.width, facts.height)
+    width, height = facts.grid.latent_size(*(size or (facts.width, facts.height)))
     left = queue.context_latents if queue.left == "recompute" else 0
     count = left + queue.chunk_latents
     latents = torch.zeros(facts.latent_channels, count, height, width, device=device)

@@ -13,10 +13,14 @@ from longvid.cache.plan import CachePlan
 from longvid.cache.settings import NoCache
 from longvid.errors import InputError
 from longvid.models.cogvideox_facts import COGVIDEOX_PARTS, cogvideox_facts
+from longvid.models.cogvideox_sizes import cogvideox_sizes
 from longvid.models.configs import Configs
 from longvid.models.ltx_facts import LTX_PARTS, ltx_facts
+from longvid.models.ltx_sizes import ltx_sizes
 from longvid.models.parts import PartNames
+from longvid.models.sizes import Sizes
 from longvid.models.wan_facts import WAN_PARTS, wan_facts
+from longvid.models.wan_sizes import wan_sizes
 from longvid.plan import ModelFacts
 from longvid.settings import Settings
 from longvid.sparsity.settings import Dense
@@ -26,21 +30,35 @@ from longvid.sparsity.settings import Dense
 class Family:
     """A kind of checkpoint. `module` holds ``open_family(configs, facts, pipeline) -> Checkpoint``.
 
-    `pipelines` are the classes of diffusers that it comes as. `facts` raises InputError for what the family cannot run.
+    `pipelines` are the classes of diffusers that it comes as. `facts` raises InputError for what the family cannot run;
+    `sizes` says what it takes and costs.
     """
 
     name: str
     pipelines: tuple[str, ...]
     facts: Callable[[Configs], ModelFacts]
     parts: PartNames
+    sizes: Callable[[Configs], Sizes]
     module: str
 
 
 FAMILIES = (
-    Family("wan", ("WanPipeline", "WanImageToVideoPipeline"), wan_facts, WAN_PARTS, "longvid.models.wan_checkpoint"),
-    Family("ltx", ("LTXPipeline",), ltx_facts, LTX_PARTS, "longvid.models.ltx_checkpoint"),
     Family(
-        "cogvideox", ("CogVideoXPipeline",), cogvideox_facts, COGVIDEOX_PARTS, "longvid.models.cogvideox_checkpoint"
+        "wan",
+        ("WanPipeline", "WanImageToVideoPipeline"),
+        wan_facts,
+        WAN_PARTS,
+        wan_sizes,
+        "longvid.models.wan_checkpoint",
+    ),
+    Family("ltx", ("LTXPipeline",), ltx_facts, LTX_PARTS, ltx_sizes, "longvid.models.ltx_checkpoint"),
+    Family(
+        "cogvideox",
+        ("CogVideoXPipeline",),
+        cogvideox_facts,
+        COGVIDEOX_PARTS,
+        cogvideox_sizes,
+        "longvid.models.cogvideox_checkpoint",
     ),
 )
 
@@ -64,6 +82,15 @@ def read_facts(configs: Configs) -> ModelFacts:
         raise InputError(
             f"{configs.place}: its config files lack what a {family.name} checkpoint has ({error})"
         ) from None
+
+
+def read_sizes(configs: Configs) -> Sizes:
+    """What a checkpoint's parts take and cost. Raises InputError for configs that lack something."""
+    family = family_of(configs)
+    try:
+        return family.sizes(configs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{configs.place}: its config files lack what sizes are computed from ({error})") from None
 
 
 def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:

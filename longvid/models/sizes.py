@@ -1,0 +1,279 @@
+"""What a model takes and costs, by its configs alone: parameters, and floating-point operations. No torch, no weights.
+
+A multiplication and an addition are two operations (FLOPs), as in torch's FlopCounterMode; norms, activations and
+rotary positions are not counted. W is the width of a token, S the tokens of a pass, K those that it attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, Protocol
+
+from longvid.models.parts import ModelPart
+
+Config = Mapping[str, Any]
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> int:
+    """Parameters of a linear layer."""
+    return inputs * outputs + bias * outputs
+
+
+def two_linears(inputs: int, outputs: int) -> int:
+    """Parameters of an embedder: two linear layers, the second square."""
+    return linear(inputs, outputs) + linear(outputs, outputs)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A pass: `own` tokens go through the layers, and attend `seen` ones, `text` columns and an `image`'s."""
+
+    own: int
+    seen: int
+    text: int
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by kind.
+
+    `attention` is that among tokens (with text, where it is joint), `text` what is spent on cross-attention, `prompt`
+    on K/V of a prompt alone, which need not be computed anew at every step. `levels` is what depends on the noise level
+    alone.
+    """
+
+    attention: float = 0.0
+    projections: float = 0.0
+    feed_forward: float = 0.0
+    text: float = 0.0
+    prompt: float = 0.0
+    levels: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(*(value * factor for value in astuple(self)))
+
+    @property
+    def total(self) -> float:
+        return float(sum(astuple(self)))
+
+    @property
+    def each_step(self) -> float:
+        """Without what is computed once a prompt."""
+        return self.total - self.prompt
+
+
+class Layer(Protocol):
+    """A transformer layer."""
+
+    @property
+    def params(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward."""
+        ...
+
+    def flops(self, tokens: Tokens) -> Flops: ...
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """Self-attention, then cross-attention to text of `text_width`, then a feed-forward."""
+
+    params: int
+    width: int
+    inner: int
+    text_width: int
+
+    def flops(self, tokens: Tokens) -> Flops:
+        square, columns = self.width**2, tokens.text + tokens.image
+        return Flops(
+            attention=4 * tokens.own * tokens.seen * self.width,
+            projections=8 * tokens.own * square,
+            feed_forward=4 * tokens.own * self.width * self.inner,
+            text=4 * tokens.own * square + 4 * tokens.own * columns * self.width,
+            prompt=4 * columns * self.text_width * self.width,
+        )
+
+
+@dataclass(frozen=True)
+class JointLayer:
+    """Attention and feed-forward over tokens and text alike; `modulation` are weights that meet the noise level."""
+
+    params: int
+    width: int
+    inner: int
+    modulation: int
+
+    def flops(self, tokens: Tokens) -> Flops:
+        own, seen = tokens.own + tokens.text, tokens.seen + tokens.text
+        return Flops(
+            attention=4 * own * seen * self.width,
+            projections=8 * own * self.width**2,
+            feed_forward=4 * own * self.width * self.inner,
+            levels=2 * self.modulation,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- the video VAE
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution. A latent is `frames` of its outputs, the first of a shot `first`, of `cells` a latent cell each.
+
+    `keeps` are past frames of its inputs that a causal one keeps.
+    """
+
+    inputs: int
+    outputs: int
+    taps: int
+    cells: float
+    frames: int
+    first: int
+    keeps: int = 0
+
+    @property
+    def params(self) -> int:
+        return linear(self.inputs * self.taps, self.outputs)
+
+    @property
+    def flops(self) -> float:
+        """Of a latent other than the first, a latent cell."""
+        return 2 * self.inputs * self.outputs * self.taps * self.cells * self.frames
+
+
+@dataclass
+class Network:
+    """An encoder or a decoder, put down one layer after the other at the level that `cells` and `frames` say."""
+
+    cells: float = 1.0
+    frames: int = 1
+    first: int = 1
+    convs: list[Conv] = field(default_factory=list)
+    other_params: int = 0
+    attention_widths: list[int] = field(default_factory=list)
+    """Of self-attention within a frame, at the first level."""
+
+    def conv(self, inputs: int, outputs: int, taps: int = 27, *, keeps: int = 0, first: int | None = None) -> None:
+        at_first = self.first if first is None else first
+        self.convs.append(Conv(inputs, outputs, taps, self.cells, self.frames, at_first, keeps))
+
+    def up(self, space: int = 2, time: int = 1) -> None:
+        """What follows is finer: `space` in width and in height, `time` in frames but for the shot's first."""
+        self.cells *= space**2
+        self.frames *= time
+
+    @property
+    def params(self) -> int:
+        return sum(conv.params for conv in self.convs) + self.other_params
+
+    def flops(self, cells: int, num_latents: int, starts: bool) -> float:
+        """Of `num_latents` latents with so many cells; `starts`: the first of them is a shot's first."""
+        later = num_latents - starts
+        convs = sum(conv.flops / conv.frames * (conv.frames * later + conv.first * starts) for conv in self.convs)
+        attention = sum(4 * cells**2 * width for width in self.attention_widths)
+        return convs * cells + attention * num_latents
+
+    @property
+    def state(self) -> float:
+        """Values a latent cell that are kept from latent to latent."""
+        return sum(conv.keeps * conv.inputs * conv.cells for conv in self.convs)
+
+    @property
+    def values(self) -> float:
+        """Values a latent cell that all convolutions read and write, of a latent other than the first."""
+        return sum((conv.inputs + conv.outputs) * conv.cells * conv.frames for conv in self.convs)
+
+    @property
+    def widest(self) -> float:
+        """The most values a latent cell and latent that go into a convolution, its past ones and what comes out."""
+        return max(
+            ((conv.frames + conv.keeps) * conv.inputs + conv.frames * conv.outputs) * conv.cells for conv in self.convs
+        )
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A video VAE. `together` latents are decoded in one pass; of these `repeated` times more than come out new."""
+
+    params: int
+    decoder: Network
+    together: int = 1
+    repeated: float = 1.0
+
+    def flops(self, cells: int, num_latents: int, starts: bool = False) -> float:
+        """Of decoding so many latents of so many cells."""
+        return self.repeated * self.decoder.flops(cells, num_latents, starts)
+
+    def state_values(self, cells: int) -> float:
+        """Values that live on between latents."""
+        return self.decoder.state * cells
+
+    def working_values(self, cells: int) -> float:
+        """Values at once inside the widest layer, beside the state."""
+        return self.decoder.widest * cells * self.together
+
+
+# ------------------------------------------------------------------------------------------------------ a whole model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A checkpoint's parts. `first`, `last` and `shared` are parameters that stages have, as `PartNames` says.
+
+    `text_columns` is how many of them attention reads. `prompt_each_step`: whether K/V of the prompt are computed at
+    every step.
+    """
+
+    layers: tuple[Layer, ...]
+    first: int
+    last: int
+    shared: int
+    patch_values: int
+    """Values of a token as it enters and leaves."""
+    vae: Vae
+    text_params: int
+    text_columns: int
+    embed: Flops = Flops()
+    """A pass of the ends, beside the tokens' own."""
+    prompt_each_step: bool = True
+    num_experts: int = 1
+
+    @property
+    def params(self) -> int:
+        """Of one transformer."""
+        return sum(layer.params for layer in self.layers) + self.first + self.last + self.shared
+
+    def part_params(self, part: ModelPart) -> int:
+        """Of what a stage holds, all experts."""
+        layers = sum(self.layers[index].params for index in part.layers)
+        ends = self.shared + self.first * part.is_first + self.last * part.is_last
+        return self.num_experts * (layers + ends)
+
+    def ends_flops(self, tokens: Tokens) -> Flops:
+        """Patches in, and the output layer."""
+        width = self.layers[0].width
+        return self.embed + Flops(projections=4 * tokens.own * self.patch_values * width)
+
+    def pass_flops(self, tokens: Tokens) -> Flops:
+        """One pass of the whole transformer."""
+        return sum((layer.flops(tokens) for layer in self.layers), self.ends_flops(tokens))
+
+
+def t5_params(config: Config, *, own_positions: bool) -> int:
+    """A T5 encoder (gated feed-forward); `own_positions`: a table of relative positions a layer (UMT5), not one."""
+    width, inner, heads = int(config["d_model"]), int(config["d_ff"]), int(config["num_heads"])
+    layers, attention = int(config["num_layers"]), int(config["d_kv"]) * heads
+    is_gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    layer = 4 * width * attention + (2 + is_gated) * width * inner + 2 * width
+    positions = int(config.get("relative_attention_num_buckets", 32)) * heads * (layers if own_positions else 1)
+    return int(config["vocab_size"]) * width + layers * layer + positions + width

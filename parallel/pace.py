@@ -1,0 +1,158 @@
+"""How long a film takes on a pipeline of stages, fast: what `rehearsal` finds for a rank a stage, as a recurrence.
+
+A rehearsal walks through every action of every rank. Here a unit is a few maxima and sums a stage, so that many meshes
+can be compared in a second. A test holds the two to the same times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from longvid.parallel.schedule import QueueRules
+from longvid.plan import Chunk
+
+MARGIN = 4
+"""Chunks beyond those in flight until every pair of chunks adds the same time."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds: of the whole film, until its first chunk is decoded, and of each stage's work."""
+
+    makespan: float
+    first: float
+    busy: tuple[float, ...]
+
+    @property
+    def bubble(self) -> float:
+        """The share of the stages' time in which they have nothing to do."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.makespan) if self.makespan else 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the parts of a film take, in seconds.
+
+    `unit(chunk, step)` is each stage's work, `decode(chunk)` that of the first stage when a chunk is finished, and
+    `hop(chunk)` how long activations are on their way; `capacity` of them may be under way to a stage.
+    """
+
+    unit: Callable[[int, int], Sequence[float]]
+    decode: Callable[[int], float]
+    hop: Callable[[int], float]
+    capacity: int
+
+
+def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:
+    """The pace of a film.
+
+    Once the queue is full, every pair of chunks adds the same time (what is put off is so for two rounds): of a long
+    film the beginning is run, and the rest counted by the work that its chunks are.
+    """
+    in_flight, num_stages = -(-steps // rules.gap), len(times.unit(0, 0))
+    prefix = min(len(chunks), max(in_flight, num_stages) + MARGIN)
+    beginning = run(chunks[:prefix], steps, rules, times)
+    if prefix == len(chunks):
+        return beginning
+    last = beginning.makespan - run(chunks[: prefix - 2], steps, rules, times).makespan
+    computed = [step for step in range(steps) if step not in rules.forecast]
+
+    def work(chunk: int) -> list[float]:
+        total = [sum(stage) for stage in zip(*(times.unit(chunk, step) for step in computed), strict=True)]
+        total[0] += times.decode(chunk)
+        return total
+
+    works = {chunk: work(chunk) for chunk in range(prefix - 2, len(chunks))}
+    scale = last / (max(works[prefix - 2]) + max(works[prefix - 1]))
+    rest = range(prefix, len(chunks))
+    busy = [before + sum(works[i][stage] for i in rest) for stage, before in enumerate(beginning.busy)]
+    makespan = beginning.makespan + scale * sum(max(works[i]) for i in rest)
+    return Pace(makespan, beginning.first, tuple(busy))
+
+
+def run(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:
+    """The pace of all of these chunks, unit by unit."""
+    state = _Run(chunks, steps, rules, times)
+    for n in range(rules.num_rounds(len(chunks), steps)):
+        newest = min(n // rules.gap, len(chunks) - 1)
+        oldest = max(-(-(n - steps + 1) // rules.gap), 0)
+        for i in range(newest, oldest - 1, -1):
+            state.unit(n, i, n - rules.gap * i)
+        state.settle(n - 1)
+    state.settle(rules.num_rounds(len(chunks), steps))
+    return Pace(max(state.clocks), state.first, tuple(state.busy))
+
+
+@dataclass
+class _Run:
+    """Clocks of all stages. `late` is what the first stage puts off: (round, chunk, version or None, arrival)."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    rules: QueueRules
+    times: Times
+    late: deque[tuple[int, int, int | None, float]] = field(default_factory=deque)
+    put_off: set[tuple[int, int]] = field(default_factory=set)
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        num_stages = len(self.times.unit(0, 0))
+        self.clocks, self.busy = [0.0] * num_stages, [0.0] * num_stages
+        self.taken: list[deque[float]] = [deque() for _ in range(num_stages)]
+
+    def unit(self, n: int, i: int, k: int) -> None:
+        """One step of a chunk, through all stages."""
+        arrival = 0.0
+        if k not in self.rules.forecast:
+            needed = {(i, k), self.left(i, k)}
+            while needed & self.put_off:
+                self.pop()
+            arrival = self.forward(i, k)
+        self.put_off.add((i, k + 1))
+        self.late.append((n, i, k + 1, arrival))
+        if k + 1 == self.steps:
+            self.late.append((n, i, None, 0.0))
+        if len(self.clocks) == 1:
+            self.settle(n)
+
+    def left(self, i: int, k: int) -> tuple[int, int]:
+        """The version of the left neighbour's latents that a unit reads."""
+        ahead = self.rules.gap if self.rules.left_level == "fresher" else 0
+        reads = self.rules.left == "recompute" and self.chunks[i].num_left > 0
+        return (i - 1, min(k + ahead, self.steps)) if reads else (i, k)
+
+    def forward(self, i: int, k: int) -> float:
+        """When the unit's velocity is back on the first stage."""
+        clocks, hop, capacity, arrival = self.clocks, self.times.hop(i), self.times.capacity, 0.0
+        last = len(clocks) - 1
+        for stage, seconds in enumerate(self.times.unit(i, k)):
+            clock = clocks[stage]
+            if stage:
+                clock = max(clock, arrival)
+                self.taken[stage].append(clock)
+            clock += seconds
+            self.busy[stage] += seconds
+            if stage < last and len(self.taken[stage + 1]) >= capacity:
+                clock = max(clock, self.taken[stage + 1].popleft())
+            clocks[stage] = clock
+            arrival = clock + hop
+        return arrival if last else clocks[0]
+
+    def settle(self, done: int) -> None:
+        """On the first stage: what was put off in rounds up to this one."""
+        while self.late and self.late[0][0] <= done:
+            self.pop()
+
+    def pop(self) -> None:
+        _, i, version, arrival = self.late.popleft()
+        self.clocks[0] = max(self.clocks[0], arrival)
+        if version is not None:
+            self.put_off.discard((i, version))
+            return
+        seconds = self.times.decode(i)
+        self.clocks[0] += seconds
+        self.busy[0] += seconds
+        if i == 0:
+            self.first = self.clocks[0]

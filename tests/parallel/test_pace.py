@@ -1,0 +1,101 @@
+"""The fast recurrence and the rehearsal of all ranks' programs find the same times."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longvid.parallel.pace import Times, pace_of, run
+from longvid.parallel.pipeline import Hidden, Velocity, rank_program
+from longvid.parallel.rehearsal import rehearse
+from longvid.parallel.schedule import Finish, Forward, QueueRules, queue_schedule
+from longvid.parallel.topology import Topology
+from longvid.plan import Chunk
+
+
+def make_chunks(count, context=2, shot=1000):
+    """`count` chunks, in shots of at most `shot`."""
+    chunks = []
+    for i in range(count):
+        left, right = context * (i % shot > 0), context * (i + 1 < count and (i + 1) % shot > 0)
+        chunks.append(Chunk(i, i // shot, 6 * (i % shot), 6, left, right, (), (), (0, 0)))
+    return chunks
+
+
+def rehearsed(chunks, steps, rules, times, stages):
+    topology = Topology(stage=stages)
+    programs = [rank_program(queue_schedule(chunks, steps, rules), topology, rank) for rank in range(stages)]
+
+    def cost(rank, action):
+        match action:
+            case Forward(chunk=i, step=k):
+                return times.unit(i, k)[rank]
+            case Finish(latents=latents):
+                return times.decode(latents.chunk)
+        return 0.0
+
+    def latency(message):
+        return times.hop(message.chunk) if isinstance(message, Hidden | Velocity) else 0.0
+
+    return rehearse(programs, times.capacity, cost, latency)
+
+
+def make_times(costs, decode, hop, capacity):
+    """Stages of `costs`, and units that differ."""
+    return Times(
+        unit=lambda i, k: [cost * (1 + (i * 7 + k * 3) % 5) for cost in costs],
+        decode=lambda i: decode * (1 + i % 3),
+        hop=lambda i: hop * (1 + i % 2),
+        capacity=capacity,
+    )
+
+
+costs = st.lists(st.sampled_from([0.25, 1.0, 1.5, 3.0]), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    costs=costs,
+    count=st.integers(1, 9),
+    steps=st.integers(1, 7),
+    rules=st.builds(
+        QueueRules,
+        left=st.sampled_from(["recompute", "cached"]),
+        left_level=st.sampled_from(["same", "fresher"]),
+        gap=st.integers(1, 7),
+        forecast=st.just(frozenset()) | st.just(frozenset({1, 3})),
+    ),
+    shot=st.integers(1, 9),
+    decode=st.sampled_from([0.0, 0.5, 40.0]),
+    hop=st.sampled_from([0.0, 0.125, 5.0]),
+    capacity=st.integers(1, 4),
+)
+def test_a_run_takes_exactly_what_a_rehearsal_takes(costs, count, steps, rules, shot, decode, hop, capacity):
+    rules = QueueRules(rules.left, rules.left_level, min(rules.gap, steps), rules.forecast & set(range(1, steps - 1)))
+    chunks, times = make_chunks(count, shot=shot), make_times(costs, decode, hop, capacity)
+    found, expected = run(chunks, steps, rules, times), rehearsed(chunks, steps, rules, times, len(costs))
+    assert found.makespan == pytest.approx(expected.makespan, rel=1e-12)
+    assert found.busy == pytest.approx(expected.busy, rel=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    costs=costs,
+    extra=st.integers(1, 40),
+    steps=st.integers(1, 9),
+    decode=st.sampled_from([0.0, 0.5, 40.0]),
+    hop=st.sampled_from([0.0, 0.125]),
+    left=st.sampled_from(["recompute", "cached"]),
+)
+def test_the_rest_of_a_long_film_is_counted_as_if_it_were_run(costs, extra, steps, decode, hop, left):
+    chunks, rules = make_chunks(max(steps, len(costs)) + 4 + extra), QueueRules(left=left)
+    times = Times(lambda i, k: costs, lambda i: decode, lambda i: hop, 4)
+    whole, found = run(chunks, steps, rules, times), pace_of(chunks, steps, rules, times)
+    assert found.makespan == pytest.approx(whole.makespan, rel=0.02)
+    assert found.busy == pytest.approx(whole.busy, rel=1e-9)
+    assert found.first == whole.first
+
+
+def test_the_first_chunk_leaves_after_the_triangle_of_units_before_it():
+    steps = 6
+    times = Times(lambda i, k: [1.0], lambda i: 0.0, lambda i: 0.0, 2)
+    assert run(make_chunks(20), steps, QueueRules(), times).first == steps * (steps + 1) // 2
