@@ -37,8 +37,9 @@ from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
 from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
-from longvid.models.loader import checkpoint_of, open_checkpoint
+from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
 from longvid.models.parts import ModelPart
+from longvid.models.prompt_cache import open_prompts
 from longvid.models.prompts import unknown_words
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
@@ -131,8 +132,9 @@ class Engine:
         """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
+        self._loading = open_loading(checkpoint, settings, self.device)
         if mesh.is_leader:
-            self._prompts = checkpoint.load_prompts(dtype, self.device)
+            self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
             self._decoder = checkpoint.load_decoder(dtype, self.device)
             self.vae = self._decoder.vae
             """The video VAE; on the leader alone."""
@@ -183,6 +185,7 @@ class Engine:
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
             attention=self.attention,
             cache=self.cache,
+            loading=self._loading,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 
