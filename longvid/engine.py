@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
+from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, RowsDecoder, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
@@ -136,6 +136,8 @@ class Engine:
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
             self._decoder = checkpoint.load_decoder(dtype, self.device)
+            if settings.memory.vae_rows:
+                cast(RowsDecoder, self._decoder).split_rows(settings.memory.vae_rows)
             self.vae = self._decoder.vae
             """The video VAE; on the leader alone."""
             self._images = checkpoint.load_images(self._decoder, dtype, self.device)

@@ -101,6 +101,14 @@ class StreamDecoder(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+class RowsDecoder(StreamDecoder, Protocol):
+    """One that can work in bands of rows, as that of the Wan family."""
+
+    def split_rows(self, rows: int) -> None:
+        """Decode so many rows of latents at a time, for memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageOptions:
     """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache.
