@@ -112,7 +112,8 @@ def describe_lora(path: Path) -> Plain:
 
 def mark_of(root: Path, part: str) -> str:
     """A short text that stands for the files of one part of a checkpoint."""
-    files = {name: mark for name, mark in describe_model(root).items() if name.startswith(f"{part}/")}
+    paths = sorted(file for file in (root / part).rglob("*") if file.is_file())
+    files = {str(file.relative_to(root)): _describe_file(file) for file in paths}
     return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
 
 

@@ -67,7 +67,8 @@ class Lora:
             up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
             scale = tensors["alpha"].item() / len(down) if "alpha" in tensors else 1.0
             delta = delta + (scale * up @ down).view(value.shape)
-        return value.float() + self.weight * change.scale * delta
+        result: Tensor = value.float() + self.weight * change.scale * delta
+        return result
 
 
 def _is_of(part: str, kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -102,12 +103,15 @@ class PromptCache:
 
 def _mark(states: Tensor) -> dict[str, str]:
     """A digest of the values, for safetensors checks shapes alone."""
-    return {"blake2b": hashlib.blake2b(states.view(torch.uint8).numpy(), digest_size=16).hexdigest()}
+    return {"blake2b": hashlib.blake2b(states.view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()}
 
 
 @dataclass
 class FreedPrompts:
-    """A PromptEncoder that holds none: ``load`` gives one, which goes when the prompts that lack are encoded."""
+    """A PromptEncoder that holds none: ``load`` gives one, which goes when the prompts that lack are encoded.
+
+    What a family's encoder gives besides tensors is not kept on disk.
+    """
 
     load: Callable[[], PromptEncoder]
     cache: PromptCache
@@ -123,10 +127,15 @@ class FreedPrompts:
             else:
                 known[prompt] = states
         if missing:
-            for prompt, states in zip(missing, self.load().encode(missing), strict=True):
-                known[prompt] = states.to("cpu")
+            for prompt, states in zip(missing, self._encode_new(missing), strict=True):
+                known[prompt] = states
                 if isinstance(states, Tensor):
                     self.cache.put(prompt, states)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
         return [known[prompt] for prompt in prompts]
+
+    def _encode_new(self, prompts: Sequence[str]) -> list[Prompt]:
+        encoded = [states.to("cpu") for states in self.load().encode(prompts)]
+        gc.collect()  # models have cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return encoded

@@ -8,10 +8,9 @@ values of the prompt, which cost next to nothing.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from longvid.errors import InputError
 
@@ -32,8 +31,6 @@ def is_quantized(module: nn.Module, name: str) -> bool:
 
 def require_torchao() -> tuple[Any, dict[str, Any]]:
     """torchao's function, and its configs by our names. Raises InputError without torchao."""
-    for name in ("torchao", "torch.utils._pytree"):  # at import it tells of kernels for other machines
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.quantization import (
             Float8WeightOnlyConfig,
@@ -49,11 +46,3 @@ def require_torchao() -> tuple[Any, dict[str, Any]]:
         "w8a8": Int8DynamicActivationInt8WeightConfig(),
     }
     return quantize_, configs
-
-
-def held_bytes(value: Tensor) -> int:
-    """Bytes that a tensor holds, quantized or not."""
-    names = getattr(value, "__tensor_flatten__", None)
-    if names is None:
-        return value.nbytes
-    return sum(held_bytes(getattr(value, name)) for name in names()[0])

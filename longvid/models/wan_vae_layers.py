@@ -252,7 +252,8 @@ def interleave(y: Tensor, height: int, width: int) -> Tensor:
     out = y.new_empty(len(y), height, 2, width, 2, y.shape[-1])
     for i, j in product((0, 1), (0, 1)):
         out[:, :, i, :, j] = y[:, i : i + height, j : j + width, i, j]
-    return out.view(len(y), 2 * height, 2 * width, -1)
+    image: Tensor = out.view(len(y), 2 * height, 2 * width, -1)
+    return image
 
 
 class _Shortcut:

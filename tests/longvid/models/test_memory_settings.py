@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import weakref
@@ -22,9 +21,10 @@ from longvid.errors import InputError
 from longvid.models.checkpoint import Checkpoint, StageOptions
 from longvid.models.costs import _unit
 from longvid.models.loader import open_checkpoint, open_loading
+from longvid.models.offload import _parts, _with_each_part
 from longvid.models.parts import ModelPart
 from longvid.models.prompt_cache import FreedPrompts, PromptCache
-from longvid.models.quantize import SENSITIVE, held_bytes
+from longvid.models.quantize import SENSITIVE, quantize_layer
 from longvid.parallel.stage import Unit
 from longvid.script import parse_script
 from longvid.settings import Settings, load_settings
@@ -74,7 +74,6 @@ def test_an_encoder_is_freed_and_its_embeddings_are_kept_on_disk(
     _, kept = film(euler_checkpoint)
     assert len(encoders) == 1
     _, first = film(euler_checkpoint, *free)
-    gc.collect()
     assert len(encoders) == 2 and encoders[1]() is None, "the encoder is gone while the engine lives"
     files = sorted(tmp_path.iterdir())
     assert len(files) == 3 and all(path.suffix == ".safetensors" for path in files)
@@ -158,6 +157,7 @@ def peak_of_two_passes(folder: Path, offload: str) -> int:
     code = f"""
 import torch
 from pathlib import Path
+from longvid.models.offload import _parts, _with_each_part
 from longvid.models.parts import ModelPart
 from longvid.models.wan_checkpoint import WanTransformer3DModel as wan
 from longvid.models.wan_facts import WAN_PARTS as names
@@ -202,6 +202,11 @@ def wide_checkpoint(euler_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     return path
 
 
+def held_bytes(weight: Tensor) -> int:
+    """Bytes that a weight holds, in 8 bits or not."""
+    return sum(part.nbytes for part in _parts(weight.data))
+
+
 def latents_of(model: Path, *overrides: str) -> tuple[Engine, Tensor]:
     engine = Engine.load(model, overrides=[*SETTINGS, *overrides])
     plan = engine.plan(parse_script(STORY, "story.yaml"))
@@ -227,6 +232,18 @@ def test_8_bits_wait_on_disk_too(wide_checkpoint: Path) -> None:
     _, here = latents_of(wide_checkpoint, "memory.quantize=int8")
     _, waiting = latents_of(wide_checkpoint, "memory.quantize=int8", "memory.offload=disk")
     assert torch.equal(here, waiting)
+
+
+def test_a_quantized_weight_is_copied_part_by_part() -> None:
+    """As it is pinned for a GPU; there is none here to pin it for."""
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    quantize_layer(layer, "int8")
+    weight = layer[0].weight.detach()
+    copied = _with_each_part(weight, Tensor.clone)
+    x = torch.randn(3, 64)
+    assert type(copied) is type(weight) and held_bytes(copied) == held_bytes(weight) < 1.1 * 32 * 64
+    assert torch.equal(torch.nn.functional.linear(x, copied), torch.nn.functional.linear(x, weight))
+    assert not {part.data_ptr() for part in _parts(copied)} & {part.data_ptr() for part in _parts(weight)}
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
