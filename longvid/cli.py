@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 
 from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
-from longvid.options import AsJson, Model, Overrides, Preset, all_overrides, film_paths
+from longvid.options import AsJson, Loras, Model, Overrides, Preset, all_overrides, film_paths
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -94,6 +95,7 @@ def render(
     model: Model = None,
     preset: Preset = None,
     overrides: Overrides = None,
+    lora: Loras = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
     ] = None,
@@ -115,10 +117,12 @@ def render(
     from longvid.launch.env import rank_of
     from longvid.manifest import find_manifest
     from longvid.script import load_script
+    from longvid.settings import load_settings
     from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
-    _settings(model, preset, overrides)
+    chosen = all_overrides(model, overrides, lora)
+    load_settings(preset, chosen)
     env = rank_of(os.environ)
     if env and ranks and env.world_size != ranks:
         raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
@@ -157,7 +161,7 @@ def render(
         from longvid.engine import Engine
 
         def load() -> Engine:
-            return Engine.load(preset=preset, overrides=all_overrides(model, overrides))
+            return Engine.load(preset=preset, overrides=chosen)
 
         def work(engine: Engine) -> None:
             tools: dict[str, Any] = {"trace": trace, "ledger": ledger, "preemption": preemption}
@@ -534,6 +538,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,11 +35,12 @@ from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.manifest import find_manifest, has_checkpoint, is_complete
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
+from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, RowsDecoder, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
-from longvid.models.loader import checkpoint_of, open_checkpoint
+from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
 from longvid.models.parts import ModelPart
+from longvid.models.prompt_cache import open_prompts
 from longvid.models.prompts import unknown_words
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
@@ -134,9 +135,12 @@ class Engine:
         """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
+        self._loading = open_loading(checkpoint, settings, self.device)
         if mesh.is_leader:
-            self._prompts = checkpoint.load_prompts(dtype, self.device)
+            self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
             self._decoder = checkpoint.load_decoder(dtype, self.device)
+            if settings.memory.vae_rows:
+                cast(RowsDecoder, self._decoder).split_rows(settings.memory.vae_rows)
             self.vae = self._decoder.vae
             """The video VAE; on the leader alone."""
             self._images = checkpoint.load_images(self._decoder, dtype, self.device)
@@ -191,6 +195,7 @@ class Engine:
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
             attention=self.attention,
             cache=self.cache,
+            loading=self._loading,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 

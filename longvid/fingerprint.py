@@ -35,12 +35,13 @@ _SHOWN = 48
 
 _LIBRARIES = ("longvid", "torch", "diffusers", "transformers", "av")
 _FREE: dict[str, Any] = {
-    "model": {"path"},
+    "model": {"path", "lora"},
+    "memory": {"text_encoder", "prompt_cache", "offload", "group"},
     "mesh": True,
     "output": {"keep_state"},
     "runtime": {"device", "threads", "timeout_s", "checkpoint_s"},
 }
-"""Settings that may change between runs: the model's files count, wherever they are, and see `Machine`."""
+"""Settings that may change between runs: files of the model and of LoRAs count, wherever they are; see `Machine`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def fingerprint(
 ) -> Plain:
     """That of a render; `model` as `describe_model` says. Layers and guidance branches may be spread in any way."""
     kept: Plain = settings.model_dump(mode="json", exclude=_FREE)
+    kept["model"]["lora"] = [
+        {**entry.model_dump(exclude={"path"}), "file": describe_lora(Path(entry.path))} for entry in settings.model.lora
+    ]
     kept["mesh"] = {"seq": machine.topology.seq, "ring": machine.topology.ring}
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}
@@ -99,10 +103,24 @@ def describe_model(root: Path) -> Plain:
     return {str(file.relative_to(root)): _describe_file(file) for file in sorted(files)}
 
 
+def describe_lora(path: Path) -> Plain:
+    """The file of a LoRA, or those of the folder that peft wrote."""
+    path = path.expanduser()
+    files = sorted(path.glob("adapter_*")) if path.is_dir() else [path]
+    return {f"{i}": _describe_file(file)["digest"] for i, file in enumerate(files)}
+
+
 def mark_of(root: Path, part: str) -> str:
     """A short text that stands for the files of one part of a checkpoint."""
-    files = {name: mark for name, mark in describe_model(root).items() if name.startswith(f"{part}/")}
+    paths = sorted(file for file in (root / part).rglob("*") if file.is_file())
+    files = {str(file.relative_to(root)): _describe_file(file) for file in paths}
     return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
+
+
+def marks_of(root: Path, *kinds: str) -> str:
+    """The same for all parts whose names begin so: `text_encoder` and `text_encoder_2`."""
+    parts = sorted(part.name for part in root.iterdir() if part.is_dir() and part.name.startswith(kinds))
+    return " ".join(mark_of(root, part) for part in parts)
 
 
 def _describe_file(path: Path) -> Plain:
@@ -155,6 +173,8 @@ def _words(path: _Place, old: Any, new: Any) -> str:
             return f"the model's {kind} changed ({file})"
         case ("story", "scenes", int(index), *rest):
             name = f"scene {index + 1}, {_joined(rest)}"
+        case ("settings", "model", "lora", int(index), "file", *_):
+            return f"the file of LoRA {index + 1} changed"
         case ("model", "facts", *rest):
             name = f"the model's {_joined(rest)}"
         case (_, *rest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,10 @@ Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML fil
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
 ]
+Loras = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FILE[:WEIGHT]", help="Add a LoRA; may be given many times.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def all_overrides(model: str | None, overrides: list[str] | None) -> list[str]:
-    """What `--set` and `--model` say, as overrides of settings."""
-    return [*(overrides or []), *([f"model.path={model}"] if model is not None else [])]
 
 
 def film_paths(stories: Sequence[Path], output: Path) -> list[Path]:
@@ -37,3 +36,20 @@ def film_paths(stories: Sequence[Path], output: Path) -> list[Path]:
         if films.count(film) > 1:
             raise InputError(f"two storyboards are named {film.stem}, and both would be {film}: rename one")
     return films
+
+
+def all_overrides(model: str | None, overrides: list[str] | None, loras: list[str] | None = None) -> list[str]:
+    """What `--set`, `--model` and `--lora` say, as overrides of settings."""
+    chosen = [] if model is None else [f"model.path={model}"]
+    if loras:
+        chosen.append(f"model.lora={json.dumps([_lora(text) for text in loras])}")
+    return [*(overrides or []), *chosen]
+
+
+def _lora(text: str) -> dict[str, str | float]:
+    """FILE or FILE:WEIGHT as a setting; a colon before anything but a number is of the file's name."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return {"path": path, "weight": float(weight)} if colon else {"path": text}
+    except ValueError:
+        return {"path": text}

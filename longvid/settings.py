@@ -15,10 +15,36 @@ from longvid.errors import InputError
 from longvid.sparsity.settings import AttentionSettings, Dense
 
 
+class LoraSettings(Section):
+    """One LoRA: a safetensors file, how much of it counts, and which of two experts it is for."""
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    expert: Literal["both", "high", "low"] = "both"
+
+
 class ModelSettings(Section):
-    """Which model: `mini`, or the directory of a diffusers pipeline."""
+    """Which model: `mini`, or the directory of a diffusers pipeline; and the LoRAs that change its transformer."""
 
     path: Annotated[str, Field(min_length=1)] = "mini"
+    lora: list[LoraSettings] = Field(default_factory=list)
+
+
+class MemorySettings(Section):
+    """What is held, where, and in how many bits.
+
+    `text_encoder`: `keep` it loaded, or `free` it once the prompts are encoded and keep their embeddings on disk, in
+    `prompt_cache` (None: the user's cache folder). `offload`: layers wait in host memory, or in the checkpoint's files,
+    and come to the device in groups of `group`, ahead of use. `quantize`: the weights of layers in 8 bits, with `w8a8`
+    their inputs, too. `vae_rows`: rows of a latent that the VAE decodes at a time (0: all).
+    """
+
+    text_encoder: Literal["auto", "keep", "free"] = "auto"
+    prompt_cache: Annotated[str, Field(min_length=1)] | None = None
+    offload: Literal["none", "host", "disk"] = "none"
+    group: Annotated[int, Field(ge=1, le=1024)] = 1
+    quantize: Literal["none", "int8", "fp8", "w8a8"] = "none"
+    vae_rows: Annotated[int, Field(ge=0, le=4096)] = 0
 
 
 class SamplerSettings(Section):
@@ -119,6 +145,7 @@ class Settings(Section):
     sequence: SequenceSettings = SequenceSettings()
     attention: AttentionSettings = Dense()
     cache: CacheSettings = NoCache()
+    memory: MemorySettings = MemorySettings()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.parts import ModelPart
+from longvid.models.weights import Loading
 from longvid.parallel.executor import Finished
 from longvid.parallel.sequence import SequenceAttention, WholeSequence
 from longvid.parallel.stage import Stage
@@ -100,14 +101,26 @@ class StreamDecoder(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+class RowsDecoder(StreamDecoder, Protocol):
+    """One that can work in bands of rows, as that of the Wan family."""
+
+    def split_rows(self, rows: int) -> None:
+        """Decode so many rows of latents at a time, for memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache."""
+    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache.
+
+    `loading` says what becomes of its weights; a pipeline that is in memory has its own.
+    """
 
     branches: Sequence[int] = (0,)
     sequence: SequenceAttention | None = None
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
+    loading: Loading | None = None
 
     @property
     def spread(self) -> SequenceAttention:
@@ -123,6 +136,11 @@ class Checkpoint(Protocol):
     @property
     def root(self) -> Path | None:
         """Its directory; None for a pipeline that is in memory alone."""
+        ...
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline that it was taken from, if it is in memory."""
         ...
 
     def load_prompts(self, dtype: torch.dtype, device: torch.device) -> PromptEncoder: ...

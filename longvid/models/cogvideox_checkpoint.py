@@ -102,9 +102,8 @@ class CogVideoXCheckpoint:
             return CogVideoXStage(dit, branches=options.branches, **ends)
         assert self.root is not None
         with errors_name(self.root, "CogVideoX"):
-            dit = load_part(
-                CogVideoXTransformer3DModel, self.root / "transformer", part, COGVIDEOX_PARTS, dtype, device
-            )
+            folder, loading = self.root / "transformer", options.loading
+            dit = load_part(CogVideoXTransformer3DModel, folder, part, COGVIDEOX_PARTS, dtype, device, loading)
             return CogVideoXStage(dit, branches=options.branches, **ends)
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:

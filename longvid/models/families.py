@@ -104,6 +104,8 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         )
     if cache.regions:
         _require_regions(facts, settings)
+    if settings.memory.vae_rows and facts.family != "wan":
+        raise InputError(f"memory.vae_rows must be 0: the VAE of {facts.family} models does not work row by row")
     if settings.queue.left == "cached" and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")

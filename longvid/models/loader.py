@@ -6,10 +6,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from longvid.errors import InputError
 from longvid.models.checkpoint import Checkpoint
 from longvid.models.configs import Configs, extra_facts, read_configs
 from longvid.models.facts import find_model
-from longvid.models.families import family_of, read_facts
+from longvid.models.families import FAMILIES, family_of, read_facts
+from longvid.models.lora import open_loras
+from longvid.models.quantize import require_torchao
+from longvid.models.weights import Loading
+from longvid.settings import Settings
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -27,6 +34,27 @@ def checkpoint_of(pipeline: Any) -> Checkpoint:
     index = {**pipeline.config, "_class_name": type(pipeline).__name__}
     loaded = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
     return _open(Configs("pipeline", index, extra, origin if extra else None, loaded), pipeline)
+
+
+def open_loading(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Loading:
+    """What becomes of the transformer's weights as they are read.
+
+    Raises InputError for LoRAs that do not fit, and for what this machine or a pipeline in memory cannot do.
+    """
+    memory, root = settings.memory, checkpoint.root
+    wishes = {"model.lora": bool(settings.model.lora), "memory.offload": memory.offload != "none"}
+    wishes["memory.quantize"] = memory.quantize != "none"
+    if root is None or checkpoint.pipeline is not None:
+        wished = ", ".join(name for name, is_wished in wishes.items() if is_wished)
+        if wished:
+            raise InputError(f"{wished}: the pipeline is in memory already, so do this to the pipeline itself")
+        return Loading()
+    if memory.offload == "host" and device.type == "cpu":
+        raise InputError("memory.offload must be none or disk, not host: the layers run from host memory as it is")
+    if memory.quantize != "none":
+        require_torchao()
+    names = next(family.parts for family in FAMILIES if family.name == checkpoint.facts.family)
+    return Loading(open_loras(settings.model.lora, root, names.original), memory)
 
 
 def _open(configs: Configs, pipeline: Any) -> Checkpoint:

@@ -95,7 +95,8 @@ class LtxCheckpoint:
         else:
             assert self.root is not None
             with errors_name(self.root, "LTX-Video"):
-                dit = load_part(LTXVideoTransformer3DModel, self.root / "transformer", part, LTX_PARTS, dtype, device)
+                folder, loading = self.root / "transformer", options.loading
+                dit = load_part(LTXVideoTransformer3DModel, folder, part, LTX_PARTS, dtype, device, loading)
         grid = self.facts.grid
         ends = {"is_first": part.is_first, "is_last": part.is_last}
         return LtxStage(dit, compression=(grid.temporal, grid.spatial), branches=options.branches, **ends)

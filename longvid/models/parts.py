@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from longvid.errors import InputError
 
@@ -15,12 +17,14 @@ from longvid.errors import InputError
 class PartNames:
     """Which tensors of a transformer are of its layers, and which are needed at its ends alone; all need the others.
 
-    `layers` is the list of layers in the module; `first` and `last` are names before the first dot.
+    `layers` is the list of layers in the module; `first` and `last` are names before the first dot. `original` is what
+    the model's first code calls modules that diffusers calls otherwise, which LoRA files may follow.
     """
 
     layers: str
     first: frozenset[str]
     last: frozenset[str]
+    original: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,28 @@ def part_bytes(folder: Path, part: ModelPart, names: PartNames, itemsize: int) -
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
     """The shape of every tensor of a safetensors file; nothing but its header is read. Raises InputError."""
+    header = _read_header(path)
+    try:
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: is corrupt or truncated ({error})") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file's header says besides its tensors. Raises InputError."""
+    metadata = _read_header(path).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             if size > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(size))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
+        return header
+    except (OSError, ValueError, struct.error) as error:
         raise InputError(f"{path}: is corrupt or truncated ({error})") from None

@@ -23,6 +23,7 @@ from longvid.models.wan_facts import WAN_PARTS
 from longvid.models.wan_image import ImageCondition, WanImageEncoder, WanImageStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.weights import (
+    Loading,
     check_weights,
     errors_name,
     load_part,
@@ -110,7 +111,12 @@ class WanCheckpoint:
         return bool(self.configs.index.get("expand_timesteps"))
 
     def load_layers(
-        self, part: ModelPart, dtype: torch.dtype, device: torch.device, name: str = "transformer"
+        self,
+        part: ModelPart,
+        dtype: torch.dtype,
+        device: torch.device,
+        name: str = "transformer",
+        loading: Loading | None = None,
     ) -> WanTransformer3DModel:
         """A transformer with some of its layers: no tensor of another part is read."""
         if self.pipeline is not None:
@@ -120,13 +126,13 @@ class WanCheckpoint:
             return dit
         assert self.root is not None
         with errors_name(self.root, "Wan"):
-            return load_part(WanTransformer3DModel, self.root / name, part, WAN_PARTS, dtype, device)
+            return load_part(WanTransformer3DModel, self.root / name, part, WAN_PARTS, dtype, device, loading)
 
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
     ) -> FamilyStage:
         def stage(name: str) -> WanStage:
-            dit = self.load_layers(part, dtype, device, name)
+            dit = self.load_layers(part, dtype, device, name, options.loading)
             kind = WanStage if self.facts.image == "none" else WanImageStage
             return kind(
                 dit,

@@ -13,8 +13,25 @@ from longvid.plan import ModelFacts
 
 PATCH = (1, 2, 2)
 
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "add_k_proj": "k_img", "add_v_proj": "v_img"}
+_ORIGINAL_NAMES = {
+    **{f"attn1.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"attn2.{ours}": f"cross_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "proj_out": "head.head",
+    "condition_embedder.time_proj": "time_projection.1",
+    **{f"condition_embedder.{kind}_embedder.linear_1": f"{kind}_embedding.0" for kind in ("text", "time")},
+    **{f"condition_embedder.{kind}_embedder.linear_2": f"{kind}_embedding.2" for kind in ("text", "time")},
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+}
+
 WAN_PARTS = PartNames(
-    "blocks", first=frozenset({"patch_embedding"}), last=frozenset({"proj_out", "scale_shift_table", "norm_out"})
+    "blocks",
+    first=frozenset({"patch_embedding"}),
+    last=frozenset({"proj_out", "scale_shift_table", "norm_out"}),
+    original=_ORIGINAL_NAMES,
 )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count, takewhile
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 
 
@@ -22,11 +25,16 @@ class WanStreamDecoder:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae.eval()
         on_cpu = vae.post_quant_conv.weight.device.type == "cpu"
-        self._decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
+        self._decoder: _Decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
         self._std = torch.tensor(config.latents_std).view(shape)
+        self.reset()
+
+    def split_rows(self, rows: int) -> None:
+        """Decode so many rows of latents at a time from here on, for memory; it forgets the shot."""
+        self._decoder = BandedDecoder(self.vae, rows)
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +67,8 @@ class WanStreamDecoder:
         for i, inputs in enumerate(self._state):
             if isinstance(inputs, Tensor):
                 state[f"conv_{i}"] = inputs
+            elif isinstance(inputs, list):
+                state |= {f"conv_{i}_{band}": rows for band, rows in enumerate(inputs)}
             elif inputs is not None:
                 assert inputs == REPEAT
                 state[f"{REPEAT}_{i}"] = torch.empty(0)
@@ -74,6 +84,9 @@ class WanStreamDecoder:
                 self._state[i] = REPEAT
             elif f"conv_{i}" in state:
                 self._state[i] = state[f"conv_{i}"].to(device)
+            elif f"conv_{i}_0" in state:
+                bands = takewhile(state.__contains__, (f"conv_{i}_{band}" for band in count()))
+                self._state[i] = [state[name].to(device) for name in bands]
 
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:
@@ -87,6 +100,12 @@ def _unpatchify(x_THWC: Tensor, patch: int) -> Tensor:
     num_frames, height, width, channels = x_THWC.shape
     cells = x_THWC.view(num_frames, height, width, -1, patch, patch).permute(0, 1, 5, 2, 4, 3)
     return cells.reshape(num_frames, height * patch, width * patch, channels // patch**2)
+
+
+class _Decoder(Protocol):
+    def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
+        """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""
+        ...
 
 
 class _StockDecoder:

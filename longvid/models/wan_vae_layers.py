@@ -1,4 +1,4 @@
-"""The Wan VAE's decoder for a CPU: diffusers' weights and arithmetic, channels last.
+"""The Wan VAE's decoder, made for a CPU: diffusers' weights and arithmetic, channels last.
 
 Differs from diffusers' modules by rounding alone. What makes it faster: oneDNN's convolutions are at
 their best channels last; norm and activation write straight into the input of the next convolution,
@@ -29,8 +29,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-State: TypeAlias = list[Tensor | str | None]
-"""diffusers' cache: for each causal convolution over time the last inputs [1, C, 2, H, W], None before the first."""
+State: TypeAlias = list[Tensor | list[Tensor] | str | None]
+"""diffusers' cache: for each causal convolution over time the last inputs [1, C, 2, H, W], None before the first.
+
+A decoder that works in bands of rows keeps a list of them, a band each.
+"""
 
 REPEAT = "Rep"
 """What the cache holds for a temporal upsampling that has seen the shot's first latent alone."""
@@ -40,52 +43,56 @@ _TILE_VALUES = 2**18
 
 
 class ChannelsLastDecoder:
-    """``post_quant_conv`` and decoder of a VAE on the CPU. Lays the weights out anew in place; they stay the VAE's."""
+    """``post_quant_conv`` and decoder of a VAE. Lays the weights out anew in place; they stay the VAE's."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
         self._post_quant = _Convolution(vae.post_quant_conv)
-        self._conv_in = _CausalConvolution(decoder.conv_in, scratch)
+        self._conv_in = CausalConvolution(decoder.conv_in, scratch)
         mid = decoder.mid_block
-        self._mid: list[_ResidualBlock | _Attention] = [_ResidualBlock(mid.resnets[0], scratch)]
+        self._mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            self._mid += [_Attention(attention), _ResidualBlock(resnet, scratch)]
-        self._up = [_UpBlock(block, scratch) for block in decoder.up_blocks]
-        self._conv_out = _CausalConvolution(decoder.conv_out, scratch, decoder.norm_out)
+            self._mid += [_Attention(attention), ResidualBlock(resnet, scratch)]
+        self.up = [UpBlock(block, scratch) for block in decoder.up_blocks]
+        self.conv_out = CausalConvolution(decoder.conv_out, scratch, decoder.norm_out)
 
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need.
 
         A shot's first latent must come alone, with ``first_chunk`` and a state of None.
         """
-        x = self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous())
-        cache = _Cache(state)
-        x = self._conv_in(x, cache)
+        cache = Cache(state)
+        x = self.enter(latents, cache)
+        for block in self.up:
+            x = block(x, cache, first_chunk)
+        return as_ncthw(self.conv_out(x, cache))
+
+    def enter(self, latents: Tensor, cache: Cache) -> Tensor:
+        """What works on latents: all up to the attention within frames, and behind it. [F, h, w, C']."""
+        x = self._conv_in(self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous()), cache)
         for layer in self._mid:
             x = layer(x, cache)
-        for block in self._up:
-            x = block(x, cache, first_chunk)
-        return _as_ncthw(self._conv_out(x, cache))
+        return x
 
 
-class _Cache:
+class Cache:
     """The entries of a state one after the other, as the convolutions come to them."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._next = 0
+        self.position = 0
 
     def exchange(self, x: Tensor, depth: int) -> None:
         """Fill the first ``depth`` frames of x [depth + T, H, W, C] from the cache, and keep its last ones there."""
-        kept = self._state[self._next]
+        kept = self._state[self.position]
         x[:depth].zero_()
         if isinstance(kept, Tensor):
             x[depth - kept.shape[2] : depth] = kept[0].permute(1, 2, 3, 0)
-        self.keep(_as_ncthw(x[-depth:].clone()))
+        self.keep(as_ncthw(x[-depth:].clone()))
 
     def keep(self, entry: Tensor | str) -> None:
-        self._state[self._next] = entry
-        self._next += 1
+        self._state[self.position] = entry
+        self.position += 1
 
 
 class _Scratch:
@@ -94,11 +101,12 @@ class _Scratch:
     def __init__(self) -> None:
         self._values = torch.empty(0)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised [*shape], valid until the next call."""
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uninitialised [*shape] of another tensor's dtype and device, valid until the next call."""
         count = math.prod(shape)
-        if self._values.numel() < count or self._values.dtype != dtype:
-            self._values = torch.empty(count, dtype=dtype)
+        kept = self._values
+        if kept.numel() < count or kept.dtype != like.dtype or kept.device != like.device:
+            self._values = like.new_empty(count)
         return self._values[:count].view(shape)
 
 
@@ -111,27 +119,32 @@ class _Convolution:
         self._padding = [0, *(size // 2 for size in self.weight.shape[3:])]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _convolve(x, self.weight, self.bias, self._padding)
+        return convolve(x, self.weight, self.bias, self._padding)
 
 
-class _CausalConvolution:
+class CausalConvolution:
     """A convolution over the frames so far, after norm and SiLU if it has a norm."""
 
     def __init__(self, conv: WanCausalConv3d, scratch: _Scratch, norm: WanRMS_norm | None = None) -> None:
         self.conv = _Convolution(conv)
         self._norm = None if norm is None else _Norm(norm)
-        self._depth = self.conv.weight.shape[2] - 1
+        self.depth = self.conv.weight.shape[2] - 1
+        """Frames of the past that it sees."""
         self._scratch = scratch
 
-    def __call__(self, x: Tensor, cache: _Cache) -> Tensor:
+    def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         num_frames, *rest = x.shape
-        inputs = self._scratch.empty((self._depth + num_frames, *rest), x.dtype)
-        if self._norm is None:
-            inputs[self._depth :] = x
-        else:
-            self._norm(x, inputs[self._depth :], silu=True)
-        cache.exchange(inputs, self._depth)
+        inputs = self._scratch.empty((self.depth + num_frames, *rest), x)
+        self.fill(x, inputs)
+        cache.exchange(inputs, self.depth)
         return self.conv(inputs)
+
+    def fill(self, x: Tensor, inputs: Tensor) -> None:
+        """Write x to the last frames of the convolution's input, through norm and SiLU if it has a norm."""
+        if self._norm is None:
+            inputs[self.depth :] = x
+        else:
+            self._norm(x, inputs[self.depth :], silu=True)
 
 
 class _Norm:
@@ -152,15 +165,15 @@ class _Norm:
                 F.silu(result, inplace=True)
 
 
-class _ResidualBlock:
+class ResidualBlock:
     def __init__(self, block: WanResidualBlock, scratch: _Scratch) -> None:
-        self._conv1 = _CausalConvolution(block.conv1, scratch, block.norm1)
-        self._conv2 = _CausalConvolution(block.conv2, scratch, block.norm2)
-        self._shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
+        self.conv1 = CausalConvolution(block.conv1, scratch, block.norm1)
+        self.conv2 = CausalConvolution(block.conv2, scratch, block.norm2)
+        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
 
-    def __call__(self, x: Tensor, cache: _Cache) -> Tensor:
-        y = self._conv2(self._conv1(x, cache), cache)
-        return y.add_(x if self._shortcut is None else self._shortcut(x))
+    def __call__(self, x: Tensor, cache: Cache) -> Tensor:
+        y = self.conv2(self.conv1(x, cache), cache)
+        return y.add_(x if self.shortcut is None else self.shortcut(x))
 
 
 class _Attention:
@@ -171,17 +184,17 @@ class _Attention:
         self._qkv = _channels_last(block.to_qkv.weight.detach()[:, :, None]), block.to_qkv.bias.detach()
         self._proj = _channels_last(block.proj.weight.detach()[:, :, None]), block.proj.bias.detach()
 
-    def __call__(self, x: Tensor, cache: _Cache) -> Tensor:
+    def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         num_frames, height, width, channels = x.shape
         normed = torch.empty_like(x)
         self._norm(x, normed, silu=False)
-        qkv = _convolve(normed, *self._qkv, [0, 0, 0])
+        qkv = convolve(normed, *self._qkv, [0, 0, 0])
         q, k, v = qkv.view(num_frames, 1, height * width, 3 * channels).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).reshape(x.shape)
-        return _convolve(y, *self._proj, [0, 0, 0]).add_(x)
+        return convolve(y, *self._proj, [0, 0, 0]).add_(x)
 
 
-class _UpBlock:
+class UpBlock:
     """Residual blocks, then an upsampling if the block has one: Wan 2.1's, and Wan 2.2's with a shortcut around all."""
 
     def __init__(self, block: WanUpBlock | WanResidualUpBlock, scratch: _Scratch) -> None:
@@ -189,21 +202,21 @@ class _UpBlock:
             resample, shortcut = block.upsampler, block.avg_shortcut
         else:
             resample, shortcut = block.upsamplers[0] if block.upsamplers else None, None
-        self._resnets = [_ResidualBlock(resnet, scratch) for resnet in block.resnets]
-        self._upsample = None if resample is None else _Upsample(resample, scratch)
-        self._shortcut = None if shortcut is None else _Shortcut(shortcut)
+        self.resnets = [ResidualBlock(resnet, scratch) for resnet in block.resnets]
+        self.upsample = None if resample is None else Upsample(resample, scratch)
+        self.shortcut = None if shortcut is None else _Shortcut(shortcut)
 
-    def __call__(self, x: Tensor, cache: _Cache, first_chunk: bool) -> Tensor:
+    def __call__(self, x: Tensor, cache: Cache, first_chunk: bool) -> Tensor:
         y = x
-        for resnet in self._resnets:
+        for resnet in self.resnets:
             y = resnet(y, cache)
-        if self._upsample is None:
+        if self.upsample is None:
             return y
-        y = self._upsample(y, cache, first_chunk)
-        return y if self._shortcut is None else self._shortcut.add_to(y, x)
+        y = self.upsample(y, cache, first_chunk)
+        return y if self.shortcut is None else self.shortcut.add_to(y, x)
 
 
-class _Upsample:
+class Upsample:
     """Twice the frames, if the module says so and not for a shot's first latent; then twice the height and width.
 
     Convolving an image whose pixels stand twice in each direction with a 3x3 kernel is convolving the
@@ -213,25 +226,34 @@ class _Upsample:
 
     def __init__(self, resample: WanResample, scratch: _Scratch) -> None:
         in_time = resample.mode == "upsample3d"
-        self._time_conv = _CausalConvolution(resample.time_conv, scratch) if in_time else None
+        self.time_conv = CausalConvolution(resample.time_conv, scratch) if in_time else None
         conv = resample.resample[1]
         kernels = [_halved(_halved(conv.weight.detach().float(), 2, i), 3, j) for i, j in product((0, 1), (0, 1))]
-        self._weight = _channels_last(torch.cat(kernels)[:, :, None].to(conv.weight.dtype))
-        self._bias = conv.bias.detach().repeat(4)
+        self.weight = _channels_last(torch.cat(kernels)[:, :, None].to(conv.weight.dtype))
+        self.bias = conv.bias.detach().repeat(4)
 
-    def __call__(self, x: Tensor, cache: _Cache, first_chunk: bool) -> Tensor:
-        if self._time_conv is not None:
+    def __call__(self, x: Tensor, cache: Cache, first_chunk: bool) -> Tensor:
+        if self.time_conv is not None:
             if first_chunk:
                 cache.keep(REPEAT)
             else:
-                x = self._time_conv(x, cache).unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        num_frames, height, width, _ = x.shape
-        y = _convolve(x, self._weight, self._bias, [0, 1, 1]).unflatten(3, (2, 2, -1))
-        out = y.new_empty(num_frames, height, 2, width, 2, y.shape[-1])
-        for i, j in product((0, 1), (0, 1)):
-            out[:, :, i, :, j] = y[:, i : i + height, j : j + width, i, j]
-        image: Tensor = out.view(num_frames, 2 * height, 2 * width, -1)
-        return image
+                x = self.in_time(self.time_conv(x, cache))
+        height, width = x.shape[1:3]
+        return interleave(convolve(x, self.weight, self.bias, [0, 1, 1]), height, width)
+
+    def in_time(self, x: Tensor) -> Tensor:
+        """[T, H, W, 2 C] as [2 T, H, W, C]."""
+        return x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def interleave(y: Tensor, height: int, width: int) -> Tensor:
+    """Four pixels' values [T, height + 1, width + 1, 4 C] as an image [T, 2 height, 2 width, C]."""
+    y = y.unflatten(3, (2, 2, -1))
+    out = y.new_empty(len(y), height, 2, width, 2, y.shape[-1])
+    for i, j in product((0, 1), (0, 1)):
+        out[:, :, i, :, j] = y[:, i : i + height, j : j + width, i, j]
+    image: Tensor = out.view(len(y), 2 * height, 2 * width, -1)
+    return image
 
 
 class _Shortcut:
@@ -261,12 +283,12 @@ def _halved(kernel: Tensor, dim: int, phase: int) -> Tensor:
     return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -> Tensor:
     """Convolve x [T, H, W, C] with ones as strides. For one clip torch would take its plain fp32 kernel, not oneDNN."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        y = torch.mkldnn_convolution(_as_ncthw(x), weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        y = torch.mkldnn_convolution(as_ncthw(x), weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)
     else:
-        y = F.conv3d(_as_ncthw(x), weight, bias, padding=padding)
+        y = F.conv3d(as_ncthw(x), weight, bias, padding=padding)
     return y[0].permute(1, 2, 3, 0).contiguous()
 
 
@@ -280,6 +302,6 @@ def _channels_last(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
 
 
-def _as_ncthw(x_THWC: Tensor) -> Tensor:
+def as_ncthw(x_THWC: Tensor) -> Tensor:
     """A view [1, C, T, H, W]."""
     return x_THWC[None].permute(0, 4, 1, 2, 3)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_json
-from longvid.models.parts import ModelPart, PartNames
+from longvid.models.lora import Lora
+from longvid.models.offload import offload_layers
+from longvid.models.parts import ModelPart, PartNames, read_shapes
+from longvid.models.quantize import quantize_layer
+from longvid.settings import MemorySettings
 
 
 def take_layers(part: ModelPart, layers: nn.ModuleList) -> nn.ModuleList:
@@ -24,29 +29,96 @@ def take_layers(part: ModelPart, layers: nn.ModuleList) -> nn.ModuleList:
     return nn.ModuleList(layers[layer] for layer in part.layers)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What becomes of a transformer's weights: LoRAs are added, layers are quantized, and wait elsewhere."""
+
+    loras: Sequence[Lora] = ()
+    memory: MemorySettings = field(default_factory=MemorySettings)
+
+
 def load_part(
-    kind: Any, folder: Path, part: ModelPart, names: PartNames, dtype: torch.dtype, device: torch.device
+    kind: Any,
+    folder: Path,
+    part: ModelPart,
+    names: PartNames,
+    dtype: torch.dtype,
+    device: torch.device,
+    loading: Loading | None = None,
 ) -> Any:
-    """A part of the transformer (class `kind`) in ``folder``: no tensor of other parts is read or allocated."""
+    """A part of the transformer (class `kind`) in ``folder``: no tensor of other parts is read or allocated.
+
+    With `memory.offload` its layers hold nothing until they are called (``longvid.models.offload``).
+    """
+    loading = loading or Loading()
     config = kind.load_config(folder)
     with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
         dit = kind.from_config(config)
-    wanted = {name for name in dit.state_dict() if part.owns(name, names)}
+    wanted = {name: list(value.shape) for name, value in dit.state_dict().items() if part.owns(name, names)}
+    files = _WeightFiles(folder, wanted, dtype, set(dit._keep_in_fp32_modules or ()), loading.loras)
+    num_layers = len(getattr(dit, names.layers))
     setattr(dit, names.layers, take_layers(part, getattr(dit, names.layers)))
-    in_fp32 = set(dit._keep_in_fp32_modules or ())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in wanted & set(file.keys()):
-                kept = torch.float32 if in_fp32 & set(name.split(".")) else dtype
-                value = file.get_tensor(name)
-                set_module_tensor_to_device(dit, part.local_name(name, names), device, value, dtype=kept)
-                wanted.discard(name)
-    if wanted:
-        raise InputError(f"{folder}: lacks {len(wanted)} tensors that its config asks for, first {min(wanted)}")
+    for name, value in files.read(lambda name: not name.startswith(f"{names.layers}.")):
+        set_module_tensor_to_device(dit, name, device, value, dtype=value.dtype)
     for module in dit.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=False)
-    return dit.eval()
+    layers = getattr(dit.eval(), names.layers)
+    is_end = [layer in (0, num_layers - 1) for layer in part.layers]
+
+    def fill(index: int, layer: nn.Module, to: torch.device) -> None:
+        """Read a layer's weights into it: its own of `index` in the part, or another of its kind."""
+        prefix = f"{names.layers}.{part.layers[index]}."
+        for name, value in files.read(lambda name: name.startswith(prefix)):
+            set_module_tensor_to_device(layer, name.removeprefix(prefix), to, value, dtype=value.dtype)
+        if loading.memory.quantize != "none" and not is_end[index]:
+            quantize_layer(layer, loading.memory.quantize)
+
+    if loading.memory.offload == "none":
+        for index, layer in enumerate(layers):
+            fill(index, layer, device)
+    elif len(layers):
+        offload_layers(layers, fill, device, loading.memory)
+    return dit
+
+
+class _WeightFiles:
+    """The weights of a part in the files of ``folder``, in the dtype in which they are used."""
+
+    def __init__(
+        self,
+        folder: Path,
+        wanted: Mapping[str, list[int]],
+        dtype: torch.dtype,
+        in_fp32: set[str],
+        loras: Sequence[Lora],
+    ) -> None:
+        """``wanted`` gives names and shapes. Raises InputError where they are not what the files have."""
+        self._dtype, self._in_fp32 = dtype, in_fp32
+        self._loras = [lora for lora in loras if folder.name in lora.folders]
+        self._names: dict[Path, list[str]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            shapes = read_shapes(path)
+            self._names[path] = sorted(wanted.keys() & shapes)
+            for name in self._names[path]:
+                if shapes[name] != wanted[name]:
+                    raise InputError(f"{path}: {name} is {shapes[name]}, and its config asks for {wanted[name]}")
+        missing = set(wanted).difference(*self._names.values())
+        if missing:
+            raise InputError(f"{folder}: lacks {len(missing)} tensors that its config asks for, first {min(missing)}")
+
+    def read(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """Names in the checkpoint, and values, on the CPU."""
+        for path, known in self._names.items():
+            wanted = [name for name in known if is_wanted(name)]
+            if not wanted:
+                continue
+            with safe_open(path, framework="pt") as file:
+                for name in wanted:
+                    value = file.get_tensor(name)
+                    for lora in self._loras:
+                        value = lora.changed(name, value)
+                    yield name, value.to(torch.float32 if self._in_fp32 & set(name.split(".")) else self._dtype)
 
 
 def load_whole(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

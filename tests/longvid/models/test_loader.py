@@ -72,7 +72,7 @@ def change_json(path: Path, **values: object) -> None:
         (fill_with_garbage, "vae/diffusion_pytorch_model.safetensors: is corrupt"),
         (leave_only_a_pickle, r"transformer: holds no .safetensors file"),
         (ask_for_more_layers, "lacks .* tensors"),
-        (change_a_size, "cannot be loaded as a Wan checkpoint"),
+        (change_a_size, r"safetensors: blocks.* is \[32\], and its config asks for \[64\]"),
         (lambda root: (root / "model_index.json").unlink(), "model_index.json: cannot be read"),
         (lambda root: (root / "model_index.json").write_text("{"), "model_index.json: is not JSON"),
         (lambda root: (root / "model_index.json").write_text("[]"), "expected a JSON object"),

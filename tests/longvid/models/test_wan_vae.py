@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longvid.models.wan_vae import WanStreamDecoder, to_uint8
+from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import ChannelsLastDecoder, State
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -110,3 +115,59 @@ def test_bfloat16_errs_as_little_as_the_stock_decoder_in_bfloat16() -> None:
     stock = whole_decode(make_vae("2.1 widening", torch.bfloat16), latents).float()
     ours = WanStreamDecoder(make_vae("2.1 widening", torch.bfloat16)).push(latents).float()
     assert (ours - exact).square().mean() <= 1.5 * (stock - exact).square().mean() + 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bands_of_rows_give_the_whole_decode(layout: str) -> None:
+    vae, latents = make_vae(layout), make_latents(4)
+    count = vae._cached_conv_counts["decoder"]
+    whole = decode(ChannelsLastDecoder(vae), latents, (1,) * 4, [None] * count)
+    for rows in (1, 2, 4, 6):
+        banded = decode(BandedDecoder(vae, rows), latents, (1,) * 4, [None] * count)
+        assert banded.shape == whole.shape
+        assert (banded - whole).abs().max() <= 1e-5
+
+
+def test_a_resumed_decode_in_bands_goes_on_to_the_last_bit() -> None:
+    latents = make_latents(6)
+    decoder, resumed = (WanStreamDecoder(make_vae("2.2")) for _ in range(2))
+    for one in (decoder, resumed):
+        one.split_rows(2)
+    decoder.push(latents[:, :3])
+    resumed.load_state({name: values.clone() for name, values in decoder.state().items()})
+    assert torch.equal(decoder.push(latents[:, 3:]), resumed.push(latents[:, 3:]))
+
+
+def test_bands_of_rows_take_less_memory() -> None:
+    """Beyond what both must keep from latent to latent: in a process each, the peak while a film is decoded."""
+    whole, banded = (peak_of_decode(rows) for rows in (0, 4))
+    assert banded[1] == pytest.approx(whole[1], rel=0.05)
+    assert banded[0] - banded[1] < 0.5 * (whole[0] - whole[1])
+
+
+def peak_of_decode(rows: int) -> tuple[int, int]:
+    """Bytes by which memory grew at the peak, and those of the state that stays."""
+    code = f"""
+import json, torch
+from pathlib import Path
+from diffusers import AutoencoderKLWan
+from longvid.models.wan_vae import WanStreamDecoder
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+torch.set_num_threads(1)
+options = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+decoder = WanStreamDecoder(AutoencoderKLWan(base_dim=32, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **options))
+latents = torch.randn(4, 2, 64, 20)
+decoder.push(latents[:, :1, :2, :2])
+decoder.split_rows({rows}) if {rows} else decoder.reset()
+before = peak()
+decoder.push(latents)
+print(json.dumps([peak() - before, sum(value.nbytes for value in decoder.state().values())]))
+"""
+    # Each tensor a mapping of its own, so that what is freed is given back and the peak is that of live tensors.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    grown, kept = json.loads(done.stdout)
+    return grown, kept
