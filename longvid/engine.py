@@ -183,6 +183,7 @@ class Engine:
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
             attention=self.attention,
             cache=self.cache,
+            embedded_guidance=self.settings.sampler.embedded_guidance,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 

@@ -30,6 +30,8 @@ class SamplerSettings(Section):
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
     guidance_low: Annotated[float, Field(ge=0, le=100)] | None = None
     """With two experts, that of the one for low noise; None: the same."""
+    embedded_guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    """What a guidance-distilled model is told, beside the guidance by a second pass; None: as its pipeline does."""
 
     @property
     def num_branches(self) -> int:

@@ -102,12 +102,27 @@ class StreamDecoder(Protocol):
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache."""
+    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache.
+
+    ``embedded_guidance`` is what a guidance-distilled model is told; None: what its pipeline tells it.
+    """
 
     branches: Sequence[int] = (0,)
     sequence: SequenceAttention | None = None
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
+    embedded_guidance: float | None = None
+
+    def of(self, part: ModelPart) -> dict[str, Any]:
+        """The options of a `LayerStage` of a part."""
+        return {
+            "branches": self.branches,
+            "is_first": part.is_first,
+            "is_last": part.is_last,
+            "first_layer": part.layers.start,
+            "attention": self.attention,
+            "cache": self.cache,
+        }
 
     @property
     def spread(self) -> SequenceAttention:

@@ -20,9 +20,9 @@ REPEATS = 5
 
 @torch.no_grad()
 def measure_costs(checkpoint: Checkpoint, decoder: StreamDecoder, settings: Settings, device: torch.device) -> Costs:
-    """Seconds for a unit of the model's native size: a layer, the two ends, and a step's share of decoding.
+    """Seconds for a unit of the model's native size: each layer, the two ends, and a step's share of decoding.
 
-    Reads one layer: they are all alike.
+    Reads one layer of each kind: they are all alike.
     """
     unit = _unit(checkpoint, settings, device)
     dtype, inputs = getattr(torch, settings.runtime.dtype), checkpoint.blank_inputs(device)
@@ -32,13 +32,16 @@ def measure_costs(checkpoint: Checkpoint, decoder: StreamDecoder, settings: Sett
         stage.prepare(inputs)
         return _seconds(lambda: stage.forward(unit), device)
 
-    with_layer, ends = seconds(range(1)), seconds(range(0))
+    dual, count = checkpoint.facts.dual_layers, checkpoint.facts.num_layers
+    ends = seconds(range(0))
+    kinds = [kind for kind in (range(dual), range(dual, count)) if kind]
+    one_of = {kind: max(seconds(kind[:1]) - ends, 1e-6) for kind in kinds}
+    layers = [one_of[kind] for kind in kinds for _ in kind]
     assert unit.latents is not None
     own = unit.latents[:, -settings.queue.chunk_latents :]
     decoding = _seconds(lambda: decoder.push(own), device) / settings.sampler.steps
     decoder.reset()
-    layer = max(with_layer - ends, 1e-6)
-    return Costs((layer,) * checkpoint.facts.num_layers, ends / 2, ends / 2, decoding)
+    return Costs(tuple(layers), ends / 2, ends / 2, decoding)
 
 
 def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Unit:

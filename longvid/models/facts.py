@@ -28,7 +28,8 @@ def find_model(name: str) -> Path:
 def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
     """Bytes of a part's weights, by the headers of the files: of both experts, where there are two."""
     root = find_model(name)
-    names = family_of(read_configs(name, root)).parts
+    configs = read_configs(name, root)
+    names = family_of(configs).parts.of(configs.of("transformer"))
     return sum(part_bytes(root / folder, part, names, itemsize) for folder in ("transformer", "transformer_2"))
 
 

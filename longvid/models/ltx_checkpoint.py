@@ -97,8 +97,7 @@ class LtxCheckpoint:
             with errors_name(self.root, "LTX-Video"):
                 dit = load_part(LTXVideoTransformer3DModel, self.root / "transformer", part, LTX_PARTS, dtype, device)
         grid = self.facts.grid
-        ends = {"is_first": part.is_first, "is_last": part.is_last}
-        return LtxStage(dit, compression=(grid.temporal, grid.spatial), branches=options.branches, **ends)
+        return LtxStage(dit, compression=(grid.temporal, grid.spatial), **options.of(part))
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:
         width = self.configs.of("transformer")["caption_channels"]

@@ -19,9 +19,9 @@ from longvid.models.configs import Configs, read_json
 from longvid.models.parts import ModelPart, PartNames
 
 
-def take_layers(part: ModelPart, layers: nn.ModuleList) -> nn.ModuleList:
-    """A part's own of all layers."""
-    return nn.ModuleList(layers[layer] for layer in part.layers)
+def take_layers(part: ModelPart, layers: nn.ModuleList, start: int = 0) -> nn.ModuleList:
+    """A part's own of some layers, of which the first is layer ``start`` of the model."""
+    return nn.ModuleList(layer for index, layer in enumerate(layers, start) if index in part.layers)
 
 
 def load_part(
@@ -31,8 +31,10 @@ def load_part(
     config = kind.load_config(folder)
     with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
         dit = kind.from_config(config)
+    names = names.of(config)
     wanted = {name for name in dit.state_dict() if part.owns(name, names)}
-    setattr(dit, names.layers, take_layers(part, getattr(dit, names.layers)))
+    for layers, start in names.lists.items():
+        setattr(dit, layers, take_layers(part, getattr(dit, layers), start))
     in_fp32 = set(dit._keep_in_fp32_modules or ())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -63,10 +65,10 @@ def load_vae(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) ->
     return load_whole(kind, root / "vae", torch.float32 if device.type == "cpu" else dtype, device)
 
 
-def load_text(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A directory's tokenizer, and its text encoder of a class ``kind``."""
-    encoder = kind.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
-    return AutoTokenizer.from_pretrained(root / "tokenizer"), encoder.eval().to(device)
+def load_text(kind: Any, root: Path, dtype: torch.dtype, device: torch.device, suffix: str = "") -> tuple[Any, Any]:
+    """A directory's tokenizer, and its text encoder of a class ``kind``; ``suffix`` names those of several."""
+    encoder = kind.from_pretrained(root / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True)
+    return AutoTokenizer.from_pretrained(root / f"tokenizer{suffix}"), encoder.eval().to(device)
 
 
 def check_weights(root: Path, parts: Sequence[str]) -> None:
