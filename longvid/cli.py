@@ -115,7 +115,7 @@ def render(
     from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
-    _settings(model, preset, overrides)
+    settings = _settings(model, preset, overrides)
     env = rank_of(os.environ)
     if env and ranks and env.world_size != ranks:
         raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
@@ -133,8 +133,12 @@ def render(
     journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
+        from longvid.models.facts import hub_model
 
-        command = rank_command(sys.argv[1:])
+        arguments, on_hub = sys.argv[1:], hub_model(settings.model.path)
+        if on_hub:  # fetched once, so that all ranks read the same files
+            arguments += ["--model", str(on_hub.fetch(weights=True))]
+        command = rank_command(arguments)
         raise typer.Exit(run_local(command, ranks, _HOW_TO_GO_ON, sayer(journals), preemptible=True))
 
     from rich.console import Console

@@ -8,21 +8,35 @@ from pathlib import Path
 from longvid.errors import InputError
 from longvid.models.configs import read_configs
 from longvid.models.families import family_of, read_facts
+from longvid.models.hub import SHORT_NAMES, HubModel
 from longvid.models.parts import ModelPart, part_bytes
 from longvid.plan import ModelFacts
 
 NAMES = {"mini": "assets/mini"}
 
 
-def find_model(name: str) -> Path:
-    """The directory of a model: a known name, or a path. Raises InputError when there is none."""
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The directory of a model: a known name, a path, or an id of the Hugging Face Hub, downloaded if need be.
+
+    Of a model on the Hub no weights are fetched unless asked for. Raises InputError when there is none.
+    """
     if name in NAMES:
         return Path(str(files("longvid").joinpath(NAMES[name])))
     path = Path(name).expanduser()
-    if not path.is_dir():
-        known = ", ".join(sorted(NAMES))
-        raise InputError(f"model.path: {name!r} is neither a directory nor a known name ({known})")
-    return path
+    if path.is_dir():
+        return path
+    model = hub_model(name)
+    if model is None:
+        known = ", ".join((*sorted(NAMES), *SHORT_NAMES))
+        raise InputError(
+            f"model.path: {name!r} is neither a directory nor a known name ({known}), nor an id like OWNER/NAME"
+        )
+    return model.fetch(weights=weights)
+
+
+def hub_model(name: str) -> HubModel | None:
+    """What a name means on the Hub; None for what is on this machine, and for what is no name there."""
+    return None if name in NAMES or Path(name).expanduser().is_dir() else HubModel.of(name)
 
 
 def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
@@ -35,4 +49,4 @@ def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
 
 def facts_of(name: str) -> ModelFacts:
     """What planning needs to know of a checkpoint, from its config files alone. Raises InputError."""
-    return read_facts(read_configs(name, find_model(name)))
+    return read_facts(read_configs(name, find_model(name, weights=False)))

@@ -64,7 +64,7 @@ def denoise(model: str, settings: list[str], story: str) -> dict[str, Any]:
 
 
 def stop_and_whole(engine: Engine, job: dict[str, Any]) -> str:
-    """Leave a film that was stopped after its first rounds for each number of ranks, and return the whole one's digest."""
+    """For each number of ranks leave a film that was stopped after a few rounds; return the whole one's digest."""
     for count in job["ports"]:
         preemption = Preemption()
 
