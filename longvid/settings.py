@@ -16,7 +16,7 @@ from longvid.sparsity.settings import AttentionSettings, Dense
 
 
 class ModelSettings(Section):
-    """Which model: `mini`, the directory of a diffusers pipeline, or an id of the Hugging Face Hub, OWNER/NAME@REVISION."""
+    """Which model: `mini`, the directory of a diffusers pipeline, or its id on the Hub, OWNER/NAME@REVISION."""
 
     path: Annotated[str, Field(min_length=1)] = "mini"
 
