@@ -115,14 +115,12 @@ def render(
     the ranks.
     """
     from longvid.launch.env import rank_of
-    from longvid.manifest import find_manifest
     from longvid.script import load_script
     from longvid.settings import load_settings
-    from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
     chosen = all_overrides(model, overrides, lora)
-    load_settings(preset, chosen)
+    settings = load_settings(preset, chosen)
     env = rank_of(os.environ)
     if env and ranks and env.world_size != ranks:
         raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
@@ -130,20 +128,19 @@ def render(
     films = film_paths(stories, output)
     scripts = [load_script(story) if is_leader else story for story in stories]
     if is_leader:
-        for film in films:
-            check_path(film)
-        for option, path in (("trace", trace), ("ledger", ledger), ("log-file", log_file), ("metrics", metrics)):
-            check_file(f"--{option}", path)
-        if resume and len(films) == 1:
-            find_manifest(films[0])
+        _check_files(films, {"trace": trace, "ledger": ledger, "log-file": log_file, "metrics": metrics}, resume)
 
     from longvid.journal import Journals, report, sayer
 
     journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
+        from longvid.models.facts import hub_model
 
-        command = rank_command(sys.argv[1:])
+        arguments, on_hub = sys.argv[1:], hub_model(settings.model.path)
+        if on_hub:  # fetched once, so that all ranks read the same files
+            arguments += ["--model", str(on_hub.fetch(weights=True))]
+        command = rank_command(arguments)
         raise typer.Exit(run_local(command, ranks, _HOW_TO_GO_ON, sayer(journals), preemptible=True))
 
     from rich.console import Console
@@ -173,6 +170,19 @@ def render(
             from longvid.launch.worker import run_rank
 
             run_rank(env, load, work, _HOW_TO_GO_ON, preemption, sayer(journals))
+
+
+def _check_files(films: list[Path], others: dict[str, Path | None], resume: bool) -> None:
+    """Refuse files that cannot be written, and a resume of a single film that cannot be."""
+    from longvid.manifest import find_manifest
+    from longvid.writer import check_file, check_path
+
+    for film in films:
+        check_path(film)
+    for option, path in others.items():
+        check_file(f"--{option}", path)
+    if resume and len(films) == 1:
+        find_manifest(films[0])
 
 
 @contextlib.contextmanager

@@ -196,6 +196,7 @@ class Engine:
             attention=self.attention,
             cache=self.cache,
             loading=self._loading,
+            embedded_guidance=self.settings.sampler.embedded_guidance,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 

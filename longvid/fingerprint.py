@@ -27,7 +27,7 @@ WHOLE_BYTES = 64 << 20
 
 _PARTS = (
     *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
-    *("image_encoder", "image_processor"),
+    *("image_encoder", "image_processor", "text_encoder_2", "tokenizer_2"),
 )
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _SHOWN = 48

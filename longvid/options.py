@@ -11,7 +11,10 @@ import typer
 
 from longvid.errors import InputError
 
-Model = Annotated[str | None, typer.Option(help="mini, or the folder of a diffusers WanPipeline.", show_default="mini")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="mini, the folder of a diffusers pipeline, or its id on the Hub.", show_default="mini"),
+]
 Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file.", show_default="default")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")

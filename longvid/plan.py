@@ -47,11 +47,14 @@ class ModelFacts:
     """Whether a shot begins with an image."""
     splits_tokens: bool = True
     """Whether tokens can be spread over ranks."""
-    sparse_attention: bool = True
-    layer_caches: bool = True
-    """Whether layers can be left out, and the negative's pass."""
+    module_caches: bool = True
+    """Whether single modules of layers can be left out."""
     relative_positions: bool = True
     """Whether K/V can be read at another position than they were made at; else a chunk sees left context alone."""
+    dual_layers: int = 0
+    """The first so many layers have weights of their own for text, and cost more than the others."""
+    embedded_guidance: bool = False
+    """Whether the model is distilled to guide itself in one pass, by a scale that it is told."""
     max_size: tuple[int, int] | None = None
     """Width and height that positions end at."""
 

@@ -24,7 +24,10 @@ class LoraSettings(Section):
 
 
 class ModelSettings(Section):
-    """Which model: `mini`, or the directory of a diffusers pipeline; and the LoRAs that change its transformer."""
+    """Which model: `mini`, the directory of a diffusers pipeline, or its id on the Hub, OWNER/NAME@REVISION.
+
+    And the LoRAs that change its transformer.
+    """
 
     path: Annotated[str, Field(min_length=1)] = "mini"
     lora: list[LoraSettings] = Field(default_factory=list)
@@ -56,6 +59,8 @@ class SamplerSettings(Section):
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
     guidance_low: Annotated[float, Field(ge=0, le=100)] | None = None
     """With two experts, that of the one for low noise; None: the same."""
+    embedded_guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    """What a guidance-distilled model is told, beside the guidance by a second pass; None: as its pipeline does."""
 
     @property
     def num_branches(self) -> int:

@@ -114,6 +114,7 @@ class StageOptions:
     """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache.
 
     `loading` says what becomes of its weights; a pipeline that is in memory has its own.
+    ``embedded_guidance`` is what a guidance-distilled model is told; None: what its pipeline tells it.
     """
 
     branches: Sequence[int] = (0,)
@@ -121,6 +122,18 @@ class StageOptions:
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
     loading: Loading | None = None
+    embedded_guidance: float | None = None
+
+    def of(self, part: ModelPart) -> dict[str, Any]:
+        """The options of a `LayerStage` of a part."""
+        return {
+            "branches": self.branches,
+            "is_first": part.is_first,
+            "is_last": part.is_last,
+            "first_layer": part.layers.start,
+            "attention": self.attention,
+            "cache": self.cache,
+        }
 
     @property
     def spread(self) -> SequenceAttention:

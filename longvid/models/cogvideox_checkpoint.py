@@ -94,17 +94,16 @@ class CogVideoXCheckpoint:
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
     ) -> CogVideoXStage:
-        ends = {"is_first": part.is_first, "is_last": part.is_last}
         if self.pipeline is not None:
             assert self.layers is not None
             dit = self.pipeline.transformer
             dit.transformer_blocks = take_layers(part, self.layers)
-            return CogVideoXStage(dit, branches=options.branches, **ends)
+            return CogVideoXStage(dit, **options.of(part))
         assert self.root is not None
         with errors_name(self.root, "CogVideoX"):
             folder, loading = self.root / "transformer", options.loading
             dit = load_part(CogVideoXTransformer3DModel, folder, part, COGVIDEOX_PARTS, dtype, device, loading)
-            return CogVideoXStage(dit, branches=options.branches, **ends)
+            return CogVideoXStage(dit, **options.of(part))
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:
         width = self.configs.of("transformer")["text_embed_dim"]

@@ -50,8 +50,7 @@ def cogvideox_facts(configs: Configs) -> ModelFacts:
         num_heads=int(transformer["num_attention_heads"]),
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         splits_tokens=False,
-        sparse_attention=False,
-        layer_caches=False,
+        module_caches=False,
         relative_positions=rotary,
         max_size=size if together > 1 else None,
     )

@@ -26,9 +26,10 @@ def measure_costs(
     device: torch.device,
     size: tuple[int, int] | None = None,
 ) -> Costs:
-    """Seconds for a unit of one branch: a layer, the two ends, and a step's share of decoding.
+    """Seconds for a unit of one branch: each layer, the two ends, and a step's share of decoding.
 
-    `size` is the film's width and height in pixels, else the model's own. Reads one layer: they are all alike.
+    `size` is the film's width and height in pixels, else the model's own. Reads one layer of each kind: they are all
+    alike.
     """
     unit = _unit(checkpoint, settings, device, size)
     dtype, inputs = getattr(torch, settings.runtime.dtype), checkpoint.blank_inputs(device)
@@ -38,13 +39,16 @@ def measure_costs(
         stage.prepare(inputs)
         return _seconds(lambda: stage.forward(unit), device)
 
-    with_layer, ends = seconds(range(1)), seconds(range(0))
+    dual, count = checkpoint.facts.dual_layers, checkpoint.facts.num_layers
+    ends = seconds(range(0))
+    kinds = [kind for kind in (range(dual), range(dual, count)) if kind]
+    one_of = {kind: max(seconds(kind[:1]) - ends, 1e-6) for kind in kinds}
+    layers = [one_of[kind] for kind in kinds for _ in kind]
     assert unit.latents is not None
     own = unit.latents[:, -settings.queue.chunk_latents :]
     decoding = _seconds(lambda: decoder.push(own), device) / settings.sampler.steps
     decoder.reset()
-    layer = max(with_layer - ends, 1e-6)
-    return Costs((layer,) * checkpoint.facts.num_layers, ends / 2, ends / 2, decoding)
+    return Costs(tuple(layers), ends / 2, ends / 2, decoding)
 
 
 def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device, size: tuple[int, int] | None) -> Unit:

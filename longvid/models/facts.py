@@ -8,6 +8,7 @@ from pathlib import Path
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_configs
 from longvid.models.families import family_of, read_facts, read_sizes
+from longvid.models.hub import SHORT_NAMES, HubModel
 from longvid.models.known import KNOWN, known_configs
 from longvid.models.parts import ModelPart, part_bytes
 from longvid.models.sizes import Sizes
@@ -16,25 +17,36 @@ from longvid.plan import ModelFacts
 NAMES = {"mini": "assets/mini"}
 
 
-def find_model(name: str) -> Path:
-    """The directory of a model: a known name, or a path. Raises InputError when there is none."""
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The directory of a model: a known name, a path, or an id of the Hugging Face Hub, downloaded if need be.
+
+    Of a model on the Hub no weights are fetched unless asked for. Raises InputError when there is none.
+    """
     if name in NAMES:
         return Path(str(files("longvid").joinpath(NAMES[name])))
     path = Path(name).expanduser()
-    if not path.is_dir():
-        known = ", ".join(sorted(NAMES))
-        if name in KNOWN:
-            raise InputError(
-                f"model.path: of {name} longvid has the configs alone, for `longvid plan`: give a directory"
-            )
-        raise InputError(f"model.path: {name!r} is neither a directory nor a known name ({known})")
-    return path
+    if path.is_dir():
+        return path
+    model = hub_model(name)
+    if model is None:
+        known = ", ".join((*sorted(NAMES), *SHORT_NAMES))
+        raise InputError(
+            f"model.path: {name!r} is neither a directory nor a known name ({known}), nor an id like OWNER/NAME"
+        )
+    return model.fetch(weights=weights)
+
+
+def hub_model(name: str) -> HubModel | None:
+    """What a name means on the Hub; None for what is on this machine, and for what is no name there."""
+    return None if name in NAMES or Path(name).expanduser().is_dir() else HubModel.of(name)
 
 
 def configs_of(name: str) -> Configs:
     """The configs of a model, which need not be on this machine if it is a known one. Raises InputError."""
-    is_near = name in NAMES or Path(name).expanduser().is_dir()
-    return known_configs(name) if name in KNOWN and not is_near else read_configs(name, find_model(name))
+    model = hub_model(name)
+    if model and model.published_name in KNOWN:
+        return known_configs(model.published_name)
+    return read_configs(name, find_model(name, weights=False))
 
 
 def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
@@ -42,7 +54,8 @@ def weight_bytes(name: str, part: ModelPart, itemsize: int) -> int:
     configs = configs_of(name)
     folders = [configs.root / name for name in ("transformer", "transformer_2")] if configs.root else []
     if any(any(folder.glob("*.safetensors")) for folder in folders):
-        return sum(part_bytes(folder, part, family_of(configs).parts, itemsize) for folder in folders)
+        names = family_of(configs).parts.of(configs.of("transformer"))
+        return sum(part_bytes(folder, part, names, itemsize) for folder in folders)
     return itemsize * read_sizes(configs).part_params(part)
 
 

@@ -15,6 +15,8 @@ from longvid.errors import InputError
 from longvid.models.cogvideox_facts import COGVIDEOX_PARTS, cogvideox_facts
 from longvid.models.cogvideox_sizes import cogvideox_sizes
 from longvid.models.configs import Configs
+from longvid.models.hunyuan_facts import HUNYUAN_PARTS, hunyuan_facts
+from longvid.models.hunyuan_sizes import hunyuan_sizes
 from longvid.models.ltx_facts import LTX_PARTS, ltx_facts
 from longvid.models.ltx_sizes import ltx_sizes
 from longvid.models.parts import PartNames
@@ -60,6 +62,14 @@ FAMILIES = (
         cogvideox_sizes,
         "longvid.models.cogvideox_checkpoint",
     ),
+    Family(
+        "hunyuanvideo",
+        ("HunyuanVideoPipeline",),
+        hunyuan_facts,
+        HUNYUAN_PARTS,
+        hunyuan_sizes,
+        "longvid.models.hunyuan_checkpoint",
+    ),
 )
 
 
@@ -97,10 +107,10 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     """Refuse settings that the model's family cannot serve, before weights are loaded. Raises InputError."""
     if not isinstance(settings.attention, Dense):
         require_sparse(facts, f"attention.policy must be dense, not {settings.attention.policy}")
-    if cache.is_inside and not facts.layer_caches:
+    if cache.kept_modules and not facts.module_caches:
         raise InputError(
-            f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor "
-            "the negative's pass: use taylorseer or static, with cache.level=output and cache.negative_every=1"
+            f"cache.policy {settings.cache.policy}: layers of {facts.family} models take text and video together, so "
+            "they are left out whole, not module by module: use cache.level output or last_layer, and no table"
         )
     if cache.regions:
         _require_regions(facts, settings)
@@ -109,6 +119,8 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     if settings.queue.left == "cached" and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
+    if settings.sampler.embedded_guidance is not None and not facts.embedded_guidance:
+        raise InputError(f"sampler.embedded_guidance is of models distilled for it, which {facts.name} is not")
     if facts.boundary_ratio is None:
         if settings.sampler.guidance_low is not None:
             raise InputError(f"sampler.guidance_low is of models with two experts, and {facts.name} has one")
@@ -132,8 +144,6 @@ def _require_regions(facts: ModelFacts, settings: Settings) -> None:
 
 def require_sparse(facts: ModelFacts, what: str) -> None:
     """Refuse `what` for a model whose attention must be dense. Raises InputError."""
-    if not facts.sparse_attention:
-        raise InputError(f"{what}: {facts.family} models run dense attention alone")
     if facts.boundary_ratio is not None:
         reason = "what a policy learns of one's attention does not hold for the other's"
         raise InputError(f"{what}: {facts.name} has two experts, and {reason}")

@@ -1,26 +1,31 @@
 """Joint attention of text and video tokens in a queue: neighbours' K/V, and each latent with its own scene's prompt.
 
-Shapes: B = 1, N text tokens of a prompt, P prompts of a unit, S video tokens of a unit, H heads, D of a head.
-Text of all prompts of a unit goes through the layers side by side, [1, P·N, E]. Only attention knows that they are
+Shapes: B = 1, N text tokens of a unit's prompts together, S video tokens of a unit, H heads, D of a head.
+Text of all prompts of a unit goes through the layers side by side, [1, N, E]. Only attention knows that they are
 several: a prompt's text sees itself and all video, and a latent's tokens see all video and their own prompt's text.
-With one prompt that is the attention that the model was trained with.
+With one prompt that is the attention that the model was trained with, and a policy may choose its scores; where scenes
+meet in a unit attention is dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from longvid.kernels.dense import attend
+from longvid.models.layer_stage import LayerContext
 from longvid.parallel.sequence import KvPart, Rope, rotate, rows
+from longvid.plan import PromptBlend
+from longvid.sparsity.policy import Heads
 
 
 @dataclass(frozen=True)
 class JointSpan:
-    """Video tokens that follow one prompt, or two: (1 - weight) · first + weight · second. Both index the P prompts."""
+    """Video tokens that follow one prompt, or two: (1 - weight) · first + weight · second. Both index the prompts."""
 
     tokens: slice
     first: int
@@ -28,26 +33,21 @@ class JointSpan:
     weight: float = 0.0
 
 
-@dataclass(frozen=True)
-class JointContext:
-    """What joint attention needs besides its input: one a forward pass and guidance branch.
+@dataclass(frozen=True, kw_only=True)
+class JointContext(LayerContext):
+    """What joint attention needs besides its input.
 
     ``rope`` covers the left neighbour's tokens, the unit's S, and the right neighbour's; None: positions are in the
-    tokens. ``left`` and ``right`` hold K/V a layer. K/V of the spans in ``store`` are appended to ``stored``.
+    tokens. ``text_lengths`` are the tokens of each prompt, N together.
     """
 
     rope: Rope | None
     spans: Sequence[JointSpan]
-    text_tokens: int
-    left: list[KvPart] | None = None
-    right: list[KvPart] | None = None
-    num_left: int = 0
-    store: tuple[slice, ...] = ()
-    stored: list[list[KvPart]] = field(default_factory=list)
+    text_lengths: Sequence[int]
 
 
 def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor], context: JointContext) -> Tensor:
-    """Attention of layer ``index``: [1, P·N + S, H, D], text first.
+    """Attention of layer ``index``: [1, N + S, H, D], text first.
 
     ``text`` and ``video`` are queries, keys and values, normed; video is rotated here. Keys are stored before that, for
     the neighbour sees them at another position.
@@ -61,13 +61,14 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     value = torch.cat([*(kv.value for kv in sides[0]), value, *(kv.value for kv in sides[1])], 1)
     if context.rope is not None:
         key = rotate(key, context.rope)
-    parts = list(zip(*(x.split(context.text_tokens, 1) for x in text), strict=True))
+    if len(context.text_lengths) == 1:
+        query, key, value = (torch.cat(pair, 1) for pair in zip(text, (query, key, value), strict=True))
+        return context.attention(index).whole(query, key, value, Heads.all(query.shape[2]))
+    parts = list(zip(*(x.split(list(context.text_lengths), 1) for x in text), strict=True))
 
     def attend_with(queries: Tensor, prompt: int) -> Tensor:
         return attend(queries, torch.cat([parts[prompt][1], key], 1), torch.cat([parts[prompt][2], value], 1))
 
-    if len(parts) == 1:
-        return attend_with(torch.cat([text[0], query], 1), 0)
     outputs = [attend_with(part[0], prompt) for prompt, part in enumerate(parts)]
     for span in context.spans:
         out = attend_with(query[:, span.tokens], span.first)
@@ -75,3 +76,14 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
             out = torch.lerp(out, attend_with(query[:, span.tokens], span.second), span.weight)
         outputs.append(out)
     return torch.cat(outputs, 1)
+
+
+def joint_spans(blends: Sequence[PromptBlend], prompts: Sequence[int], per_latent: int) -> list[JointSpan]:
+    """Spans of consecutive latents that follow the same prompts, as places among the unit's."""
+    spans, start = [], 0
+    for blend, latents in groupby(blends):
+        stop = start + per_latent * len(list(latents))
+        second = prompts.index(blend.b) if blend.weight and blend.b != blend.a else None
+        spans.append(JointSpan(slice(start, stop), prompts.index(blend.a), second, blend.weight))
+        start = stop
+    return spans

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from longvid.models.checkpoint import FilmInputs
+from longvid.models.layer_stage import CachedFeedForward, LayerStage, Pass, RunModule, context_of, neighbours, token_map
 from longvid.models.wan import text_spans
 from longvid.models.wan_attention import (
     QueueSelfAttention,
@@ -22,30 +25,21 @@ from longvid.models.wan_attention import (
     TextKv,
     text_kv,
 )
-from longvid.parallel.sequence import KvPart, Rope, WholeSequence
-from longvid.parallel.stage import Output, Unit
+from longvid.parallel.sequence import Rope, WholeSequence
+from longvid.parallel.stage import Unit
 
 
-class LtxStage:
-    """Some layers of an ``LTXVideoTransformer3DModel``; implements the executor's Stage.
+class LtxStage(LayerStage):
+    """Some layers of an ``LTXVideoTransformer3DModel``.
 
     `compression` is that of the VAE in time and space, for positions are in seconds and pixels. Takes the transformer
     over: its attention processors are replaced, its layers are not.
     """
 
-    def __init__(
-        self,
-        dit: LTXVideoTransformer3DModel,
-        *,
-        compression: tuple[int, int],
-        branches: Sequence[int] = (0,),
-        is_first: bool,
-        is_last: bool,
-    ) -> None:
+    def __init__(self, dit: LTXVideoTransformer3DModel, *, compression: tuple[int, int], **options: Any) -> None:
+        super().__init__(**options)
         self.dit = dit.eval()
-        self.branches = tuple(branches)
         self._compression = compression
-        self._is_first, self._is_last = is_first, is_last
         self.dtype = dit.time_embed.linear.weight.dtype
         self._device = dit.time_embed.linear.weight.device
         self._heads, width = dit.config.num_attention_heads, dit.config.attention_head_dim
@@ -53,14 +47,17 @@ class LtxStage:
         for index, block in enumerate(dit.transformer_blocks):
             block.attn1.set_processor(QueueSelfAttention(index, WholeSequence()))
             block.attn2.set_processor(SceneTextAttention(index))
+            if self.caches_modules:
+                block.ff = CachedFeedForward(index, block.ff)
         self._fps = 0.0
         self._texts: list[list[TextKv]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple[float, int, int, int], Rope] = {}
 
     @property
-    def num_branches(self) -> int:
-        return len(self.branches)
+    def layers(self) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = self.dit.transformer_blocks
+        return blocks
 
     @torch.no_grad()
     def prepare(self, inputs: FilmInputs) -> None:
@@ -82,49 +79,47 @@ class LtxStage:
         """[branches, L, E] for F latents."""
         return (self.num_branches, num_latents * latent_size[0] * latent_size[1], self._width), self.dtype
 
-    @torch.no_grad()
-    def forward(self, unit: Unit) -> Output:
-        """Hidden states, or on the last stage the velocity of the unit's own latents; and the K/V that it asks for."""
+    def passes(self, unit: Unit) -> list[Pass]:
+        """Each branch of a unit as it enters the stage."""
         num_latents, per_latent = len(unit.timesteps), math.prod(unit.latent_size)
+        num_tokens = num_latents * per_latent
         temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent)
-        entering = self._enter(unit)
-        branches, stored = [], []
-        for branch, texts in enumerate(self._texts):
-            context = self._context(unit, branch)
-            spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, slice(0, num_latents * per_latent))
-            hidden = entering[branch]
-            for block in self.dit.transformer_blocks:
-                hidden = block(hidden, TextContext(spans), modulation, context)
-            branches.append(self._head(hidden, temb, unit) if self._is_last else hidden)
-            stored.append(context.stored)
-        kv = tuple([[layer[span] for layer in layers] for layers in stored] for span in range(len(unit.store)))
-        if self._is_last:
-            return Output(velocity=torch.stack(branches), kv=kv)
-        return Output(hidden=torch.cat(branches), kv=kv)
+        entering, anchors = self._enter(unit) if self.is_first else self.entering(unit)
+        passes = []
+        for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
+            run = self.run_module(unit, branch)
+            spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, slice(0, num_tokens))
+            context = self._context(unit, index, run)
+            layer = partial(self._layer, TextContext(spans, run), modulation, context)
+            head = partial(self._head, temb, unit)
+            passes.append(Pass(branch, entering[index], anchors[index], context, layer, head, num_tokens))
+        return passes
 
-    def _enter(self, unit: Unit) -> Sequence[Tensor]:
+    def _layer(self, text: TextContext, modulation: Tensor, context: SelfContext, index: int, hidden: Tensor) -> Tensor:
+        block = self.dit.transformer_blocks[index]
+        if isinstance(block.ff, CachedFeedForward):
+            block.ff.run = context.run
+        out: Tensor = block(hidden, text, modulation, context)
+        return out
+
+    def _enter(self, unit: Unit) -> tuple[Sequence[Tensor], Sequence[None]]:
         """What each branch begins with, [1, L, E]."""
-        if not self._is_first:
-            assert unit.hidden is not None
-            parts: Sequence[Tensor] = unit.hidden.split(1)
-            return parts
         assert unit.latents is not None
-        return [self.dit.proj_in(unit.latents.flatten(1).T[None].to(self.dtype))] * self.num_branches
+        entering = self.dit.proj_in(unit.latents.flatten(1).T[None].to(self.dtype))
+        return [entering] * self.num_branches, [None] * self.num_branches
 
-    def _context(self, unit: Unit, branch: int) -> SelfContext:
+    def _context(self, unit: Unit, index: int, run: RunModule) -> SelfContext:
         height, width = unit.latent_size
-        before = unit.chunk.num_left if unit.left is not None else 0
-        after = unit.chunk.num_right if unit.right is not None else 0
-        per_latent = height * width
+        before, after = neighbours(unit)
+        tokens = token_map(unit, before, after, (height, width))
         return SelfContext(
+            **context_of(unit, index, height * width),
             rope=self._rope(before + len(unit.timesteps) + after, height, width),
-            left=_of_branch(unit.left, branch),
-            right=_of_branch(unit.right, branch),
-            num_left=before * per_latent,
-            store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
+            attention=self.layer_attention(unit, self.branches[index], tokens, self._device),
+            run=run,
         )
 
-    def _head(self, hidden: Tensor, temb: Tensor, unit: Unit) -> Tensor:
+    def _head(self, temb: Tensor, unit: Unit, hidden: Tensor) -> Tensor:
         """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w]."""
         count, (height, width) = unit.chunk.num_latents, unit.latent_size
         own = count * height * width
@@ -157,11 +152,3 @@ class LtxStage:
             cos, sin = self.dit.rope(like, num_latents, height, width, rope_interpolation_scale=scale)
             self._ropes[key] = (cos.unflatten(2, (self._heads, -1)), sin.unflatten(2, (self._heads, -1)))
         return self._ropes[key]
-
-
-def _of_branch(kv: object, branch: int) -> list[KvPart] | None:
-    if kv is None:
-        return None
-    assert isinstance(kv, list)
-    layers: list[KvPart] = kv[branch]
-    return layers

@@ -98,8 +98,7 @@ class LtxCheckpoint:
                 folder, loading = self.root / "transformer", options.loading
                 dit = load_part(LTXVideoTransformer3DModel, folder, part, LTX_PARTS, dtype, device, loading)
         grid = self.facts.grid
-        ends = {"is_first": part.is_first, "is_last": part.is_last}
-        return LtxStage(dit, compression=(grid.temporal, grid.spatial), branches=options.branches, **ends)
+        return LtxStage(dit, compression=(grid.temporal, grid.spatial), **options.of(part))
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:
         width = self.configs.of("transformer")["caption_channels"]

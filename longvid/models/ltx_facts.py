@@ -42,6 +42,4 @@ def ltx_facts(configs: Configs) -> ModelFacts:
         num_heads=int(transformer["num_attention_heads"]),
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         splits_tokens=False,
-        sparse_attention=False,
-        layer_caches=False,
     )

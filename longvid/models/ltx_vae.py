@@ -1,4 +1,4 @@
-"""Streaming decode of the LTX VAE, as its own framewise decoding does it: tiles of latents, blended where they overlap.
+"""Streaming decode of the LTX VAE, as its own framewise decoding does it.
 
 The decoder is not causal and sees 20 latents to either side, so no stream can equal the decode of a whole clip. What
 comes out is bit-equal to the stock VAE's decode with ``use_framewise_decoding``.
@@ -6,58 +6,16 @@ comes out is bit-equal to the stock VAE's decode with ``use_framewise_decoding``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor
 
-from longvid.models.wan_vae import to_uint8
+from longvid.models.framewise import FramewiseDecoder
 
 
-class LtxStreamDecoder:
-    """Decodes a shot in pushes of any size: a tile as soon as its latents are there."""
+class LtxStreamDecoder(FramewiseDecoder):
+    """Decodes a shot in pushes of any size."""
 
-    def __init__(self, vae: AutoencoderKLLTXVideo) -> None:
-        self.vae = vae.eval()
-        ratio = vae.temporal_compression_ratio
-        self._size, self._stride = vae.tile_sample_min_num_frames // ratio, vae.tile_sample_stride_num_frames // ratio
-        self._stride_frames = vae.tile_sample_stride_num_frames
-        self._overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the shot."""
-        self._waiting: Tensor | None = None
-        self._previous: Tensor | None = None
-
-    @torch.no_grad()
-    def push(self, latents: Tensor, is_last: bool = False) -> Tensor:
-        """Latents fp32 [C, F, h, w] to the frames uint8 [T, H, W, 3] of all tiles that are whole."""
-        waiting = latents if self._waiting is None else torch.cat([self._waiting, latents], 1)
-        frames = [self._empty(latents)]
-        if is_last and self._previous is None and waiting.shape[1] <= self._size:
-            frames.append(to_uint8(self._decode(waiting)[0]))
-        else:
-            while waiting.shape[1] > self._size or (is_last and waiting.shape[1]):
-                frames.append(self._next_tile(waiting[:, : self._size + 1]))
-                waiting = waiting[:, self._stride :]
-        self._waiting = waiting
-        return torch.cat(frames)
-
-    def _empty(self, latents: Tensor) -> Tensor:
-        ratio = self.vae.spatial_compression_ratio
-        return torch.empty(0, latents.shape[2] * ratio, latents.shape[3] * ratio, 3, dtype=torch.uint8)
-
-    def _next_tile(self, latents: Tensor) -> Tensor:
-        """The frames up to the next tile, faded in over the last one's end."""
-        tile, is_first = self._decode(latents), self._previous is None
-        if self._previous is not None:
-            tile = self.vae.blend_t(self._previous, tile[:, :, :-1], self._overlap)
-        self._previous = tile
-        return to_uint8(tile[0, :, : self._stride_frames + is_first])
-
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """[1, 3, T, H, W] of a tile; a decoder that takes a timestep is given 0, as the stock pipeline does."""
         vae, shape = self.vae, (1, -1, 1, 1, 1)
         weight = vae.decoder.conv_in.conv.weight
@@ -67,18 +25,5 @@ class LtxStreamDecoder:
         pixels: Tensor = vae.decoder(z.to(weight), temb)
         return pixels
 
-    def frames_after(self, num_latents: int) -> int:
-        """Frames that so many latents of a shot have given, before the last ones."""
-        tiles = max(0, -(-(num_latents - self._size) // self._stride))
-        return tiles * self._stride_frames + 1 if tiles else 0
-
-    def state(self) -> dict[str, Tensor]:
-        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on."""
-        state = {"waiting": self._waiting, "previous": self._previous}
-        return {name: value for name, value in state.items() if value is not None}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
-        self._waiting, self._previous = state.get("waiting"), state.get("previous")
-        if self._previous is not None:
-            self._previous = self._previous.to(self.vae.decoder.conv_in.conv.weight.device)
+    def without_seam(self, tile: Tensor) -> Tensor:
+        return tile[:, :, :-1]

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,25 @@ class PartNames:
 
     `layers` is the list of layers in the module; `first` and `last` are names before the first dot. `original` is what
     the model's first code calls modules that diffusers calls otherwise, which LoRA files may follow.
+    `layers` is the list of layers in the module; `first` and `last` are names before the first dot. Where layers are of
+    two kinds, the list `behind` goes on with layer `num_front`, as the transformer's config says (`of`).
     """
 
     layers: str
     first: frozenset[str]
     last: frozenset[str]
     original: Mapping[str, str] = field(default_factory=dict)
+    behind: str | None = None
+    num_front: int = 0
+
+    def of(self, config: Mapping[str, Any]) -> PartNames:
+        """The names in a transformer with this config."""
+        return replace(self, num_front=int(config["num_layers"])) if self.behind else self
+
+    @property
+    def lists(self) -> dict[str, int]:
+        """The lists of layers, and the first layer of each."""
+        return {self.layers: 0} | ({self.behind: self.num_front} if self.behind else {})
 
 
 @dataclass(frozen=True)
@@ -38,16 +51,18 @@ class ModelPart:
     def owns(self, name: str, names: PartNames) -> bool:
         """Whether it needs a tensor, by its name in the checkpoint."""
         kind, _, rest = name.partition(".")
-        if kind == names.layers:
-            return int(rest.partition(".")[0]) in self.layers
+        if kind in names.lists:
+            return names.lists[kind] + int(rest.partition(".")[0]) in self.layers
         return not (kind in names.first and not self.is_first) and not (kind in names.last and not self.is_last)
 
     def local_name(self, name: str, names: PartNames) -> str:
         """The tensor's name in a model that holds this part's layers alone."""
-        if not name.startswith(f"{names.layers}."):
+        kind, _, inner = name.partition(".")
+        if kind not in names.lists:
             return name
-        _, layer, rest = name.split(".", 2)
-        return f"{names.layers}.{int(layer) - self.layers.start}.{rest}"
+        index, _, rest = inner.partition(".")
+        begin = names.lists[kind]
+        return f"{kind}.{begin + int(index) - max(begin, self.layers.start)}.{rest}"
 
 
 def part_bytes(folder: Path, part: ModelPart, names: PartNames, itemsize: int) -> int:

@@ -6,74 +6,51 @@ Shapes: C channels, F latents (left context, then own), S tokens a latent, L = F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from longvid.cache.plan import Module, StepPlan
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.checkpoint import FilmInputs
-from longvid.models.wan_attention import (
+from longvid.models.layer_stage import (
     CachedFeedForward,
+    LayerStage,
+    Pass,
+    RunModule,
+    context_of,
+    neighbours,
+    token_map,
+)
+from longvid.models.wan_attention import (
     CompleteKv,
     LayerKv,
     QueueSelfAttention,
-    RunModule,
     SceneTextAttention,
     SelfContext,
     TextContext,
     TextKv,
     TextSpan,
-    run_module,
     text_kv,
 )
-from longvid.parallel.sequence import Attention, DenseAttention, KvPart, Rope, SequenceAttention, WholeSequence
-from longvid.parallel.stage import Begun, Output, Unit
+from longvid.parallel.sequence import Rope, SequenceAttention, WholeSequence
+from longvid.parallel.stage import Unit
 from longvid.plan import PromptBlend
-from longvid.sparsity.runtime import Place, SparseRuntime
-from longvid.sparsity.tokens import TokenMap
+from longvid.sparsity.runtime import SparseRuntime
 
 TEXT_COLUMNS = 512
 """Length to which the stock pipeline pads every prompt with zeros, unmasked."""
 
-BranchKv = list[list[KvPart]]
-"""K/V of a span of latents: [branch][layer], of the branches and layers that this stage runs."""
 
+class WanStage(LayerStage):
+    """Some layers of a ``WanTransformer3DModel``: ``dit.blocks`` are this stage's alone.
 
-@dataclass
-class _Pass:
-    """One branch of a unit on its way through the layers: `hidden` [1, l, E] entered the stage as `entering`.
-
-    `temb` and `modulation` are those of the unit's timesteps (`WanStage._modulation`). `anchor` is what entered the
-    step's span of layers, where a cache remembers what that adds. Where a cache leaves tokens out, `active` are those
-    in `hidden`.
-    """
-
-    branch: int
-    hidden: Tensor
-    anchor: Tensor | None
-    text: TextContext
-    context: SelfContext
-    temb: Tensor
-    modulation: Tensor
-    active: Active | None
-    entering: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.entering = self.hidden
-
-
-class WanStage:
-    """Some layers of a ``WanTransformer3DModel``; implements the executor's Stage.
-
-    ``dit.blocks`` are this stage's layers alone, ``first_layer`` the first one's place in the model. ``branches`` are
-    those that it runs: 0 follows the prompts, 1 the negatives. ``attention`` makes self-attention sparse, ``cache``
-    leaves layers or modules out. Takes the transformer over: its attention processors are replaced, its layers are not.
+    Takes the transformer over: its attention processors are replaced, its layers are not.
     """
 
     def __init__(
@@ -88,24 +65,30 @@ class WanStage:
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
     ) -> None:
+        super().__init__(
+            branches=branches,
+            is_first=is_first,
+            is_last=is_last,
+            first_layer=first_layer,
+            attention=attention,
+            cache=cache,
+        )
         self.dit = dit.eval()
-        self.branches = tuple(branches)
         self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
-        self._is_first, self._is_last = is_first, is_last
         self._sequence = sequence or WholeSequence()
-        self._first_layer, self._attention, self._cache = first_layer, attention, cache
         for index, block in enumerate(dit.blocks):
             block.attn1.set_processor(QueueSelfAttention(index, self._sequence))
             block.attn2.set_processor(SceneTextAttention(index))
-            if cache and cache.plan.kept_modules:
+            if self.caches_modules:
                 block.ffn = CachedFeedForward(index, block.ffn)
         self._texts: list[list[TextKv]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
     @property
-    def num_branches(self) -> int:
-        return len(self.branches)
+    def layers(self) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = self.dit.blocks
+        return blocks
 
     def prepare(self, inputs: FilmInputs) -> None:
         """Take what the film to come is to follow."""
@@ -134,142 +117,41 @@ class WanStage:
         part = self._sequence.part(num_latents * (latent_size[0] // 2) * (latent_size[1] // 2))
         return (self.num_branches, part.stop - part.start, self.dit.scale_shift_table.shape[-1]), self.dtype
 
-    @torch.no_grad()
-    def forward(self, unit: Unit) -> Output:
-        """Hidden states, or on the last stage the velocity of the unit's own latents; and the K/V that it asks for."""
-        if self._cache and self._cache.plan.gate and self._is_first:
-            return self.go_on(self.begin(unit), is_left_out=False)
-        unit = self.conditioned(unit)
-        passes = self._passes(unit)
-        self._run(passes, unit, range(len(self.dit.blocks)), is_left_out=unit.is_left_out)
-        return self._end(passes, unit)
-
-    @torch.no_grad()
-    def begin(self, unit: Unit) -> Begun:
-        """The layers up to the cache's gate; what it looks at where this rank has the prompt's branch."""
-        assert self._cache and self._cache.plan.gate
-        unit = self.conditioned(unit)
-        passes = self._passes(unit)
-        self._run(passes, unit, range(self._cache.plan.gate.layers), is_left_out=False)
-        if passes[0].branch != 0:
-            return Begun(unit, None, passes)
-        num_tokens = len(unit.timesteps) * math.prod(_token_grid(unit))
-        start = self._sequence.part(num_tokens).start
-        probe = self._cache.probe(passes[0].entering, passes[0].hidden, start, num_tokens)
-        return Begun(unit, probe, passes)
-
-    @torch.no_grad()
-    def go_on(self, begun: Begun, *, is_left_out: bool) -> Output:
-        """The layers behind the gate, or what they would have added."""
-        assert self._cache and self._cache.plan.gate
-        unit, passes = begun.unit, begun.work
-        assert isinstance(passes, list)
-        if begun.probe is not None and not is_left_out:
-            self._cache.learn_gate(unit.chunk.index, unit.step, begun.probe)
-        self._run(passes, unit, range(self._cache.plan.gate.layers, len(self.dit.blocks)), is_left_out=is_left_out)
-        return self._end(passes, unit)
-
-    def conditioned(self, unit: Unit) -> Unit:
-        """The unit with what else the film is to follow; asked once a unit, before its first layer here."""
-        return unit
-
-    def _passes(self, unit: Unit) -> list[_Pass]:
+    def passes(self, unit: Unit) -> list[Pass]:
         """Each branch of a unit as it enters the stage."""
         grid = _token_grid(unit)
         per_latent, num_latents = math.prod(grid), len(unit.timesteps)
-        part = self._sequence.part(num_latents * per_latent)
+        num_tokens = num_latents * per_latent
+        part = self._sequence.part(num_tokens)
         temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
         active = self._active(unit, per_latent)
-        entering, anchors = self._enter(unit, part, active)
+        entering, anchors = self._enter(unit, part) if self.is_first else self.entering(unit)
         if active is not None:
+            # On a later stage the rows behind the active tokens said who they are.
+            entering = [active.of(x) if self.is_first else x[:, : len(active.tokens)] for x in entering]
             temb = active.of(temb)
             modulation = active.of(modulation) if modulation.dim() == 4 else modulation
         passes = []
         for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
-            run = self._run_module(unit, branch)
+            run = self.run_module(unit, branch)
             spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
             if active is not None:
                 spans = active_spans(spans, active)
             context = self._self_context(unit, index, grid, run, active)
-            text = TextContext(spans, run)
-            passes.append(_Pass(branch, entering[index], anchors[index], text, context, temb, modulation, active))
+            layer = partial(self._layer, TextContext(spans, run), modulation, context)
+            head = partial(self._head, temb, unit, grid, branch, active)
+            one = Pass(branch, entering[index], anchors[index], context, layer, head, num_tokens, part.start)
+            one.active = active
+            passes.append(one)
         return passes
-
-    def _run_module(self, unit: Unit, branch: int) -> RunModule:
-        """How modules of layers are run in one pass: with a table, not all of them are."""
-        cache = self._cache
-        if not cache or not cache.plan.kept_modules:
-            return run_module
-
-        def run(index: int, module: Module, compute: Callable[[], Tensor]) -> Tensor:
-            place = unit.chunk.index, branch, self._first_layer + index
-            return cache.module(place, module, unit.step, compute)
-
-        return run
-
-    def _run(self, passes: Sequence[_Pass], unit: Unit, indices: range, *, is_left_out: bool) -> None:
-        """Some of the stage's layers, but for those of the step's span if it is left out."""
-        plan = self._cache.at(unit.step) if self._cache else StepPlan()
-        is_left_out |= plan.treatment == "forecast"
-        for one in passes:
-            for index in indices:
-                layer, block = self._first_layer + index, self.dit.blocks[index]
-                if layer == plan.span.start and not is_left_out:
-                    one.anchor = one.hidden
-                if is_left_out and layer in plan.span:
-                    one.context.keep_earlier(index)
-                else:
-                    if isinstance(block.ffn, CachedFeedForward):
-                        block.ffn.run = one.context.run
-                    one.hidden = block(one.hidden, one.text, one.modulation, one.context)
-                if layer == plan.span.stop - 1:
-                    self._end_span(one, unit, is_left_out=is_left_out)
-
-    def _end_span(self, one: _Pass, unit: Unit, *, is_left_out: bool) -> None:
-        """Behind the last layer of the step's span: add what its layers added before, or remember what they did."""
-        assert self._cache
-        series = self._cache.span(unit.chunk.index, one.branch, unit.step)
-        if is_left_out:
-            one.hidden = one.hidden + series.forecast(unit.step)
-        else:
-            assert one.anchor is not None
-            series.learn(one.hidden - one.anchor, unit.step)
-
-    def _end(self, passes: Sequence[_Pass], unit: Unit) -> Output:
-        """What the stage gives, when all its layers are done; policies forget what no later step reads."""
-        output = self._output(passes, unit)
-        for runtime in (self._attention, self._cache):
-            if runtime:
-                runtime.end_step(unit.chunk.index, unit.step)
-        return output
-
-    def _output(self, passes: Sequence[_Pass], unit: Unit) -> Output:
-        stored = [one.context.stored for one in passes]
-        kv = tuple(
-            [[layer[span] for layer in layers] for layers in stored] + _of_branches(unit, span, len(passes))
-            for span in range(len(unit.store))
-        )
-        if not self._is_last:
-            inside = [one.anchor for one in passes if one.anchor is not None and self._ends_inside(unit)]
-            hidden = torch.cat([*(one.hidden for one in passes), *inside])
-            if active := passes[0].active:
-                hidden = torch.cat([hidden, active.as_rows(hidden).expand(len(hidden), -1, -1)], dim=1)
-            return Output(hidden=hidden, kv=kv)
-        grid = _token_grid(unit)
-        return Output(velocity=torch.stack([self._head(one, unit, grid) for one in passes]), kv=kv)
-
-    def _ends_inside(self, unit: Unit) -> bool:
-        """Whether the next stage begins inside the step's span of layers."""
-        span = self._cache.at(unit.step).span if self._cache else range(0)
-        return span.start < self._first_layer + len(self.dit.blocks) < span.stop
 
     def _active(self, unit: Unit, per_latent: int) -> Active | None:
         """The tokens that go through the layers, where the step's are not all."""
-        regions = self._cache.regions if self._cache else None
+        regions = self.cache.regions if self.cache else None
         if not regions:
             return None
-        assert self._cache
-        share, num_tokens = self._cache.at(unit.step).active, len(unit.timesteps) * per_latent
+        assert self.cache
+        share, num_tokens = self.cache.at(unit.step).active, len(unit.timesteps) * per_latent
         num_own = unit.chunk.num_latents * per_latent
         if unit.latents is not None:
             own = unit.latents[:, -unit.chunk.num_latents :].unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
@@ -281,71 +163,54 @@ class WanStage:
         width = unit.hidden.shape[-1]
         return Active.from_rows(unit.hidden[0, num_tokens // -width :], num_tokens, num_own)
 
-    def _enter(
-        self, unit: Unit, part: slice, active: Active | None
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """What each branch begins with, [1, l, E]: embedded patches, or what the stage before made.
+    def _layer(self, text: TextContext, modulation: Tensor, context: SelfContext, index: int, hidden: Tensor) -> Tensor:
+        block = self.dit.blocks[index]
+        if isinstance(block.ffn, CachedFeedForward):
+            block.ffn.run = context.run
+        out: Tensor = block(hidden, text, modulation, context)
+        return out
 
-        And what entered the step's span of layers, if this stage begins inside it.
-        """
+    def _enter(self, unit: Unit, part: slice) -> tuple[Sequence[Tensor], Sequence[None]]:
+        """What each branch begins with, [1, l, E]: embedded patches."""
         count = min(unit.num_branches, self.num_branches)
-        if not self._is_first:
-            assert unit.hidden is not None
-            parts = (unit.hidden if active is None else unit.hidden[:, : len(active.tokens)]).split(1)
-            return parts[:count], parts[count:] or [None] * count
         assert unit.latents is not None
         patches = self.dit.patch_embedding(unit.latents[None].to(self.dtype)).flatten(2).transpose(1, 2)
-        patches = patches[:, part] if active is None else active.of(patches)
-        return [patches.contiguous()] * count, [None] * count
+        return [patches[:, part].contiguous()] * count, [None] * count
 
     def _self_context(
-        self, unit: Unit, branch: int, grid: tuple[int, int], run: RunModule, active: Active | None
+        self, unit: Unit, index: int, grid: tuple[int, int], run: RunModule, active: Active | None
     ) -> SelfContext:
-        per_latent, num_latents = grid[0] * grid[1], len(unit.timesteps)
-        before = unit.chunk.num_left if unit.left is not None else 0
-        after = unit.chunk.num_right if unit.right is not None else 0
+        before, after = neighbours(unit)
+        tokens = token_map(unit, before, after, grid)
         return SelfContext(
-            rope=self._rope(before + num_latents + after, *grid),
-            left=_of_branch(unit.left, branch),
-            right=_of_branch(unit.right, branch),
-            num_left=before * per_latent,
-            store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
-            attention=self._layer_attention(unit, self.branches[branch], token_map(unit, before, after, grid)),
+            **context_of(unit, index, math.prod(grid)),
+            rope=self._rope(before + len(unit.timesteps) + after, *grid),
+            attention=self.layer_attention(unit, self.branches[index], tokens, self.dit.scale_shift_table.device),
             head_costs=self._head_costs,
-            kept=tuple(layers for span in unit.kept if (layers := _of_branch(span, branch))),
             run=run,
             queries=active.tokens if active is not None else None,
-            complete=self._complete(unit, self.branches[branch], active),
+            complete=self._complete(unit, self.branches[index], active),
         )
 
     def _complete(self, unit: Unit, branch: int, active: Active | None) -> CompleteKv | None:
         """How layers come by the K/V of tokens that are left out."""
-        regions = self._cache.regions if self._cache else None
+        regions = self.cache.regions if self.cache else None
         if not regions:
             return None
 
         def complete(index: int, key: Tensor, value: Tensor) -> LayerKv:
-            return regions.kv((unit.chunk.index, branch, self._first_layer + index), key, value, active)
+            return regions.kv((unit.chunk.index, branch, self.first_layer + index), key, value, active)
 
         return complete
 
     def _head_costs(self, index: int) -> Sequence[float] | None:
-        return self._attention.policy.head_costs(self._first_layer + index) if self._attention else None
+        return self.attention.policy.head_costs(self.first_layer + index) if self.attention else None
 
-    def _layer_attention(self, unit: Unit, branch: int, tokens: TokenMap) -> Callable[[int], Attention]:
-        """Self-attention of each layer of the stage in one pass of a unit."""
-
-        def at(index: int) -> Attention:
-            place = Place(unit.chunk.index, branch, self._first_layer + index, unit.step)
-            sparse = self._attention.at(place, tokens, self.dit.scale_shift_table.device) if self._attention else None
-            return sparse or DenseAttention()
-
-        return at
-
-    def _head(self, one: _Pass, unit: Unit, grid: tuple[int, int]) -> Tensor:
+    def _head(
+        self, temb: Tensor, unit: Unit, grid: tuple[int, int], branch: int, active: Active | None, hidden: Tensor
+    ) -> Tensor:
         """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
         own, num_tokens = unit.chunk.num_latents * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
-        hidden, temb, active = one.hidden, one.temb, one.active
         if active is not None:
             count = len(active.own)
             hidden, temb, num_tokens = hidden[:, -count:], temb[:, -count:], own
@@ -355,9 +220,9 @@ class WanStage:
         shift, scale = (table + temb.unsqueeze(2)).unbind(2)
         hidden = (self.dit.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         patches = self.dit.proj_out(hidden)
-        if self._cache and self._cache.regions:
-            last = self._first_layer + len(self.dit.blocks) - 1
-            patches = self._cache.regions.velocity((unit.chunk.index, one.branch, last), patches, active)
+        if self.cache and self.cache.regions:
+            last = self.first_layer + len(self.layers) - 1
+            patches = self.cache.regions.velocity((unit.chunk.index, branch, last), patches, active)
         elif num_tokens != own or patches.shape[1] != own:
             patches = self._sequence.gather(patches, num_tokens)[:, -own:]
         out = patches.reshape(unit.chunk.num_latents, *grid, 2, 2, -1)
@@ -428,31 +293,6 @@ def active_spans(spans: Sequence[TextSpan], active: Active) -> list[TextSpan]:
     return [span for span in found if span.tokens.start < span.tokens.stop]
 
 
-def token_map(unit: Unit, num_before: int, num_after: int, grid: tuple[int, int]) -> TokenMap:
-    """Where a unit's tokens are, with so many latents of neighbours' K/V before and after them."""
-    chunk = unit.chunk
-    stop = chunk.start + chunk.num_latents
-    start = stop - len(unit.timesteps)
-    return TokenMap(range(start, stop), range(start - num_before, stop + num_after), range(chunk.start, stop), *grid)
-
-
 def _token_grid(unit: Unit) -> tuple[int, int]:
     """Rows and columns of a latent's tokens."""
     return unit.latent_size[0] // 2, unit.latent_size[1] // 2
-
-
-def _of_branches(unit: Unit, span: int, start: int) -> BranchKv:
-    """K/V that an earlier step stored of the branches from one on, which did not run."""
-    if not unit.kept:
-        return []
-    kept = unit.kept[span]
-    assert isinstance(kept, list)
-    return kept[start:]
-
-
-def _of_branch(kv: object, branch: int) -> list[KvPart] | None:
-    if kv is None:
-        return None
-    assert isinstance(kv, list)
-    layers: list[KvPart] = kv[branch]
-    return layers

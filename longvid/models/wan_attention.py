@@ -12,55 +12,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longvid.cache.plan import Module
 from longvid.kernels.dense import attend
-from longvid.parallel.sequence import Around, Attention, DenseAttention, KvPart, Rope, SequenceAttention
+from longvid.models.layer_stage import LayerContext, RunModule, run_module
+from longvid.parallel.sequence import Around, Rope, SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
-
-RunModule = Callable[[int, Module, Callable[[], Tensor]], Tensor]
-"""Gives what a module of a layer (an index in the stage) computes, or in its place what a cache forecasts."""
 
 
 CompleteKv = Callable[[int, Tensor, Tensor], LayerKv]
 """K/V of all of a unit's tokens in a layer (an index in the stage), by those of the tokens in the pass."""
 
 
-def run_module(_index: int, _module: Module, compute: Callable[[], Tensor]) -> Tensor:
-    """Without a cache."""
-    return compute()
+@dataclass(frozen=True, kw_only=True)
+class SelfContext(LayerContext):
+    """What self-attention needs besides its input.
 
-
-@dataclass(frozen=True)
-class SelfContext:
-    """What self-attention needs besides its input: one a forward pass and guidance branch.
-
-    ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
-    hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
-    ``attention`` and ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores
-    those that an earlier step stored: for each span a layer's, ``kept``. Where only ``queries`` of the unit's tokens
-    are in the pass, ``complete`` gives a layer's K/V of all.
+    ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``head_costs`` gives
+    those of a layer of the stage. Where only ``queries`` of the unit's tokens are in the pass, ``complete`` gives a
+    layer's K/V of all.
     """
 
     rope: Rope
-    left: list[KvPart] | None = None
-    right: list[KvPart] | None = None
-    num_left: int = 0
-    store: tuple[slice, ...] = ()
-    stored: list[list[KvPart]] = field(default_factory=list)
-    attention: Callable[[int], Attention] = field(default=lambda _layer: DenseAttention())
     head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
-    kept: tuple[list[KvPart], ...] = ()
     run: RunModule = run_module
     queries: Tensor | None = None
     complete: CompleteKv | None = None
-
-    def keep_earlier(self, index: int) -> None:
-        """For a layer of which no K/V are computed."""
-        self.stored.append([span[index] for span in self.kept])
 
 
 class QueueSelfAttention:
@@ -150,18 +129,6 @@ class SceneTextAttention:
     def _attend(self, query: Tensor, text: TextKv) -> Tensor:
         key, value = text.layers[self.index]
         return attend(query, key, value, text.bias)
-
-
-class CachedFeedForward(nn.Module):
-    """A layer's feed-forward, with a cache in front. ``run`` is the pass's at hand."""
-
-    def __init__(self, index: int, inner: nn.Module) -> None:
-        super().__init__()
-        self.index, self.inner = index, inner
-        self.run: RunModule = run_module
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.run(self.index, "ffn", lambda: self.inner(hidden))
 
 
 def text_kv(blocks: Any, states: Tensor, columns: int) -> TextKv:

@@ -134,16 +134,7 @@ class WanCheckpoint:
         def stage(name: str) -> WanStage:
             dit = self.load_layers(part, dtype, device, name, options.loading)
             kind = WanStage if self.facts.image == "none" else WanImageStage
-            return kind(
-                dit,
-                branches=options.branches,
-                is_first=part.is_first,
-                is_last=part.is_last,
-                first_layer=part.layers.start,
-                sequence=options.sequence,
-                attention=options.attention,
-                cache=options.cache,
-            )
+            return kind(dit, sequence=options.sequence, **options.of(part))
 
         if self.facts.boundary_ratio is None:
             return stage("transformer")

@@ -18,15 +18,15 @@ from transformers import AutoTokenizer
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_json
 from longvid.models.lora import Lora
-from longvid.models.offload import offload_layers
+from longvid.models.offload import FillLayer, offload_layers
 from longvid.models.parts import ModelPart, PartNames, read_shapes
 from longvid.models.quantize import quantize_layer
 from longvid.settings import MemorySettings
 
 
-def take_layers(part: ModelPart, layers: nn.ModuleList) -> nn.ModuleList:
-    """A part's own of all layers."""
-    return nn.ModuleList(layers[layer] for layer in part.layers)
+def take_layers(part: ModelPart, layers: nn.ModuleList, start: int = 0) -> nn.ModuleList:
+    """A part's own of some layers, of which the first is layer ``start`` of the model."""
+    return nn.ModuleList(layer for index, layer in enumerate(layers, start) if index in part.layers)
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,55 @@ def load_part(
     config = kind.load_config(folder)
     with init_empty_weights(include_buffers=False):  # rotary tables are not in the checkpoint
         dit = kind.from_config(config)
+    names = names.of(config)
     wanted = {name: list(value.shape) for name, value in dit.state_dict().items() if part.owns(name, names)}
     files = _WeightFiles(folder, wanted, dtype, set(dit._keep_in_fp32_modules or ()), loading.loras)
-    num_layers = len(getattr(dit, names.layers))
-    setattr(dit, names.layers, take_layers(part, getattr(dit, names.layers)))
-    for name, value in files.read(lambda name: not name.startswith(f"{names.layers}.")):
+    num_layers = sum(len(getattr(dit, layers)) for layers in names.lists)
+    prefixes = _take_part(dit, part, names)
+    for name, value in files.read(lambda name: name.partition(".")[0] not in names.lists):
         set_module_tensor_to_device(dit, name, device, value, dtype=value.dtype)
-    for module in dit.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=False)
-    layers = getattr(dit.eval(), names.layers)
+    _move_buffers(dit, device)
     is_end = [layer in (0, num_layers - 1) for layer in part.layers]
 
     def fill(index: int, layer: nn.Module, to: torch.device) -> None:
         """Read a layer's weights into it: its own of `index` in the part, or another of its kind."""
-        prefix = f"{names.layers}.{part.layers[index]}."
+        prefix = prefixes[index]
         for name, value in files.read(lambda name: name.startswith(prefix)):
             set_module_tensor_to_device(layer, name.removeprefix(prefix), to, value, dtype=value.dtype)
         if loading.memory.quantize != "none" and not is_end[index]:
             quantize_layer(layer, loading.memory.quantize)
 
-    if loading.memory.offload == "none":
-        for index, layer in enumerate(layers):
-            fill(index, layer, device)
-    elif len(layers):
-        offload_layers(layers, fill, device, loading.memory)
+    first = 0
+    for layers in (getattr(dit.eval(), name) for name in names.lists):
+        if loading.memory.offload == "none":
+            for index, layer in enumerate(layers, first):
+                fill(index, layer, device)
+        elif len(layers):
+            offload_layers(layers, _shifted(fill, first), device, loading.memory)
+        first += len(layers)
     return dit
+
+
+def _take_part(dit: Any, part: ModelPart, names: PartNames) -> list[str]:
+    """Leave in a transformer the layers of a part. Returns what each one's weights begin with in the checkpoint."""
+    prefixes: list[str] = []
+    for name, start in names.lists.items():
+        layers = getattr(dit, name)
+        prefixes += [f"{name}.{index}." for index in range(len(layers)) if start + index in part.layers]
+        setattr(dit, name, take_layers(part, layers, start))
+    return prefixes
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Tables that are computed, not read."""
+    for inner in module.modules():
+        for name, buffer in inner.named_buffers(recurse=False):
+            inner.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def _shifted(fill: FillLayer, first: int) -> FillLayer:
+    """For a list of layers of which the first is layer ``first`` of the part."""
+    return lambda index, layer, to: fill(first + index, layer, to)
 
 
 class _WeightFiles:
@@ -135,10 +158,10 @@ def load_vae(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) ->
     return load_whole(kind, root / "vae", torch.float32 if device.type == "cpu" else dtype, device)
 
 
-def load_text(kind: Any, root: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A directory's tokenizer, and its text encoder of a class ``kind``."""
-    encoder = kind.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
-    return AutoTokenizer.from_pretrained(root / "tokenizer"), encoder.eval().to(device)
+def load_text(kind: Any, root: Path, dtype: torch.dtype, device: torch.device, suffix: str = "") -> tuple[Any, Any]:
+    """A directory's tokenizer, and its text encoder of a class ``kind``; ``suffix`` names those of several."""
+    encoder = kind.from_pretrained(root / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True)
+    return AutoTokenizer.from_pretrained(root / f"tokenizer{suffix}"), encoder.eval().to(device)
 
 
 def check_weights(root: Path, parts: Sequence[str]) -> None:

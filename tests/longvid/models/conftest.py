@@ -190,6 +190,36 @@ def make_ltx(**vae: Any) -> Any:
     return pipeline
 
 
+def make_hunyuan() -> Any:
+    """A tiny HunyuanVideo: one dual layer and two single ones, a causal language model and CLIP for text."""
+    torch.manual_seed(4)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 64}
+    llama = transformers.LlamaConfig(num_hidden_layers=4, num_key_value_heads=2, **small)
+    clip = transformers.CLIPTextConfig(num_hidden_layers=2, eos_token_id=1, **small)
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(llama),
+        tokenizer=_tokenizer(),
+        text_encoder_2=transformers.CLIPTextModel(clip),
+        tokenizer_2=_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2
+        ),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 2, 2),
+        ),
+    )
+
+
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 ROTARY = {"use_rotary_positional_embeddings": True}
 VAE_2_2 = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
@@ -201,6 +231,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "i2v 2.2": lambda: make_wan(I2V, vae={}, in_channels=12, boundary_ratio=0.8),
     "ltx": make_ltx,
     "ltx 0.9.1": lambda: make_ltx(timestep_conditioning=True),
+    "hunyuan": make_hunyuan,
     "cogvideox 2b": lambda: make_cogvideox(diffusers.CogVideoXDDIMScheduler(**V)),
     "cogvideox 5b": lambda: make_cogvideox(
         diffusers.CogVideoXDPMScheduler(**V, snr_shift_scale=1.0), {"scaling_factor": 0.7}, **ROTARY

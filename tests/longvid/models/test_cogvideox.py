@@ -27,8 +27,6 @@ from longvid.parallel.topology import Topology, choose_topology, workload
 from longvid.plan import Chunk, PromptBlend, make_plan
 from longvid.script import parse_script
 from longvid.settings import MeshSettings, SamplerSettings, load_settings
-from longvid.sparsity.search import Search
-from longvid.tune import tune
 
 CheckpointOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -208,7 +206,7 @@ def test_without_rotary_positions_there_is_no_right_context(checkpoint_of: Check
     ("kind", "setting", "message"),
     [
         ("cogvideox 2b", "queue.left=cached", "queue.left must be recompute"),
-        ("cogvideox 5b", "attention.policy=sta", "attention.policy must be dense, not sta: cogvideox"),
+        ("cogvideox 5b", "cache.level=module", "left out whole, not module by module"),
         ("cogvideox 5b", "sampler.solver=unipc", "sampler.solver must be auto, not unipc"),
         ("cogvideox 5b", "sampler.shift=3", "sampler.shift is of flow-matching models"),
     ],
@@ -219,7 +217,7 @@ def test_what_the_family_cannot_do_is_refused_before_weights_are_loaded(
     name = "longvid.models.cogvideox_checkpoint.CogVideoXCheckpoint.load_prompts"
     monkeypatch.setattr(name, lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=message):
-        Engine.load(checkpoint_of(kind), overrides=[setting])
+        Engine.load(checkpoint_of(kind), overrides=["cache.policy=taylorseer", setting])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "a14b", "i2v 2.1", "ltx"])
@@ -230,12 +228,6 @@ def test_its_fingerprint_is_the_same_after_a_file(checkpoint_of: CheckpointOf, k
     machine = Machine("cpu", 1, Topology())
     marks = fingerprint(script, plan, settings, facts, model={}, machine=machine)
     assert json.loads(json.dumps(marks)) == marks
-
-
-def test_there_is_no_sparse_attention_to_tune(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
-    settings = load_settings(overrides=[f"model.path={checkpoint_of('cogvideox 5b')}"])
-    with pytest.raises(InputError, match="there is nothing to tune: cogvideox models run dense attention alone"):
-        tune(tmp_path / "story.yaml", settings, chunks=1, how=Search(), on_chunk=lambda *_: None)
 
 
 def test_its_tokens_stay_on_one_rank(checkpoint_of: CheckpointOf) -> None:
