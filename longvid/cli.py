@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
-from longvid.options import AsJson, Model, Overrides, Preset, all_overrides
+from longvid.options import AsJson, Model, Overrides, Preset, Ray, all_overrides
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -92,8 +92,10 @@ def render(
     preset: Preset = None,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
+        int | None,
+        typer.Option(min=1, max=4096, help="Start so many ranks, on this machine or by --ray.", show_default="1"),
     ] = None,
+    ray: Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
     ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
@@ -109,16 +111,13 @@ def render(
     SIGTERM saves the state and ends with 0 within 30 seconds. Under torchrun, mpirun, srun or deepspeed this is one of
     the ranks.
     """
-    from longvid.launch.env import rank_of
     from longvid.manifest import find_manifest
     from longvid.script import load_script
     from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
     _settings(model, preset, overrides)
-    env = rank_of(os.environ)
-    if env and ranks and env.world_size != ranks:
-        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    env = _own_rank(ranks, ray)
     is_leader = env is None or env.rank == 0
     script = load_script(story) if is_leader else story
     if is_leader:
@@ -131,6 +130,12 @@ def render(
     from longvid.journal import Journals, report, sayer
 
     journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
+    if ray:
+        from longvid.launch.ray import Film
+
+        sets = tuple(all_overrides(model, overrides))
+        _render_on_ray(ray, Film(story, output, preset, sets, ranks or 1, resume, trace, ledger), journals)
+        return
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
 
@@ -163,6 +168,37 @@ def render(
             from longvid.launch.worker import run_rank
 
             run_rank(env, load, work, _HOW_TO_GO_ON, preemption, sayer(journals))
+
+
+def _own_rank(ranks: int | None, ray: str | None) -> Any:
+    """The place that a launcher gave this process, if one did; from now on it ends with its supervisor."""
+    from longvid.launch.env import rank_of
+    from longvid.launch.local import end_with_supervisor
+
+    env = rank_of(os.environ)
+    if env is None:
+        return None
+    if ray:
+        raise InputError(f"--ray, but {env.launcher} started this as rank {env.rank}: start one process without it")
+    if ranks and env.world_size != ranks:
+        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    end_with_supervisor(env)
+    return env
+
+
+def _render_on_ray(address: str, film: Any, journals: Any) -> None:
+    """Have a Ray cluster render, and show what it does as if this process did it."""
+    from rich.console import Console
+
+    from longvid.journal import report
+    from longvid.launch.ray import render_film
+
+    with (
+        _ended_by_log(journals.is_stderr_json),
+        report(journals, Console(stderr=True)) as on_event,
+        _known_errors(),
+    ):
+        render_film(address, film, on_event, _HOW_TO_GO_ON)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,13 @@ Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML fil
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be given many times.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|local",
+        help="Have a Ray cluster do the work; local: one of this machine, while it lasts.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
