@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ LOCAL = "local"
 """In place of an address: a cluster of this machine alone."""
 _OBJECT_STORE_BYTES = 80 << 20
 """Ray's least, about: what goes through it are lines and numbers."""
+_CONNECT_S = 10.0
 _PRIVATE = {
     # Only so does Ray listen on the loopback alone; it reads this when it is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -92,8 +94,8 @@ def joined(address: str, num_cpus: int = 1) -> Iterator[Any]:
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": folder,
             }
-        elif "://" in address:
-            raise InputError(f"--ray {address}: give HOST:PORT, on a machine of the cluster (no client's address)")
+        else:
+            _require_somebody(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -102,6 +104,19 @@ def joined(address: str, num_cpus: int = 1) -> Iterator[Any]:
         if address == LOCAL:
             stack.enter_context(_guarded())
         yield ray
+
+
+def _require_somebody(address: str) -> None:
+    """Raise InputError where nobody answers at HOST:PORT: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        raise InputError(f"--ray {address}: give HOST:PORT of the cluster, on one of its machines, or `local`")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray {address}: nobody answers there ({error})") from None
 
 
 @contextmanager
@@ -171,6 +186,13 @@ def share_of_processors(nodes: Sequence[int], ranks: int) -> int:
 def has_gpus(ray: Any, device: str) -> bool:
     """Whether ranks with this `runtime.device` shall have GPUs."""
     return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def require_gpus(ray: Any, need: Need) -> None:
+    """Raise InputError where this machine's own cluster, which cannot grow, has too few GPUs for a gang."""
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if need.gpu and there < need.ranks:
+        raise InputError(f"--ray local: {need.ranks} ranks need a GPU each, and this machine has {there}")
 
 
 def shortage(ray: Any, need: Need) -> str:

@@ -20,7 +20,17 @@ from typing import Any
 
 from longvid.errors import InputError, Interrupted, Preempted, RuntimeFailure
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
-from longvid.launch.cluster import Figures, Need, has_gpus, joined, processors, share_of_processors, shortage
+from longvid.launch.cluster import (
+    LOCAL,
+    Figures,
+    Need,
+    has_gpus,
+    joined,
+    processors,
+    require_gpus,
+    share_of_processors,
+    shortage,
+)
 from longvid.launch.gang import Gang, Outcome, log_entry
 from longvid.launch.local import REPEAT_S
 from longvid.launch.report import PREEMPT_SIGNALS, with_hint
@@ -73,6 +83,8 @@ def render_film(address: str, film: Film, on_event: Callable[[Event], None], res
     with joined(address, num_cpus=film.ranks * max(1, runtime.threads)) as ray:
         threads = runtime.threads or share_of_processors(processors(ray), film.ranks)
         need = Need(film.ranks, threads, has_gpus(ray, runtime.device))
+        if address == LOCAL:
+            require_gpus(ray, need)
         _Controller(ray, film, need, on_event, resume_hint).run()
 
 

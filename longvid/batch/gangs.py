@@ -19,8 +19,18 @@ from longvid.batch.remote import QUESTIONS
 from longvid.batch.supervisor import BatchPlan, Crew, LocalCrew
 from longvid.batch.table import Lease, Table
 from longvid.batch.worker import Task
-from longvid.errors import Interrupted
-from longvid.launch.cluster import Figures, Need, has_gpus, joined, processors, shortage
+from longvid.errors import InputError, Interrupted
+from longvid.launch.cluster import (
+    LOCAL,
+    Figures,
+    Need,
+    has_gpus,
+    joined,
+    processors,
+    require_gpus,
+    share_of_processors,
+    shortage,
+)
 from longvid.launch.gang import Gang
 from longvid.launch.seat import Order
 from longvid.settings import Settings
@@ -39,7 +49,7 @@ def hire_from(address: str | None, plan: BatchPlan, say: Callable[[str], None]) 
         yield LocalCrew(plan)
         return
     with joined(address, num_cpus=plan.workers * plan.ranks) as ray:
-        yield RayCrew(ray, plan, say)
+        yield RayCrew(ray, plan, say, is_local=address == LOCAL)
 
 
 @dataclass
@@ -49,6 +59,7 @@ class RayCrew:
     ray: Any
     plan: BatchPlan
     say: Callable[[str], None]
+    is_local: bool
     figures: Figures = field(default_factory=Figures)
     _workers: list[RayWorker] = field(default_factory=list)
     _has_said: bool = False
@@ -63,7 +74,12 @@ class RayCrew:
         """What a gang takes, whatever job it gets."""
         runtimes = [Settings.model_validate_json(text).runtime for text in self.table.all_settings()]
         threads = max((each.threads for each in runtimes), default=1)
-        return Need(self.plan.ranks, max(1, threads), any(has_gpus(self.ray, each.device) for each in runtimes))
+        if self.is_local:  # it cannot grow, so all that is asked for must fit
+            threads = min(threads, share_of_processors(self.processors(), self.plan.workers * self.plan.ranks))
+        need = Need(self.plan.ranks, max(1, threads), any(has_gpus(self.ray, each.device) for each in runtimes))
+        if self.is_local:
+            require_gpus(self.ray, need)
+        return need
 
     def processors(self) -> list[int]:
         return processors(self.ray)
@@ -123,7 +139,7 @@ class RayWorker:
             self._is_dismissed = True
 
     def kill(self) -> None:
-        if self.code() not in (None, 0, Interrupted.exit_code):
+        if self.code() not in (None, 0, InputError.exit_code, Interrupted.exit_code):
             self._crew.figures.gang_lost(self._film, self.slot)
             for line in self.gang.outcome.lines if self.gang.outcome else ():
                 self._write(line)

@@ -393,7 +393,11 @@ def is_node_of(node: Any, pid: int | None) -> bool:
     return int(stat_of(seat)[1]) in raylets
 
 
-def test_the_address_of_a_client_is_wrong_input() -> None:
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [("ray://somewhere:1", "give HOST:PORT"), ("somewhere", "give HOST:PORT"), ("127.0.0.1:1", "nobody answers there")],
+)
+def test_an_address_where_no_cluster_is_is_wrong_input(address: str, problem: str) -> None:
     require_ray()
-    with pytest.raises(InputError, match="give HOST:PORT"), clusters.joined("ray://somewhere:1"):
+    with pytest.raises(InputError, match=problem), clusters.joined(address):
         pass
