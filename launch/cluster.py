@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longvid.errors import InputError
+from longvid.launch.network import is_loopback
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone."""
@@ -103,6 +104,8 @@ def joined(address: str, num_cpus: int = 1) -> Iterator[Any]:
             raise InputError(f"--ray {address}: cannot be joined from here ({reason})") from None
         if address == LOCAL:
             stack.enter_context(_guarded())
+            if not is_loopback(ray.util.get_node_ip_address()):
+                raise InputError("--ray local: Ray was imported before, and would listen beyond the loopback")
         yield ray
 
 

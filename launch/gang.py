@@ -144,7 +144,8 @@ class Gang:
         """
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         cut_off = [sitter.heard for sitter in self._sitters if sitter.place and sitter.place.node not in alive]
-        return max(cut_off, default=-FENCE_S) + FENCE_S
+        # The seat may have heard one call more than its answers tell.
+        return max(cut_off) + 2 * LISTEN_S + FENCE_S if cut_off else 0.0
 
     def _call(self, sitter: _Sitter, act: Callable[[_Sitter, Any], None], ref: Any) -> None:
         self._refs[ref] = (sitter, partial(act, sitter))

@@ -101,7 +101,7 @@ class RayCrew:
             ready, _ = self.ray.wait(list(owners), num_returns=1, timeout=left)
             for ref in ready:
                 owners[ref].gang.handle(ref)
-            if not ready:
+            if not ready or not left:
                 break
         for worker in self._workers:
             worker.tick()
@@ -123,7 +123,7 @@ class RayWorker:
         self.slot, self.owner, self._crew = slot, owner, crew
         self.log = BatchFolder(crew.plan.folder).log(slot)
         self._film = ""
-        self._is_dismissed = False
+        self._is_dismissed = self._is_stopping = False
         self.gang = Gang(crew.ray, crew.need, self._write, self._answer)
         self._go_on()
 
@@ -133,6 +133,7 @@ class RayWorker:
         return self.gang.outcome.code if self.gang.outcome else None
 
     def stop(self) -> None:
+        self._is_stopping = True
         if self.gang.is_seated:
             self.gang.send(signal.SIGTERM)
         else:
@@ -152,7 +153,7 @@ class RayWorker:
         """See how it stands: it goes on with other settings, or is not needed any more."""
         self.gang.tick()
         is_done = self.gang.outcome is not None and self.gang.outcome.code == 0
-        if is_done and self._crew.need.ranks > 1:
+        if is_done and self._crew.need.ranks > 1 and not self._is_stopping:
             self._go_on()
         elif not self.gang.is_seated and self._crew.table.next_settings() is None:
             self._is_dismissed = True

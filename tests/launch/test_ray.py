@@ -351,11 +351,12 @@ def test_a_gang_that_loses_a_rank_goes_on(cluster: Any, story: Path, expected: s
 
 
 def test_a_batch_outlives_its_controller_and_a_node(cluster: Any, expected: str, tmp_path: Path) -> None:
+    """The controller dies with a gang of two ranks at work; the next one has two gangs of one, and loses a node."""
     jobs, folder = tmp_path / "jobs.jsonl", tmp_path / "films"
     jobs.write_text("\n".join([*map(json.dumps, JOBS), '{"promt": "a cat"}']))
     places = BatchFolder(folder)
-    command = ["batch", str(jobs), "--out", str(folder), "--workers", "2", "--ray", cluster.address, *SETS]
-    running = Running(command, tmp_path / "first")
+    command = ["batch", str(jobs), "--out", str(folder), "--ray", cluster.address, *SETS]
+    running = Running([*command, "--ranks-per-film", "2"], tmp_path / "first")
     try:
         running.wait_for((folder / "batch.sqlite").exists)
         table = Table(folder)
@@ -367,7 +368,7 @@ def test_a_batch_outlives_its_controller_and_a_node(cluster: Any, expected: str,
 
         first = running.wait_for(long_film)
         running.kill()
-        running = Running(command, tmp_path / "second")
+        running = Running([*command, "--workers", "2"], tmp_path / "second")
         second = running.wait_for(lambda: long_film(first.attempt + 1))
         made = {film: film.stat().st_ino for film in folder.glob("*.mp4")}
         [node] = [node for node in cluster.nodes if is_node_of(node, worker_pid(second.owner))]
