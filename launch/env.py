@@ -1,6 +1,7 @@
 """Which rank this process is, from the variables of whoever launched it. Pure.
 
-torchrun and `longvid render --ranks` set variables of their own, inside whatever started them, so theirs hold. mpirun
+torchrun, `longvid render --ranks` and our seats in a Ray cluster set variables of their own, inside whatever started
+them, so theirs hold. mpirun
 may have been started inside a Slurm step of another shape, so Slurm's hold only where nobody else's do. DeepSpeed's
 launcher sets torchrun's, and some of its own.
 """
@@ -15,10 +16,14 @@ from typing import Literal
 from longvid.errors import InputError
 from longvid.launch.hosts import hosts_of
 
-Launcher = Literal["local", "torchrun", "deepspeed", "openmpi", "mpich", "slurm"]
+Launcher = Literal["local", "ray", "torchrun", "deepspeed", "openmpi", "mpich", "slurm"]
 
 SUPERVISOR = "LONGVID_SUPERVISOR"
-"""The process id of the `longvid render --ranks` that started this rank."""
+"""The process id of what started this rank, if it is ours: `longvid render --ranks`, or a seat in a Ray cluster."""
+SEAT = "LONGVID_SEAT"
+"""Beside SUPERVISOR: that is a seat in a Ray cluster."""
+LISTENER, WIRE = "LONGVID_LISTENER", "LONGVID_WIRE"
+"""File descriptors that a seat hands on: the socket of rank 0's store, and the way to ask the controller."""
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """The network interface of messages between CPUs."""
 _SLURM_PORTS = range(15000, 31000)
@@ -45,7 +50,8 @@ class RankEnv:
     """A process's place among those that were launched together. `local` is within its machine.
 
     `rendezvous` is None for a lone rank, and where the ranks shall meet over MPI. `supervisor` is the process that ends
-    this one, if it is ours. `interface` is the user's choice of a network interface.
+    this one, if it is ours. `interface` is the user's choice of a network interface. `wire` is a file descriptor over
+    which the controller of a Ray cluster can be asked.
     """
 
     rank: int
@@ -56,6 +62,7 @@ class RankEnv:
     rendezvous: Rendezvous | None = None
     supervisor: int | None = None
     interface: str | None = None
+    wire: int | None = None
 
     @property
     def is_one_machine(self) -> bool:
@@ -102,9 +109,20 @@ def rank_of(environ: Mapping[str, str]) -> RankEnv | None:
     if local_rank >= local_world_size or local_world_size > first.world_size:
         raise InputError(f"local rank {local_rank} of {local_world_size} does not fit {first}")
     rendezvous = _meeting(environ, places) if first.world_size > 1 else None
-    supervisor = _number(environ, SUPERVISOR) if first.launcher == "local" else None
-    numbers = (first.rank, first.world_size, local_rank, local_world_size)
-    return RankEnv(*numbers, first.launcher, rendezvous, supervisor, environ.get(INTERFACE) or None)
+    is_ours, is_seated = first.launcher in ("local", "ray"), first.launcher == "ray"
+    if is_seated and rendezvous and first.rank == 0:
+        rendezvous = replace(rendezvous, listener=_number(environ, LISTENER))
+    return RankEnv(
+        first.rank,
+        first.world_size,
+        local_rank,
+        local_world_size,
+        first.launcher,
+        rendezvous,
+        supervisor=_number(environ, SUPERVISOR) if is_ours else None,
+        interface=environ.get(INTERFACE) or None,
+        wire=_number(environ, WIRE) if is_seated else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ _NAMES: dict[Launcher, tuple[str, str, str, str]] = {
 def _places(environ: Mapping[str, str]) -> Iterator[_Place]:
     """What each launcher says that has a say, the innermost first."""
     if SUPERVISOR in environ:
-        place = _place(environ, "local", _NAMES["torchrun"])
+        place = _place(environ, "ray" if SEAT in environ else "local", _NAMES["torchrun"])
         if place is None:
             raise InputError(f"RANK and WORLD_SIZE are not set, but {SUPERVISOR} is")
         yield place

@@ -90,12 +90,14 @@ def run_local(
 def end_with_supervisor(env: RankEnv) -> None:
     """Have the kernel (Linux) end this rank when its supervisor is killed: the leader in order, others at once.
 
-    Does nothing for a rank that has none. To be called by a rank's main thread as soon as it runs.
+    In a Ray cluster the leader ends at once, too: others will go on with its film, and nobody else may write to it.
+    Does nothing for a rank that has no supervisor. To be called by a rank's main thread as soon as it runs.
     """
     if env.supervisor is None:
         return
     if sys.platform == "linux":
-        number = signal.SIGTERM if env.rank == LEADER else signal.SIGKILL
+        is_in_order = env.rank == LEADER and env.launcher == "local"
+        number = signal.SIGTERM if is_in_order else signal.SIGKILL
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0)
     if os.getppid() != env.supervisor:
         os._exit(RuntimeFailure.exit_code)

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from longvid.batch.commands import batch_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
-from longvid.options import AsJson, Loras, Model, Overrides, Preset, all_overrides, film_paths
+from longvid.options import AsJson, Loras, Model, Overrides, Preset, Ray, all_overrides, film_paths
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -97,8 +97,10 @@ def render(
     overrides: Overrides = None,
     lora: Loras = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
+        int | None,
+        typer.Option(min=1, max=4096, help="Start so many ranks, on this machine or by --ray.", show_default="1"),
     ] = None,
+    ray: Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
     ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
@@ -114,16 +116,13 @@ def render(
     SIGTERM saves the state and ends with 0 within 30 seconds. Under torchrun, mpirun, srun or deepspeed this is one of
     the ranks.
     """
-    from longvid.launch.env import rank_of
     from longvid.script import load_script
     from longvid.settings import load_settings
 
     # What is wrong is told before torch is loaded, and by the leader alone.
     chosen = all_overrides(model, overrides, lora)
     settings = load_settings(preset, chosen)
-    env = rank_of(os.environ)
-    if env and ranks and env.world_size != ranks:
-        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    env = _own_rank(ranks, ray)
     is_leader = env is None or env.rank == 0
     films = film_paths(stories, output)
     scripts = [load_script(story) if is_leader else story for story in stories]
@@ -133,6 +132,15 @@ def render(
     from longvid.journal import Journals, report, sayer
 
     journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
+    if ray:
+        from longvid.launch.ray import Film
+
+        if len(stories) > 1:
+            raise InputError("--ray renders one storyboard; longvid batch --ray renders many")
+        _render_on_ray(
+            ray, Film(stories[0], output, preset, tuple(chosen), ranks or 1, resume, trace, ledger), journals
+        )
+        return
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
         from longvid.models.facts import hub_model
@@ -183,6 +191,37 @@ def _check_files(films: list[Path], others: dict[str, Path | None], resume: bool
         check_file(f"--{option}", path)
     if resume and len(films) == 1:
         find_manifest(films[0])
+
+
+def _own_rank(ranks: int | None, ray: str | None) -> Any:
+    """The place that a launcher gave this process, if one did; from now on it ends with its supervisor."""
+    from longvid.launch.env import rank_of
+    from longvid.launch.local import end_with_supervisor
+
+    env = rank_of(os.environ)
+    if env is None:
+        return None
+    if ray:
+        raise InputError(f"--ray, but {env.launcher} started this as rank {env.rank}: start one process without it")
+    if ranks and env.world_size != ranks:
+        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    end_with_supervisor(env)
+    return env
+
+
+def _render_on_ray(address: str, film: Any, journals: Any) -> None:
+    """Have a Ray cluster render, and show what it does as if this process did it."""
+    from rich.console import Console
+
+    from longvid.journal import report
+    from longvid.launch.ray import render_film
+
+    with (
+        _ended_by_log(journals.is_stderr_json),
+        report(journals, Console(stderr=True)) as on_event,
+        _known_errors(),
+    ):
+        render_film(address, film, on_event, _HOW_TO_GO_ON)
 
 
 @contextlib.contextmanager

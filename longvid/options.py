@@ -22,6 +22,13 @@ Overrides = Annotated[
 Loras = Annotated[
     list[str] | None, typer.Option("--lora", metavar="FILE[:WEIGHT]", help="Add a LoRA; may be given many times.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|local",
+        help="Have a Ray cluster do the work; local: one of this machine, while it lasts.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

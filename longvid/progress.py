@@ -40,6 +40,7 @@ class Tally:
         match event:
             case Started():
                 self.plan, self.began = event, self.clock()
+                self._ends.clear()  # a render that is begun again does some rounds anew
                 self._ends.append((0, self.began))
             case RoundDone():
                 self.round = event.round

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longvid.errors import InputError
-from longvid.options import AsJson, Model, Overrides, Preset, all_overrides
+from longvid.options import AsJson, Model, Overrides, Preset, Ray, all_overrides
 
 
 class _RunUnlessNamed(TyperGroup):
@@ -46,6 +46,7 @@ def run(
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Films at once.")] = 1,
     ranks_per_film: Annotated[int, typer.Option(min=1, max=1024, help="Ranks of each worker.")] = 1,
     max_retries: Annotated[int, typer.Option(min=0, max=1000, help="Workers that one film may cost, beside one.")] = 3,
+    ray: Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR; JOBS may be left out.")] = False,
 ) -> None:
     """Render many films. Each worker loads the weights once; a worker that dies costs no film.
@@ -55,30 +56,34 @@ def run(
     from rich.console import Console
 
     from longvid.batch.folder import BatchFolder
+    from longvid.batch.gangs import hire_from
     from longvid.batch.jobs import Defaults
     from longvid.batch.status import show_batch
-    from longvid.batch.submit import plan_jobs, share_of_threads, submit
+    from longvid.batch.submit import plan_jobs, submit
     from longvid.batch.supervisor import BatchPlan, Supervisor, verdict
     from longvid.batch.table import Table
+    from longvid.launch.cluster import share_of_processors
 
     if not jobs and not resume:
         raise InputError("name the jobs, or --resume to go on with those in --out")
     if resume:
         Table.find(out).close()
-    threads = share_of_threads(workers, ranks_per_film)
-    planned = plan_jobs(jobs or [], Defaults(preset, tuple(all_overrides(model, overrides)), length, threads))
-    folder = BatchFolder(out)
-    folder.make()
-    table = Table(out)
-    table.restore(folder.is_there)
-    if jobs:
-        submit(planned, folder, table)
-    if resume:
-        table.forgive()
-    for refused in planned.refused:
-        typer.echo(f"longvid: {refused.reason}; the other films go on", err=True)
-    with show_batch(Console(stderr=True)) as on_look:
-        Supervisor(BatchPlan(out, workers, ranks_per_film, max_retries), on_look).run()
+    plan = BatchPlan(out, workers, ranks_per_film, max_retries)
+    with hire_from(ray, plan, lambda line: typer.echo(f"longvid: {line}", err=True)) as crew:
+        threads = share_of_processors(crew.processors(), workers * ranks_per_film)
+        planned = plan_jobs(jobs or [], Defaults(preset, tuple(all_overrides(model, overrides)), length, threads))
+        folder = BatchFolder(out)
+        folder.make()
+        table = Table(out)
+        table.restore(folder.is_there)
+        if jobs:
+            submit(planned, folder, table)
+        if resume:
+            table.forgive()
+        for refused in planned.refused:
+            typer.echo(f"longvid: {refused.reason}; the other films go on", err=True)
+        with show_batch(Console(stderr=True)) as on_look:
+            Supervisor(plan, on_look, crew).run()
     rows = table.rows()
     verdict(rows)
     typer.echo(f"{len(rows)} films are in {out}; `longvid batch report {out}` shows them", err=True)

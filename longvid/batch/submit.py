@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,11 +66,6 @@ def _with_whole_path(settings: Settings) -> Settings:
         return settings
     model = settings.model.model_copy(update={"path": str(find_model(name).absolute())})
     return settings.model_copy(update={"model": model})
-
-
-def share_of_threads(workers: int, ranks: int) -> int:
-    """Threads for each rank where the settings leave it open: the machine's cores, divided."""
-    return max(1, len(os.sched_getaffinity(0)) // (workers * ranks))
 
 
 def _with_place(text: str, place: str) -> str:

@@ -1,6 +1,7 @@
 """The supervisor of a batch: keeps workers at the table, buries the dead, and ends when no job is left.
 
-It holds no weights and no state of its own: all that it knows is in the table, so that another can go on after it.
+It holds no weights and no state of its own: all that it knows is in the table, so that another can go on after it. Its
+workers are processes of this machine, or gangs of a Ray cluster (`gangs.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
 from longvid.batch.folder import BatchFolder
 from longvid.batch.table import Row, State, Table
@@ -44,26 +45,93 @@ class BatchPlan:
     max_retries: int = 3
 
 
+class Worker(Protocol):
+    """One that works at the table under a name (`owner`), and what it prints (`log`)."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def log(self) -> Path: ...
+
+    def code(self) -> int | None:
+        """The exit code; None while it works."""
+
+    def stop(self) -> None:
+        """Ask it to end in order."""
+
+    def kill(self) -> None:
+        """End it now, with all that it started."""
+
+    def reason(self) -> str:
+        """Why it ended: what it said last, or how."""
+
+
+class Crew(Protocol):
+    """Where workers come from."""
+
+    def processors(self) -> list[int]:
+        """Those of each machine, which all workers share."""
+
+    def hire(self, slot: int, owner: str) -> Worker:
+        """A new worker."""
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and do what workers need meanwhile."""
+
+
 @dataclass
-class Worker:
+class LocalCrew:
+    """Workers that are processes of this machine."""
+
+    plan: BatchPlan
+
+    def processors(self) -> list[int]:
+        return [len(os.sched_getaffinity(0))]
+
+    def hire(self, slot: int, owner: str) -> Worker:
+        task = Task(self.plan.folder.absolute(), owner, os.getpid(), self.plan.ranks, self.plan.max_retries)
+        file = BatchFolder(self.plan.folder).log(slot).open("ab")
+        # A session of its own: Ctrl-C is for us, and its whole group can be ended.
+        process = subprocess.Popen(
+            task.command(), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        return LocalWorker(slot, owner, process, file, file.tell())
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@dataclass
+class LocalWorker:
     """A worker's process, the leader of a process group of its own; its output goes to a log."""
 
     slot: int
     owner: str
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
+    file: IO[bytes]
     log_start: int
 
+    @property
+    def log(self) -> Path:
+        return Path(self.file.name)
+
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
-        """End it now, with all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.file.close()
 
     def reason(self) -> str:
-        """Why it ended: what it said last, or how."""
         code = self.process.returncode
-        with open(self.log.name, "rb") as file:
+        with self.log.open("rb") as file:
             file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
         said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
@@ -76,6 +144,7 @@ class Supervisor:
 
     plan: BatchPlan
     on_look: Callable[[list[Row]], None]
+    crew: Crew
     _workers: dict[int, Worker] = field(default_factory=dict)
     _signals: list[int] = field(default_factory=list)
     _num_started: int = 0
@@ -88,6 +157,7 @@ class Supervisor:
         they begin. Call it from the main thread.
         """
         self._folder, self._table = BatchFolder(self.plan.folder), Table.find(self.plan.folder)
+        self._bury_orphans()
         with self._signals_noted():
             try:
                 while not self._signals and self._tick():
@@ -103,9 +173,16 @@ class Supervisor:
             )
         return counts
 
+    def _bury_orphans(self) -> None:
+        """What workers of this machine had whose supervisor is dead, and they with it, need not wait for its time."""
+        for owner in self._table.running_owners():
+            host, pid, _ = owner.rsplit(":", 2)
+            if host == socket.gethostname() and not _is_alive(int(pid)):
+                self._table.bury(owner, "its batch was ended", self.plan.max_retries, self._folder.is_there)
+
     def _tick(self) -> bool:
         """Bury, hire, tell. Whether there is more to do."""
-        for worker in [worker for worker in self._workers.values() if worker.process.poll() is not None]:
+        for worker in [worker for worker in self._workers.values() if worker.code() is not None]:
             self._bury(worker)
         stalled = self._table.owners(self._table.expire(self.plan.max_retries, self._folder.is_there))
         for worker in [worker for worker in self._workers.values() if worker.owner in stalled]:
@@ -121,42 +198,35 @@ class Supervisor:
     def _hire(self, slot: int) -> None:
         self._num_started += 1
         owner = f"{socket.gethostname()}:{os.getpid()}:{self._num_started}"
-        task = Task(self.plan.folder.absolute(), owner, os.getpid(), self.plan.ranks, self.plan.max_retries)
-        log = self._folder.log(slot).open("ab")
-        # A session of its own: Ctrl-C is for us, and its whole group can be ended.
-        process = subprocess.Popen(
-            task.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-        self._workers[slot] = Worker(slot, owner, process, log, log.tell())
+        self._workers[slot] = self.crew.hire(slot, owner)
 
     def _bury(self, worker: Worker) -> None:
         del self._workers[worker.slot]
+        code = worker.code()
         worker.kill()
-        worker.log.close()
         reason = worker.reason()
         self._table.bury(worker.owner, reason, self.plan.max_retries, self._folder.is_there)
-        if worker.process.returncode == 0:
+        if code == 0:
             return
         attempts = self._table.num_attempts()
         count, before = self._fruitless
         self._fruitless = (count + 1 if attempts == before else 1, attempts)
         if self._fruitless[0] >= MAX_FRUITLESS:
-            raise RuntimeFailure(f"{MAX_FRUITLESS} workers died before they began: {reason} (see {worker.log.name})")
+            raise RuntimeFailure(f"{MAX_FRUITLESS} workers died before they began: {reason} (see {worker.log})")
 
     def _stop(self) -> None:
         """End all workers: in order, and when that takes too long or the user insists, at once."""
         running = list(self._workers.values())
         for worker in running:
-            worker.process.send_signal(signal.SIGTERM)
+            worker.stop()
         until = time.monotonic() + STOP_S
         first = len(self._signals)
-        while any(worker.process.poll() is None for worker in running) and time.monotonic() < until:
+        while any(worker.code() is None for worker in running) and time.monotonic() < until:
             if len(self._signals) > max(1, first):
                 break
-            time.sleep(TICK_S)
+            self.crew.wait(TICK_S)
         for worker in running:
             worker.kill()
-            worker.log.close()
             self._table.give_back(worker.owner)
         self._workers.clear()
 
@@ -164,9 +234,9 @@ class Supervisor:
         """Wait, but not once a signal has come or a worker has ended."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._signals:
-            if any(worker.process.poll() is not None for worker in self._workers.values()):
+            if any(worker.code() is not None for worker in self._workers.values()):
                 return
-            time.sleep(TICK_S)
+            self.crew.wait(TICK_S)
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
@@ -179,6 +249,16 @@ class Supervisor:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def verdict(rows: list[Row]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from longvid.batch.jobs import Job, Refused, digest_of
 from longvid.errors import InputError
@@ -84,6 +84,21 @@ class _Known:
     digest: str
     state: State
     attempt: int
+
+
+class JobTable(Protocol):
+    """What a worker needs of a table, which may be on another machine; `Table` says what each does."""
+
+    def next_settings(self) -> str | None: ...
+    def settings(self, key: str) -> str: ...
+    def fail_settings(self, key: str, reason: str) -> None: ...
+    def claim(self, owner: str, settings: str, shape: str = "") -> Lease | None: ...
+    def renew(self, lease: Lease, progress: float) -> bool: ...
+    def complete(self, lease: Lease, result: Plain) -> bool: ...
+    def fail(self, lease: Lease, reason: str) -> bool: ...
+    def release(self, lease: Lease) -> bool: ...
+    def lose(self, lease: Lease, reason: str, max_retries: int) -> bool: ...
+    def close(self) -> None: ...
 
 
 FilmIsThere = Callable[[str], bool]
@@ -195,6 +210,10 @@ class Table:
     def settings(self, key: str) -> str:
         """Settings as JSON, by their key."""
         return str(self._db.execute("SELECT data FROM settings WHERE key=?", (key,)).fetchone()[0])
+
+    def all_settings(self) -> list[str]:
+        """Those of all jobs, as JSON."""
+        return [str(data) for (data,) in self._db.execute("SELECT data FROM settings")]
 
     def claim(self, owner: str, settings: str, shape: str = "") -> Lease | None:
         """A lease on a job that waits and has these settings, if there is one: of this shape rather than of another."""
@@ -314,6 +333,10 @@ class Table:
         """Who had these jobs last."""
         rows = (self._db.execute("SELECT owner FROM jobs WHERE name=?", (name,)).fetchone() for name in names)
         return {row[0] for row in rows if row}
+
+    def running_owners(self) -> set[str]:
+        """Who has a job now, as far as the table knows."""
+        return {str(owner) for (owner,) in self._db.execute("SELECT owner FROM jobs WHERE state='running'")}
 
     def counts(self) -> dict[State, int]:
         """Jobs by their state."""

@@ -1,7 +1,7 @@
 """A worker of a batch: a process, or a gang of ranks, that loads a model once and renders one film after the other.
 
-`python -m longvid.batch.worker TASK`, TASK being JSON. The supervisor starts it, and starts another when it dies: all
-that must last is in the table and on the disk. It ends by itself when no job waits.
+`python -m longvid.batch.worker TASK`, TASK being JSON. The supervisor starts it, or a seat in a Ray cluster does, and
+starts another when it dies: all that must last is in the table and on the disk. It ends by itself when no job waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longvid.batch.folder import BatchFolder, can_resume
-from longvid.batch.table import Lease, Table
+from longvid.batch.remote import remote_table
+from longvid.batch.table import JobTable, Lease, Table
 from longvid.document import Document
 from longvid.errors import InputError, Interrupted, LongvidError, RuntimeFailure
 from longvid.events import Event, FilmDone, Notice, RoundDone
@@ -37,20 +38,24 @@ BEAT_S = 2.0
 class Task:
     """What a worker is told: the batch's folder, its own name in the table, its supervisor's process, its ranks.
 
-    The ranks of a gang are told the key of their `settings`, for they must agree before they can talk.
+    The ranks of a gang are told the key of their `settings`, for they must agree before they can talk. In a Ray cluster
+    the environment says who the supervisor is.
     """
 
     folder: Path
     owner: str
-    supervisor: int
+    supervisor: int | None
     ranks: int = 1
     max_retries: int = 3
     settings: str | None = None
 
     def command(self) -> list[str]:
         """The command line that does it."""
-        task = json.dumps({**asdict(self), "folder": str(self.folder)})
-        return [sys.executable, "-P", "-m", "longvid.batch.worker", task]
+        return [sys.executable, "-P", "-m", *self.module()]
+
+    def module(self) -> list[str]:
+        """The module and its argument."""
+        return ["longvid.batch.worker", json.dumps({**asdict(self), "folder": str(self.folder)})]
 
     @classmethod
     def read(cls, text: str) -> Task:
@@ -65,8 +70,9 @@ def run_task(task: Task) -> int:
 
     if task.settings is not None:
         return _run_rank(task, task.settings)
-    end_with_supervisor(RankEnv(0, 1, 0, 1, "local", None, task.supervisor))
-    table = Table.find(task.folder)
+    seated = rank_of(os.environ) if task.supervisor is None else None
+    end_with_supervisor(seated or RankEnv(0, 1, 0, 1, "local", None, task.supervisor))
+    table = find_table(task)
     while (key := table.next_settings()) is not None:
         code = _run_gang(task, key) if task.ranks > 1 else _run_alone(task, key, table)
         if code:
@@ -74,7 +80,13 @@ def run_task(task: Task) -> int:
     return 0
 
 
-def _run_alone(task: Task, key: str, table: Table) -> int:
+def find_table(task: Task) -> JobTable:
+    """The batch's table: the file, or, in a Ray cluster, what asks the controller, whose file it is."""
+    env = rank_of(os.environ) if task.supervisor is None else None
+    return remote_table(env.wire) if env and env.wire is not None else Table.find(task.folder)
+
+
+def _run_alone(task: Task, key: str, table: JobTable) -> int:
     try:
         engine = load_engine(Settings.model_validate_json(table.settings(key)))
     except InputError as error:
@@ -95,7 +107,7 @@ def _run_rank(task: Task, key: str) -> int:
 
     env = rank_of(os.environ)
     assert env is not None, "the gang's launcher says which rank this is"
-    table = Table.find(task.folder)
+    table = find_table(task)
 
     def load() -> Engine:
         try:
@@ -157,7 +169,7 @@ class Desk:
 
     def __init__(self, task: Task, key: str) -> None:
         self._task, self._key = task, key
-        self._folder, self._table = BatchFolder(task.folder), Table.find(task.folder)
+        self._folder, self._table = BatchFolder(task.folder), find_table(task)
         self._lease: Lease | None = None
 
     def next(self) -> Order | None:
@@ -179,7 +191,7 @@ class Desk:
         lease = self._lease
         assert lease is not None, "`next` comes first"
         try:
-            with Heartbeat(self._task.folder, lease) as beat:
+            with Heartbeat(self._task, lease) as beat:
                 engine.render(order.script, order.draft, beat.on_event, resume=order.resume)
                 sync(order.draft)
         except (KeyboardInterrupt, Interrupted):
@@ -212,11 +224,11 @@ class Desk:
 class Heartbeat:
     """Renews a lease while a film renders, in a thread of its own, and notes what the render tells; a context.
 
-    Where the lease was taken over, this process ends: whatever it makes is no longer wanted.
+    Where the lease was taken over, or nobody answers, this process ends: what it makes may no longer be wanted.
     """
 
-    def __init__(self, folder: Path, lease: Lease) -> None:
-        self._folder, self._lease = folder, lease
+    def __init__(self, task: Task, lease: Lease) -> None:
+        self._task, self._lease = task, lease
         self._began, self._frames, self._progress = time.monotonic(), 0, 0.0
         self._notices: list[str] = []
         self._is_over = threading.Event()
@@ -248,9 +260,13 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        table = Table.find(self._folder)
+        table = find_table(self._task)
         while not self._is_over.wait(BEAT_S):
-            if not table.renew(self._lease, self._progress):
+            try:
+                is_held = table.renew(self._lease, self._progress)
+            except (EOFError, OSError):  # the controller is gone
+                is_held = False
+            if not is_held:
                 print(f"{self._lease.name}: another worker has taken this job over", file=sys.stderr, flush=True)
                 os._exit(RuntimeFailure.exit_code)
         table.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,9 @@ def test_our_own_supervisor_and_torchrun_hold_inside_other_launchers(place: tupl
     restarted = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert rank_of({**inner, **restarted}) == RankEnv(*place, "torchrun", Rendezvous("node7", 29500, True, attempt=2))
     assert rank_of({**inner, "LONGVID_SUPERVISOR": "41"}) == RankEnv(*place, "local", hosted, supervisor=41)
+    seated = {**inner, "LONGVID_SUPERVISOR": "41", "LONGVID_SEAT": "1", "LONGVID_LISTENER": "5", "LONGVID_WIRE": "6"}
+    meeting = replace(hosted, listener=None if place[0] else 5)
+    assert rank_of(seated) == RankEnv(*place, "ray", meeting, supervisor=41, wire=6)
 
 
 @given(places(), places())

@@ -90,7 +90,7 @@ def test_what_has_no_checkpoint_is_begun_anew(night: Night) -> None:
 
 
 def test_a_lease_that_was_taken_over_cannot_be_renewed(night: Night) -> None:
-    with Heartbeat(night.folder.root, night.lease) as beat:
+    with Heartbeat(Task(night.folder.root, "dead", 0), night.lease) as beat:
         assert night.table.renew(night.lease, 0.5)
         assert beat.result["frames"] == 0
     night.bury()
