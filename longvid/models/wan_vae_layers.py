@@ -243,8 +243,8 @@ class Upsample:
 
     def in_time(self, x: Tensor) -> Tensor:
         """[T, H, W, 2 C] as [2 T, H, W, C]."""
-        doubled: Tensor = x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return doubled
+        frames: Tensor = x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        return frames
 
 
 def interleave(y: Tensor, height: int, width: int) -> Tensor:

@@ -94,6 +94,8 @@ def test_other_words_for_the_same_film_do_not_count(old: str, new: str) -> None:
         ("output.segment_s=1.0", "output.segment_s: 2.0 then, 1.0 now"),
         ("runtime.dtype=bfloat16", "runtime.dtype: 'float32' then, 'bfloat16' now"),
         ("sequence.backend=deepspeed", "sequence.backend: 'longvid' then, 'deepspeed' now"),
+        ("memory.quantize=int8", "memory.quantize: 'none' then, 'int8' now"),
+        ("memory.vae_rows=2", "memory.vae_rows: 0 then, 2 now"),
     ],
 )
 def test_settings_that_change_pixels_count(override: str, message: str) -> None:
@@ -108,6 +110,9 @@ def test_settings_that_change_pixels_count(override: str, message: str) -> None:
         "mesh.guidance=2",
         "mesh.buffers=5",
         "output.keep_state=true",
+        "memory.offload=disk",
+        "memory.text_encoder=free",
+        "memory.prompt_cache=/elsewhere",
         "runtime.threads=7",
         "runtime.timeout_s=5.0",
     ],
