@@ -18,6 +18,7 @@ from longvid.cache.search import Matrix, choose_modules, choose_steps, forecast_
 from longvid.cache.settings import NoCache
 from longvid.cache.table import Row, computed_share, write_table
 from longvid.engine import Engine, set_threads
+from longvid.errors import InputError
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
 from longvid.plan import Plan
@@ -173,16 +174,17 @@ class _Recorder(CacheRuntime):
 
 
 def _modules(films: _Films, count: int, bubble: float, on_done: Callable[[int, int], None]) -> Calibration:
-    num_layers = films.checkpoint.facts.num_layers
+    facts, num_layers = films.checkpoint.facts, films.checkpoint.facts.num_layers
+    if not facts.module_caches:
+        reason = "layers take text and video together, so none of their modules is left out: use --method steps"
+        raise InputError(f"train cache: {facts.name}: its {reason}")
     recorder = _Recorder(films.settings.sampler.steps, num_layers)
     engine, plan = films.engine(recorder)
     for done, _ in enumerate(engine.denoise(plan), 1):
         on_done(done, len(plan.chunks))
     grams: dict[tuple[int, Module], Matrix] = {name: np.mean(found, axis=0) for name, found in recorder.grams.items()}
     rows = choose_modules(grams, count, bubble)
-    return Calibration(
-        "bac", computed_share(rows, num_layers), rows=rows, model=films.checkpoint.facts.name, num_layers=num_layers
-    )
+    return Calibration("bac", computed_share(rows, num_layers), rows=rows, model=facts.name, num_layers=num_layers)
 
 
 def _gram(values: Tensor) -> Matrix:

@@ -32,6 +32,11 @@ class Policy(Section):
         """Whether a unit's tokens may be spread over ranks."""
         return True
 
+    @property
+    def is_of_modules(self) -> bool:
+        """Whether single modules of layers are left out."""
+        return False
+
     def forecast_steps(self, num_steps: int) -> frozenset[int]:
         """The steps at which no layer runs anywhere."""
         return frozenset()
@@ -65,6 +70,10 @@ class TaylorSeer(Policy):
     order: Order = 1
     first_steps: Steps = 3
     level: Level = "output"
+
+    @property
+    def is_of_modules(self) -> bool:
+        return self.level == "module"
 
     def left_out(self, num_steps: int) -> frozenset[int]:
         """The steps that are not computed."""
@@ -172,6 +181,10 @@ class StaticTable(Policy):
     computed: Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(strict=False)] = ()
     table: Annotated[str, Field(min_length=1)] | None = None
     order: Order = 0
+
+    @property
+    def is_of_modules(self) -> bool:
+        return self.table is not None
 
     def forecast_steps(self, num_steps: int) -> frozenset[int]:
         return frozenset() if self.table else frozenset(range(1, num_steps - 1)) - frozenset(self.computed)

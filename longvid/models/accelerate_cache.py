@@ -1,4 +1,4 @@
-"""A cache in one Wan transformer of somebody else's diffusers pipeline: what is left out, and what stands in for it.
+"""A cache in one transformer of somebody else's diffusers pipeline: what is left out, and what stands in for it.
 
 Shapes: B batch, L tokens, E their width.
 """
@@ -9,19 +9,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from diffusers import WanTransformer3DModel
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from longvid.cache.plan import MODULES, CachePlan, Module, StepPlan
+from longvid.cache.plan import CachePlan, Module, StepPlan
 from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import Policy, plan_cache
 from longvid.cache.taylor import Series
+from longvid.models.accelerate_subjects import Subject
 from longvid.models.clock import PipelineClock
 
 Forward = Callable[..., Any]
-MODULE_OF: dict[Module, str] = {"self": "attn1", "text": "attn2", "ffn": "ffn"}
-"""The names of a Wan layer's modules."""
+States = tuple[Tensor, ...]
+"""What a layer changes: video tokens [B, L, E], and text where it goes through the layers beside them."""
 
 
 class CacheAcceleration:
@@ -31,21 +32,22 @@ class CacheAcceleration:
     guidance the decision of the prompt's pass holds for the negative's.
     """
 
-    def __init__(self, model: WanTransformer3DModel, pipeline: Any, settings: Policy) -> None:
-        self._model, self._settings, self._clock = model, settings, PipelineClock(pipeline)
+    def __init__(self, subject: Subject, pipeline: Any, settings: Policy) -> None:
+        self._subject, self._settings, self._clock = subject, settings, PipelineClock(pipeline)
+        self._num_layers = len(subject.layers)
         self._runtime = CacheRuntime(CachePlan(()))
         self._first_step = 0
         self._outputs: dict[int, Series] = {}
         self._num_branches = 0
-        self._anchor: Tensor | None = None
+        self._anchor: States | None = None
         self._entering: Tensor | None = None
         self._is_left_out = False
         self._replaced: list[nn.Module] = []
-        self._replace(model, self._whole)
-        for layer, block in enumerate(model.blocks):
+        self._replace(subject.model, self._whole)
+        for layer, block in enumerate(subject.layers):
             self._replace(block, partial(self._layer, layer))
-            for module in MODULES:
-                self._replace(getattr(block, MODULE_OF[module]), partial(self._part, layer, module))
+            for module, name in subject.modules.items():
+                self._replace(getattr(block, name), partial(self._part, layer, module))
 
     def remove(self) -> None:
         for module in self._replaced:
@@ -70,8 +72,7 @@ class CacheAcceleration:
 
     def _velocity(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the transformer returns: the velocity of a step, or its forecast."""
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self._begin(timestep)
+        self._begin(self._subject.call(args, kwargs)["timestep"])
         series = self._outputs.setdefault(self._clock.branch, Series(self._runtime.plan.order))
         is_forecast = self._plan.treatment == "forecast" and not self._plan.span and not series.is_empty
         found: Any = None if is_forecast else inner(*args, **kwargs)
@@ -89,7 +90,7 @@ class CacheAcceleration:
         """Before a call: where it is, and what is known to be left out."""
         clock = self._clock
         if clock.tick(timestep):
-            self._runtime = CacheRuntime(plan_cache(self._settings, clock.num_steps, len(self._model.blocks)))
+            self._runtime = CacheRuntime(plan_cache(self._settings, clock.num_steps, self._num_layers))
             self._outputs, self._num_branches = {}, 0
             self._first_step = clock.step
         if clock.step == self._first_step:
@@ -102,30 +103,35 @@ class CacheAcceleration:
     def _layer(self, layer: int, inner: Forward) -> Forward:
         """One layer: run, or left out with the span that it is in."""
 
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            gate = self._runtime.plan.gate
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            gate, names = self._runtime.plan.gate, self._subject.states
+            states = tuple(kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names))
             if layer == 0:
-                self._entering = hidden
+                self._entering = states[0]
             if gate and layer == gate.layers:
-                self._pass_gate(hidden)
+                self._pass_gate(states[0])
             plan, is_left_out = self._plan, self._is_left_out
             behind_gate = gate is not None and not plan.span and layer >= gate.layers
             if layer == plan.span.start:
-                self._anchor = hidden
+                self._anchor = states
             if not (is_left_out and (behind_gate or layer in plan.span)):
-                hidden = inner(hidden, *args, **kwargs)
-            return self._end_span(hidden) if layer == plan.span.stop - 1 else hidden
+                found = inner(*args, **kwargs)
+                states = found if isinstance(found, tuple) else (found,)
+            if layer == plan.span.stop - 1:
+                states = self._end_span(states)
+            return states if len(names) > 1 else states[0]
 
         return forward
 
-    def _end_span(self, hidden: Tensor) -> Tensor:
+    def _end_span(self, states: States) -> States:
         clock = self._clock
         series = self._runtime.span(clock.run, clock.branch, clock.step)
         if self._is_left_out:
-            return hidden + series.forecast(clock.step)
+            added = series.forecast(clock.step).split([x.shape[1] for x in states], 1)
+            return tuple(x + y for x, y in zip(states, added, strict=True))
         assert self._anchor is not None
-        series.learn(hidden - self._anchor, clock.step)
-        return hidden
+        series.learn(torch.cat([x - y for x, y in zip(states, self._anchor, strict=True)], 1), clock.step)
+        return states
 
     def _pass_gate(self, hidden: Tensor) -> None:
         """Decide by what the first layers give in the prompt's pass; and learn that, if the step is computed."""

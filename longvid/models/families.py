@@ -107,7 +107,7 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     """Refuse settings that the model's family cannot serve, before weights are loaded. Raises InputError."""
     if not isinstance(settings.attention, Dense):
         require_sparse(facts, f"attention.policy must be dense, not {settings.attention.policy}")
-    if cache.kept_modules and not facts.module_caches:
+    if settings.cache.is_of_modules and not facts.module_caches:
         raise InputError(
             f"cache.policy {settings.cache.policy}: layers of {facts.family} models take text and video together, so "
             "they are left out whole, not module by module: use cache.level output or last_layer, and no table"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,30 +76,20 @@ class HubModel:
         from filelock import FileLock
         from huggingface_hub import constants, snapshot_download
 
-        cache = Path(constants.HF_HUB_CACHE)
-        with self._errors(cache):
-            if constants.is_offline_mode():
-                return self._downloaded(files)
+        cache, offline = Path(constants.HF_HUB_CACHE), constants.is_offline_mode()
+        turn: AbstractContextManager[object] = nullcontext()
+        if not offline:
             cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"longvid--{self.repo.replace('/', '--')}.lock"):
-                found = snapshot_download(
-                    self.repo, revision=self.revision, allow_patterns=list(files), ignore_patterns=list(VARIANTS)
-                )
-        return Path(found)
-
-    def _downloaded(self, files: tuple[str, ...]) -> Path:
-        from huggingface_hub import snapshot_download
-
-        wanted, unwanted = list(files), list(VARIANTS)
-        return Path(
-            snapshot_download(
+            turn = FileLock(cache / f"longvid--{self.repo.replace('/', '--')}.lock")
+        with self._errors(cache), turn:
+            found = snapshot_download(
                 self.repo,
                 revision=self.revision,
-                local_files_only=True,
-                allow_patterns=wanted,
-                ignore_patterns=unwanted,
+                local_files_only=offline,
+                allow_patterns=list(files),
+                ignore_patterns=list(VARIANTS),
             )
-        )
+        return Path(found)
 
     @contextmanager
     def _errors(self, cache: Path) -> Iterator[None]:

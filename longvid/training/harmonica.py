@@ -25,7 +25,7 @@ from longvid.cache.table import Row, computed_share
 from longvid.calibrate import Calibration
 from longvid.engine import pick_device
 from longvid.errors import InputError
-from longvid.models.accelerate_cache import MODULE_OF
+from longvid.models.accelerate_subjects import WanSubject
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.models.wan import TEXT_COLUMNS
@@ -94,7 +94,7 @@ class _Routed:
         self._modules: list[nn.Module] = []
         for layer, block in enumerate(dit.blocks):
             for index, module in enumerate(MODULES):
-                part: Any = getattr(block, MODULE_OF[module])
+                part: Any = getattr(block, WanSubject.modules[module])
                 part.forward = partial(self._run, part.forward, layer, index)
                 self._modules.append(part)
 
