@@ -46,8 +46,6 @@ def accelerate(
     subjects = _subjects(pipe)
     for subject in subjects:
         _require_cache(settings.cache, subject)
-    if isinstance(settings.cache, RegionAdaptive):
-        raise InputError("accelerate: cache ras is the engine's; in a pipeline's own layers all tokens go through")
     restore(pipe)
     for subject in subjects:
         if not isinstance(settings.attention, Dense):
@@ -72,6 +70,8 @@ def restore(pipe: Pipeline) -> Pipeline:
 
 def _require_cache(cache: CacheSettings, subject: Subject) -> None:
     """Raises InputError for a cache that cannot be put around a pipeline's layers."""
+    if isinstance(cache, RegionAdaptive):
+        raise InputError("accelerate: cache ras is the engine's; in a pipeline's own layers all tokens go through")
     if cache.negative_every > 1:
         raise InputError(
             "accelerate: cache.negative_every must be 1: a pipeline calls its transformer for the negative"
