@@ -45,9 +45,9 @@ from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, d
 from longvid.parallel.executor import Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
-from longvid.parallel.pipeline import name_of
+from longvid.parallel.pipeline import name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import QueueRules, Step, make_schedule
+from longvid.parallel.schedule import ChunkRules, Rules, Step, make_schedule, rules_of
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
@@ -247,7 +247,15 @@ class Engine:
             tools.ledger = Ledger(
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self.layers
             )
-        holder = Holder(self.mesh, self.layers, self._stage.branches, self.attention, self.cache)
+        owners = self._owners(job.plan)
+        holder = Holder(
+            self.mesh,
+            self.layers,
+            self._stage.branches,
+            self.attention,
+            self.cache,
+            lambda chunk: owners[chunk] if chunk < len(owners) else -1,
+        )
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
         with self._open_film(job, tools) as writer:
@@ -371,7 +379,7 @@ class Engine:
         if self.cache:
             self.cache.load_state(tools.saved.cached if tools.saved else {})
         done = tools.saved.round if tools.saved else -1
-        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, done)
+        rounds = self._round_counter(plan, on_event, done)
         actions = make_schedule(plan, self.settings)
         live = tools.saved.live(self._sampler) if tools.saved else None
         try:
@@ -380,6 +388,21 @@ class Engine:
                 yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
             self._executor = None
+
+    def _round_counter(self, plan: Plan, on_event: OnEvent, done: int) -> _RoundCounter:
+        rules, num_chunks, num_last = rules_of(self.settings), len(plan.chunks), 1
+        if isinstance(rules, ChunkRules):
+            owners = self._owners(plan)
+            num_last = sum(owners[i] == 0 for i in rules.groups(num_chunks)[-1])
+        return _RoundCounter(num_chunks, self._sampler.num_steps, rules, on_event, done, num_last)
+
+    def _owners(self, plan: Plan) -> list[int]:
+        """The place on the `chunk` axis that has each chunk."""
+        rules, num_chunks = rules_of(self.settings), len(plan.chunks)
+        if not isinstance(rules, ChunkRules):
+            return [0] * num_chunks
+        size = self.mesh.topology.chunk
+        return [place_of(i, group, size) for group in rules.groups(num_chunks) for i in group]
 
     def describe(self, rank: int) -> str:
         """A rank and its place in the mesh, for people."""
@@ -429,7 +452,7 @@ class Engine:
         if self.mesh.is_leader:
             for text in self._notices(plan):
                 on_event(Notice(text))
-            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
+            rounds = rules_of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
             on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
         for finished in self.denoise(plan, on_event, tools):
             began = time.monotonic_ns()
@@ -535,28 +558,29 @@ def _as_it_is(sampler: Sampler) -> Sampler:
 
 
 class _RoundCounter:
-    """Turns units into one event a round."""
+    """Turns units of the leader's chunks into one event a round; those of other owners are as far, then.
 
-    def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent, done: int = -1) -> None:
-        rules = QueueRules.of(settings)
-        self._num_rounds = rules.num_rounds(len(plan.chunks), steps)
-        self._num_units = len(plan.chunks) * steps
+    `num_last` are its units in the last round.
+    """
+
+    def __init__(self, num_chunks: int, steps: int, rules: Rules, on_event: OnEvent, done: int, num_last: int) -> None:
+        self._num_rounds = rules.num_rounds(num_chunks, steps)
+        self._units_until = lambda rounds: rules.num_units(num_chunks, steps, rounds)
         self._on_event = on_event
-        self._round, self._in_round = done + 1, 0
-        self._done = sum(min(max(done + 1 - rules.gap * i, 0), steps) for i in range(len(plan.chunks)))
+        self._round, self._num_last = done + 1, num_last
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
             self._end_round()
             self._round = unit.round
-        self._in_round += 1
-        self._done += 1
-        if self._done == self._num_units:
-            self._end_round()
+        if unit.round + 1 == self._num_rounds:
+            self._num_last -= 1
+            if self._num_last == 0:
+                self._end_round()
 
     def _end_round(self) -> None:
-        self._on_event(RoundDone(self._round + 1, self._num_rounds, self._in_round, self._done, self._num_units))
-        self._in_round = 0
+        before, done, all_units = map(self._units_until, (self._round, self._round + 1, self._num_rounds))
+        self._on_event(RoundDone(self._round + 1, self._num_rounds, done - before, done, all_units))
 
 
 def _writer(writer: FilmWriter | None) -> FilmWriter:

@@ -56,6 +56,17 @@ class QueueSettings(Section):
         return context
 
 
+class ChunksSettings(Section):
+    """The chunk schedule: `group` chunks at most are denoised side by side, all at one step.
+
+    What two neighbours predict for the latents that both see is fused in the first `fuse` of the steps. Sizes, context
+    and noise of the chunks are those of `queue`.
+    """
+
+    group: Annotated[int, Field(ge=1, le=65536)] = 64
+    fuse: Annotated[float, Field(ge=0, le=1)] = 0.4
+
+
 Axis = Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
 
 
@@ -112,8 +123,9 @@ class Settings(Section):
 
     model: ModelSettings = ModelSettings()
     sampler: SamplerSettings = SamplerSettings()
-    schedule: Literal["queue", "sequential"] = "queue"
+    schedule: Literal["queue", "chunks", "sequential"] = "queue"
     queue: QueueSettings = QueueSettings()
+    chunks: ChunksSettings = ChunksSettings()
     mesh: MeshSettings = MeshSettings()
     sequence: SequenceSettings = SequenceSettings()
     attention: AttentionSettings = Dense()

@@ -22,9 +22,13 @@ from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.pipeline import (
     SAVE_NOTICE,
+    Border,
     Boundary,
+    DropBorder,
     Hidden,
     Message,
+    Notice,
+    Overlap,
     RankAction,
     Receive,
     SaveLatents,
@@ -42,14 +46,16 @@ from longvid.parallel.schedule import (
     Finish,
     Forecast,
     Forward,
+    Fuse,
     Gate,
     KvVersion,
     LatentVersion,
+    OverlapVersion,
     Step,
 )
 from longvid.parallel.stage import Begun, GatedStage, KvSpan, Stage, Unit
 from longvid.plan import Chunk, ModelFacts, Plan
-from longvid.sampler import Forecaster, Sampler, Solver, guide
+from longvid.sampler import Forecaster, Sampler, Solver, fuse, guide
 
 LOOK_AHEAD = 32
 """Actions that are read ahead of the one at hand, to post their receives."""
@@ -67,13 +73,16 @@ class Finished:
 class Live:
     """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context.
 
-    With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units that are left out hand on.
+    Of latents that other ranks own, `borders` are what is seen as left context; a velocity's parts are of one branch or
+    more each, and so are those of `overlaps`. With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units that are left out hand on.
     """
 
     latents: dict[LatentVersion, Tensor] = field(default_factory=dict)
+    borders: dict[LatentVersion, Tensor] = field(default_factory=dict)
     kv: dict[KvVersion, KvSpan] = field(default_factory=dict)
     solvers: dict[int, Solver] = field(default_factory=dict)
     velocity: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    overlaps: dict[OverlapVersion, list[Tensor]] = field(default_factory=dict)
     hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     kept: dict[tuple[int, Edge], KvSpan] = field(default_factory=dict)
     begun: dict[tuple[int, int], Begun] = field(default_factory=dict)
@@ -96,7 +105,7 @@ class Saver(Protocol):
         ...
 
     def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
-        """The leader's latents and solvers; all chunks that finished until then were handed out."""
+        """An owner's latents and solvers; on the leader, all chunks that finished until then were handed out."""
         ...
 
 
@@ -195,7 +204,7 @@ class Executor:
         match action:
             case Admit(chunk=i):
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
-                if self.mesh.is_leader:
+                if self.mesh.is_owner:
                     live.solvers[i] = self.sampler.new_solver()
             case Gate():
                 self._gate(action, plan, live)
@@ -203,17 +212,22 @@ class Executor:
                 self._forward(action, plan, live)
             case Forecast():
                 """Its step has no velocity, and asks the solver for one."""
+            case Fuse():
+                self._fuse(action, live)
             case Step():
                 self._step(action, plan, live)
             case Finish(latents=version):
-                del live.solvers[version.chunk]
-                return Finished(plan.chunks[version.chunk], live.latents[version].clone())
+                live.solvers.pop(version.chunk, None)  # that of another owner's chunk is there
+                if self.mesh.is_leader:
+                    return Finished(plan.chunks[version.chunk], live.latents[version].clone())
             case DropLatents(latents=version):
                 del live.latents[version]
             case DropKv(kv=kv):
                 del live.kv[kv]
+            case DropBorder(latents=version):
+                del live.borders[version]
             case Send():
-                self._send(action, live)
+                self._send(action, plan, live)
             case Receive():
                 assert incoming is not None
                 self._receive(action, incoming, live)
@@ -247,7 +261,12 @@ class Executor:
             live.hidden[unit] = output.hidden
         elif output.velocity is not None and self.mesh.place.seq == 0:
             # The other ranks of a sequence have the same, and nobody to give it to.
-            live.velocity[unit] = [output.velocity]
+            velocity = output.velocity
+            if action.overlap:
+                count = velocity.shape[2] - plan.chunks[i].num_latents
+                live.overlaps.setdefault(action.overlap, []).append(velocity[:, :, :count])
+                velocity = velocity[:, :, count:]
+            live.velocity[unit] = [velocity]
         if self.on_value:
             made = output.hidden if output.hidden is not None else output.velocity
             assert made is not None
@@ -264,7 +283,7 @@ class Executor:
         assert self.cache
         sums = self.cache.judge(i, k, begun.probe)
         parts = mesh.seq.all_gather(sums, [sums.shape] * mesh.seq.size)
-        if mesh.is_leader:
+        if mesh.is_owner:
             is_left_out = self.cache.decide(i, torch.stack(parts).sum(0))
             self.cache.note(i, is_left_out=is_left_out)
             if is_left_out:
@@ -291,7 +310,8 @@ class Executor:
             levels = [action.left.version if self.facts.per_token_timesteps else k] * before + levels
         latents = live.latents[LatentVersion(i, k)] if self.mesh.is_first else None
         if latents is not None and isinstance(action.left, LatentVersion):
-            latents = torch.cat([live.latents[action.left][:, -before:], latents], dim=1)
+            left = live.borders[action.left] if action.left in live.borders else live.latents[action.left]
+            latents = torch.cat([left[:, -before:], latents], dim=1)
         times = [self.sampler.timestep(level) for level in levels]
 
         def span(kv: KvVersion) -> slice:
@@ -312,7 +332,14 @@ class Executor:
             is_left_out=(i, k) in live.left_out,
             kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
             num_branches=1 if self._skips_negative(k) else self.stage.num_branches,
+            num_overlap=before if action.overlap else 0,
         )
+
+    def _fuse(self, action: Fuse, live: Live) -> None:
+        """A gate may have left out either of the two: then there is nothing to fuse."""
+        parts, others = live.velocity.get((action.chunk, action.step)), live.overlaps.pop(action.overlap, None)
+        if parts and others:
+            live.velocity[action.chunk, action.step] = [fuse(torch.cat(parts), torch.cat(others))]
 
     @torch.no_grad()
     def _step(self, action: Step, plan: Plan, live: Live) -> None:
@@ -354,9 +381,9 @@ class Executor:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def _send(self, action: Send, live: Live) -> None:
+    def _send(self, action: Send, plan: Plan, live: Live) -> None:
         message, comm = action.message, self.mesh.comm
-        unit = message.chunk, _step_of(message)
+        unit = _unit_of(message)
         header, is_sized = Header(*unit, self._save_at, unit in live.left_out), self._is_sized(message)
         match message:
             case Hidden():
@@ -365,44 +392,59 @@ class Executor:
             case Velocity():
                 [velocity] = live.velocity.pop(unit, [_NOTHING])
                 comm.send(header, velocity, action.to, is_sized=is_sized)
-            case Verdict():
+            case Overlap(chunk=i, step=k):
+                [overlap] = live.overlaps.pop(OverlapVersion(i, k), [_NOTHING])
+                comm.send(header, overlap, action.to, is_sized=is_sized)
+            case Verdict() | Notice():
                 comm.send(header, _NOTHING, action.to)
+            case Border(latents=version):
+                count = plan.chunks[version.chunk + 1].num_left
+                comm.send(header, live.latents[version][:, -count:], action.to)
             case LatentVersion() as version:
                 comm.send(header, live.latents[version], action.to)
 
     def _receive(self, action: Receive, incoming: Incoming, live: Live) -> None:
         header, value = incoming.wait()
         message = action.message
-        if (header.chunk, header.step) != (message.chunk, _step_of(message)):
+        if (header.chunk, header.step) != _unit_of(message):
             raise RuntimeFailure(
                 f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
             )
         self._save_at = max(self._save_at, header.save_at)
         unit = header.chunk, header.step
-        if header.is_left_out and not isinstance(message, LatentVersion):
+        if header.is_left_out and isinstance(message, Hidden | Velocity | Verdict):
             live.left_out.add(unit)
         match message:
             case Hidden() if len(value):
                 live.hidden[unit] = value
             case Velocity() if len(value):
                 live.velocity.setdefault(unit, []).append(value)
+            case Overlap(chunk=i, step=k) if len(value):
+                live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
+            case Border(latents=version):
+                live.borders[version] = value
             case LatentVersion():
                 live.latents[message] = value
 
     def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
-        chunk = plan.chunks[message.chunk]
-        if isinstance(message, Verdict):
+        if isinstance(message, Verdict | Notice):
             return _NOTHING.shape, _NOTHING.dtype
+        chunk = plan.chunks[message.chunk]
         if isinstance(message, Hidden):
             return self.stage.hidden_shape(chunk.num_latents + chunk.num_left * message.with_left, self.latent_size)
-        shape = (self.facts.latent_channels, chunk.num_latents, *self.latent_size)
-        if isinstance(message, Velocity):
+        count = chunk.num_latents
+        if isinstance(message, Overlap):
+            count = chunk.num_left
+        elif isinstance(message, Border):
+            count = plan.chunks[message.chunk + 1].num_left
+        shape = (self.facts.latent_channels, count, *self.latent_size)
+        if isinstance(message, Velocity | Overlap):
             return (self.stage.num_branches, *shape), torch.float32
         return shape, torch.float32
 
     def _is_sized(self, message: Message) -> bool:
         """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
-        return self.cache is not None and not isinstance(message, LatentVersion)
+        return self.cache is not None and isinstance(message, Hidden | Velocity | Overlap | Verdict)
 
     # ---------------------------------------------------------------------------------------------------------- saving
 
@@ -437,5 +479,12 @@ def _forecaster(solver: Solver) -> Forecaster:
     return solver
 
 
-def _step_of(message: Message) -> int:
-    return message.version if isinstance(message, LatentVersion) else message.step
+def _unit_of(message: Message) -> tuple[int, int]:
+    """Chunk and step, as its header says them."""
+    match message:
+        case LatentVersion(chunk=i, version=k):
+            return i, k
+        case Notice(round=n):
+            return -1, n
+        case _:
+            return message.chunk, message.step

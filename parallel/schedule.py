@@ -20,6 +20,17 @@ K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step
 
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
+In the chunk schedule (VIN, "Generating, Fast and Slow: Video Interface Networks"), all chunks are at the same step. Left
+context is recomputed from the last latents of the chunk before, at that step; in the early steps what both chunks
+predict for these latents is fused. Chunks that are more than a group follow in groups, for memory must not grow with
+the film: the first chunk of a group sees the finished latents of the one before. With groups of 2, for 2 steps:
+
+    round  c0  c1  c2
+        0   0   0   .
+        1   1   1   .   finish c0 c1
+        2   .   .   0
+        3   .   .   1   finish c2
+
 A cache may have steps forecast instead of computed: the same steps of every chunk. Their velocity comes of the chunk's
 earlier ones, no layer runs, and whoever would read their K/V reads those of the last step that was computed. Of gated
 steps the first rank decides behind the first layers whether the others run; the schedule is the same either way.
@@ -29,6 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from longvid.plan import Chunk, Plan
@@ -62,19 +74,38 @@ class KvVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class OverlapVersion:
+    """The velocity that a chunk's forward at `step` predicts for its left context, the last latents of another."""
+
+    chunk: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"v{self.chunk}<@{self.step}"
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
-    """Draw z[chunk]@0 and begin a solver history."""
+    """Draw z[chunk]@0 and begin a solver history.
+
+    In the chunk schedule: with the others of `group`; `is_left` says that the chunk after reads z[chunk]@0.
+    """
 
     round: int
     chunk: int
+    group: range | None = None
+    is_left: bool = False
 
     def __str__(self) -> str:
-        return f"{self.round:5}  admit    c{self.chunk}"
+        return f"{self.round:5}  admit    c{self.chunk}{_left_of(self.chunk, self.is_left)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`."""
+    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`.
+
+    With `overlap`, predict and keep that too.
+    """
 
     round: int
     chunk: int
@@ -82,9 +113,10 @@ class Forward:
     left: LatentVersion | KvVersion | None = None
     right: KvVersion | None = None
     store: tuple[KvVersion, ...] = ()
+    overlap: OverlapVersion | None = None
 
     def __str__(self) -> str:
-        context = [f"  {name} {value}" for name in ("left", "right") if (value := getattr(self, name))]
+        context = [f"  {name} {value}" for name in ("left", "right", "overlap") if (value := getattr(self, name))]
         context += [f"  store {value}" for value in self.store]
         return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
 
@@ -116,15 +148,34 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step, which is used up."""
+class Fuse:
+    """Fuse what the chunk after predicts for the last latents of z[chunk]@step into their velocity, with weights that
+    rise linearly towards that chunk. It is used up.
+    """
 
     round: int
     chunk: int
     step: int
+    overlap: OverlapVersion
 
     def __str__(self) -> str:
-        return f"{self.round:5}  step     c{self.chunk} k{self.step}"
+        return f"{self.round:5}  fuse     c{self.chunk} k{self.step}  with {self.overlap}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step, which is used up.
+
+    `is_left`: the chunk after reads what it makes, in a chunk schedule.
+    """
+
+    round: int
+    chunk: int
+    step: int
+    is_left: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  step     c{self.chunk} k{self.step}{_left_of(self.chunk, self.is_left)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +211,11 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Gate | Forward | Forecast | Step | Finish | DropLatents | DropKv
+Action = Admit | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv
+
+
+def _left_of(chunk: int, is_left: bool) -> str:
+    return f"  left of c{chunk + 1}" if is_left else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +250,68 @@ class QueueRules:
     def num_rounds(self, num_chunks: int, steps: int) -> int:
         return (num_chunks - 1) * self.gap + steps
 
+    def num_units(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Units of the first so many rounds."""
+        return sum(min(max(rounds - self.gap * i, 0), steps) for i in range(num_chunks))
+
+    def in_flight(self, steps: int) -> int:
+        """Chunks that are denoised at once, at most."""
+        return -(-steps // self.gap)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRules:
+    """What the settings say of the chunk schedule: chunks of a group at most, and the steps whose overlaps are fused.
+
+    `forecast` and `gated` are as in QueueRules.
+    """
+
+    group: int = 64
+    fused_steps: int = 0
+    forecast: frozenset[int] = frozenset()
+    gated: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ChunkRules:
+        steps, chosen = settings.sampler.steps, settings.chunks
+        forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
+        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated)
+
+    def groups(self, num_chunks: int) -> tuple[range, ...]:
+        """As few groups as there can be, as even as they can be: ranks share each of them."""
+        count = -(-num_chunks // self.group)
+        edges = [-(-num_chunks * g // count) for g in range(count + 1)]
+        return tuple(range(*pair) for pair in pairwise(edges))
+
+    def num_rounds(self, num_chunks: int, steps: int) -> int:
+        return len(self.groups(num_chunks)) * steps
+
+    def num_units(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Units of the first so many rounds."""
+        groups = self.groups(num_chunks)
+        return sum(len(group) * min(max(rounds - steps * g, 0), steps) for g, group in enumerate(groups))
+
+    def in_flight(self, steps: int) -> int:
+        """Chunks that are denoised at once, at most."""
+        return self.group
+
+
+Rules = QueueRules | ChunkRules
+
+
+def rules_of(settings: Settings) -> Rules:
+    """The rules that the settings ask for."""
+    return ChunkRules.of(settings) if settings.schedule == "chunks" else QueueRules.of(settings)
+
 
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for."""
+    steps = settings.sampler.steps
+    if settings.schedule == "chunks":
+        return chunk_schedule(plan.chunks, steps, ChunkRules.of(settings))
     if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
-    return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
+        return sequential_schedule(plan.chunks, steps, QueueRules.of(settings))
+    return queue_schedule(plan.chunks, steps, QueueRules.of(settings))
 
 
 def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:
@@ -224,6 +335,80 @@ def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules |
     """
     assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
     return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps))
+
+
+def chunk_schedule(chunks: Sequence[Chunk], steps: int, rules: ChunkRules) -> Iterator[Action]:
+    """All chunks of a group at the same step, in the order of the film; one group after the other."""
+    for g, group in enumerate(rules.groups(len(chunks))):
+        together = _Group(chunks, steps, rules, group)
+        for k in range(steps):
+            yield from together.round(g * steps + k, k)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Chunks that are denoised side by side."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    rules: ChunkRules
+    group: range
+
+    def round(self, n: int, k: int) -> Iterator[Action]:
+        """One step of every chunk. A chunk steps when the one after has read its latents, so few values live twice."""
+        if k == 0:
+            for i in self.group:
+                yield Admit(n, i, self.group, self.is_left(LatentVersion(i, 0)))
+        for i in self.group:
+            if k in self.rules.forecast:
+                yield Forecast(n, i, k)
+            else:
+                yield from self.forward(n, i, k)
+            if i > self.group.start:
+                yield from self.settle(n, i - 1, k)
+        yield from self.settle(n, self.group[-1], k)
+
+    def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
+        left = self.left(i, k)
+        forward = Forward(n, i, k, left, overlap=self.overlap(i, k))
+        if k in self.rules.gated:
+            yield Gate(forward)
+        yield forward
+        if left and left.chunk < self.group.start and k + 1 == self.steps:
+            yield DropLatents(n, left)
+
+    def settle(self, n: int, i: int, k: int) -> Iterator[Action]:
+        """What follows a chunk's forward."""
+        fused = self.overlap(i + 1, k) if i + 1 in self.group else None
+        if fused:
+            yield Fuse(n, i, k, fused)
+        made = LatentVersion(i, k + 1)
+        yield Step(n, i, k, self.is_left(made))
+        yield DropLatents(n, LatentVersion(i, k))
+        if made.version == self.steps:
+            yield Finish(n, made)
+            if not self.is_left(made):
+                yield DropLatents(n, made)
+
+    def left(self, i: int, k: int) -> LatentVersion | None:
+        if not self.chunks[i].num_left:
+            return None
+        return LatentVersion(i - 1, k if i > self.group.start else self.steps)
+
+    def is_left(self, latents: LatentVersion) -> bool:
+        """Whether the chunk after reads this: in its step of the same number; if of another group, when finished."""
+        i, v = latents.chunk + 1, latents.version
+        if i == len(self.chunks) or not self.chunks[i].num_left:
+            return False
+        if i not in self.group:
+            return v == self.steps
+        return v < self.steps and v not in self.rules.forecast
+
+    def overlap(self, i: int, k: int) -> OverlapVersion | None:
+        """What the chunk predicts for the chunk before; none for a finished one, and none of a forecast."""
+        has_left = self.chunks[i].num_left > 0 and i > self.group.start
+        is_fused = k < self.rules.fused_steps and k not in self.rules.forecast
+        return OverlapVersion(i, k) if has_left and is_fused else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Unit:
 
     With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
     earlier step returned for each of `store`, for the layers that do not run. The first `num_branches` of the stage's
-    branches run.
+    branches run. The velocity of the last `num_overlap` latents of the left context is asked for, too.
     """
 
     chunk: Chunk
@@ -41,6 +41,12 @@ class Unit:
     is_left_out: bool = False
     kept: tuple[KvSpan, ...] = ()
     num_branches: int = 2
+    num_overlap: int = 0
+
+    @property
+    def num_predicted(self) -> int:
+        """Latents whose velocity is asked for: the last of F."""
+        return self.num_overlap + self.chunk.num_latents
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_latents, h, w] of the own latents on the last
+    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_predicted, h, w] of the own latents on the last
     stage, and `hidden` [branches, tokens, E] on the others; `kv` for each span of `Unit.store`.
 
     A branch is a prompt's or its negative's; with guidance over two ranks each has one of them. Inside a span of layers

@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    ChunkRules,
     DropKv,
     DropLatents,
     Finish,
     Forecast,
     Forward,
+    Fuse,
     Gate,
     KvVersion,
     LatentVersion,
+    OverlapVersion,
     QueueRules,
+    Rules,
     Step,
 )
 from longvid.plan import Chunk
@@ -42,9 +46,13 @@ class Report:
     max_live_kv: int
 
 
-def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Report:
+def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: Rules) -> Report:
     """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
-    simulation = _Simulation(chunks, steps, rules)
+    simulation: _Simulation | _ChunkSimulation
+    if isinstance(rules, ChunkRules):
+        simulation = _ChunkSimulation(chunks, steps, rules)
+    else:
+        simulation = _Simulation(chunks, steps, rules)
     action: Action | str = "empty schedule"
     try:
         for action in actions:
@@ -136,6 +144,8 @@ class _Simulation:
                 _require(kv in self.kv, f"{kv} is not live")
                 _require(kv not in self.unread_kv, f"{kv} was stored and never read")
                 del self.kv[kv]
+            case Fuse():
+                _require(False, "neighbours in a queue are never at the same step")
         self.max_live_latents = max(self.max_live_latents, len(self.latents))
         self.max_live_kv = max(self.max_live_kv, len(self.kv))
 
@@ -274,3 +284,185 @@ class _Simulation:
 
     def report(self) -> Report:
         return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, self.max_live_kv)
+
+
+@dataclass
+class _ChunkSimulation:
+    """The state of a chunk schedule: live values, and how far the chunks of the group at hand have come."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    rules: ChunkRules
+
+    latents: set[LatentVersion] = field(default_factory=set)
+    overlaps: set[OverlapVersion] = field(default_factory=set)
+    taken: dict[int, int] = field(default_factory=dict)  # steps taken by each chunk of the group
+    velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
+    fused: set[int] = field(default_factory=set)  # those of them whose velocity is fused
+    gated: Forward | None = None
+
+    group: range = range(0)
+    num_admitted: int = 0
+    num_finished: int = 0
+    num_units: int = 0
+    num_forecasts: int = 0
+    round: int = -1
+    turn: int = 0  # chunks before this one had their turn in this round
+    max_live_latents: int = 0
+
+    @property
+    def step_at_hand(self) -> int:
+        return self.round % self.steps
+
+    @property
+    def is_computed(self) -> bool:
+        return self.step_at_hand not in self.rules.forecast
+
+    def apply(self, action: Action) -> None:
+        _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
+        if action.round != self.round:
+            self.begin_round(action.round)
+        match action:
+            case Admit():
+                self.admit(action)
+            case Gate(forward=forward):
+                _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
+                self.gated = forward
+            case Forward():
+                self.forward(action)
+            case Forecast(chunk=i, step=k):
+                self.take_turn(i, k)
+                _require(not self.is_computed, f"step {k} is to be computed")
+                self.num_forecasts += 1
+            case Fuse():
+                self.fuse(action)
+            case Step():
+                self.step(action)
+            case Finish():
+                self.finish(action)
+            case DropLatents(latents=latents):
+                self.require_latents(latents)
+                self.latents.remove(latents)
+            case DropKv():
+                _require(False, "no K/V are kept")
+        self.max_live_latents = max(self.max_live_latents, len(self.latents))
+
+    def begin_round(self, n: int) -> None:
+        _require(n == self.round + 1, f"comes after round {self.round}")
+        self.end_round()
+        self.round = n
+        if self.step_at_hand == 0:
+            groups = self.rules.groups(len(self.chunks))
+            _require(n // self.steps < len(groups), "all chunks are finished")
+            self.group = groups[n // self.steps]
+            self.taken = {}
+        self.turn = self.group.start
+
+    def admit(self, action: Admit) -> None:
+        i = action.chunk
+        _require(i == self.num_admitted and i in self.group, f"chunk {self.num_admitted} of {self.group} is next")
+        _require(self.step_at_hand == 0, "chunks enter with their group")
+        _require(action.group == self.group, f"the group is {self.group}")
+        self.require_note(LatentVersion(i, 0), is_left=action.is_left)
+        self.num_admitted += 1
+        self.taken[i] = 0
+        self.latents.add(LatentVersion(i, 0))
+
+    def take_turn(self, i: int, k: int) -> None:
+        _require(k == self.step_at_hand, f"step {self.step_at_hand} belongs to round {self.round}")
+        _require(i == self.turn and i in self.taken, f"chunk {self.turn} is next: the order is that of the film")
+        _require(self.taken[i] == k, f"chunk {i} has taken {self.taken[i]} steps")
+        self.require_latents(LatentVersion(i, k))
+        self.turn = i + 1
+        self.velocity.add(i)
+
+    def forward(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        self.take_turn(i, k)
+        _require(self.is_computed, f"step {k} is to be forecast")
+        _require(self.gated == (action if k in self.rules.gated else None), f"the gate before is of {self.gated}")
+        self.gated = None
+        _require(action.right is None and not action.store, "a chunk sees no K/V, and keeps none")
+        before = LatentVersion(i - 1, k if i > self.group.start else self.steps)
+        expected = before if self.chunks[i].num_left else None
+        _require(action.left == expected, f"the left context is {expected}")
+        if expected:
+            self.require_latents(expected)
+        overlap = OverlapVersion(i, k) if self.is_fused(i - 1) else None
+        _require(action.overlap == overlap, f"the overlap is {overlap}")
+        if overlap:
+            self.overlaps.add(overlap)
+        self.num_units += 1
+
+    def is_fused(self, i: int) -> bool:
+        """Whether what chunk i+1 predicts for chunk i counts in this round."""
+        both = i in self.group and i + 1 in self.group and self.chunks[i + 1].num_left > 0
+        return both and self.is_computed and self.step_at_hand < self.rules.fused_steps
+
+    def fuse(self, action: Fuse) -> None:
+        i, k = action.chunk, action.step
+        _require(k == self.step_at_hand and i in self.velocity, f"chunk {i} has no velocity of step {k}")
+        _require(action.overlap == OverlapVersion(i + 1, k), f"fuses with what chunk {i + 1} predicts at step {k}")
+        _require(action.overlap in self.overlaps, f"{action.overlap} is not live")
+        self.overlaps.remove(action.overlap)
+        self.fused.add(i)
+
+    def step(self, action: Step) -> None:
+        i, k = action.chunk, action.step
+        _require(k == self.step_at_hand and i in self.velocity, f"neither forward nor forecast of step {k} was done")
+        _require((i in self.fused) == self.is_fused(i), "what the chunk after predicts is to be fused before")
+        self.require_latents(LatentVersion(i, k))
+        self.require_note(LatentVersion(i, k + 1), is_left=action.is_left)
+        self.velocity.remove(i)
+        self.fused.discard(i)
+        self.taken[i] = k + 1
+        self.latents.add(LatentVersion(i, k + 1))
+
+    def finish(self, action: Finish) -> None:
+        i = action.latents.chunk
+        _require(i == self.num_finished, f"chunk {self.num_finished} finishes next")
+        _require(action.latents.version == self.steps == self.taken.get(i), f"finishes after {self.steps} steps")
+        self.require_latents(action.latents)
+        self.num_finished += 1
+
+    def require_note(self, latents: LatentVersion, *, is_left: bool) -> None:
+        """Whether the chunk after reads them is said where they are made."""
+        expected = self.reader_to_come(latents)
+        _require(is_left == expected, f"{latents} is {'' if expected else 'not '}left context")
+
+    def reader_to_come(self, latents: LatentVersion) -> bool:
+        i, v = latents.chunk + 1, latents.version
+        if i == len(self.chunks) or self.chunks[i].num_left == 0:
+            return False
+        return v < self.steps and v not in self.rules.forecast if i in self.group else v == self.steps
+
+    def require_latents(self, latents: LatentVersion) -> None:
+        _require(latents in self.latents, f"{latents} is not live")
+
+    def end_round(self) -> None:
+        """Between rounds each chunk of the group has its newest latents, and finished ones live if the next reads them."""
+        if self.round < 0:
+            return
+        behind = [i for i in self.group if self.taken.get(i) != self.step_at_hand + 1]
+        _require(not behind, f"chunks {behind} did not take the step of round {self.round}")
+        _require(not self.overlaps, f"{', '.join(map(str, self.overlaps))} are not used")
+        idle = self.latents - self.to_be_read()
+        _require(not idle, f"{', '.join(sorted(map(str, idle)))} should have been dropped in round {self.round}")
+
+    def to_be_read(self) -> set[LatentVersion]:
+        """At the end of a round: each chunk's newest latents, and those that the next group's first chunk has left
+        of it; when the group is finished, only what is left of it for the next.
+        """
+        is_last = self.step_at_hand + 1 == self.steps
+        border = self.group.stop if is_last else self.group.start
+        is_read = 0 < border < len(self.chunks) and self.chunks[border].num_left > 0
+        newest = set() if is_last else {LatentVersion(i, k) for i, k in self.taken.items()}
+        return newest | ({LatentVersion(border - 1, self.steps)} if is_read else set())
+
+    def close(self) -> None:
+        _require(self.gated is None, "the forward of the last gate is missing")
+        _require(self.num_finished == len(self.chunks), f"{self.num_finished} of {len(self.chunks)} chunks finished")
+        self.end_round()
+
+    def report(self) -> Report:
+        return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, max_live_kv=0)

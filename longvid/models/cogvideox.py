@@ -124,9 +124,9 @@ class CogVideoXStage:
         )
 
     def _head(self, video: Tensor, temb: Tensor, unit: Unit) -> Tensor:
-        """The output layers on the own latents' tokens: fp32 [T·C, num_latents, h, w]."""
+        """The output layers on the tokens of `num_predicted` latents: fp32 [T·C, F, h, w]."""
         height, width = self._grid(unit.latent_size)
-        count, patch = unit.chunk.num_latents, self.dit.config.patch_size
+        count, patch = unit.num_predicted, self.dit.config.patch_size
         own = self.dit.norm_final(video[:, -count * height * width :])
         patches = self.dit.proj_out(self.dit.norm_out(own, temb=temb))
         cells = patches.view(count, height, width, -1, self._together, patch, patch)  # [F, h, w, C, T, p, p]

@@ -289,8 +289,8 @@ class WanStage:
         return at
 
     def _head(self, hidden: Tensor, temb: Tensor, unit: Unit, grid: tuple[int, int]) -> Tensor:
-        """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
-        own, num_tokens = unit.chunk.num_latents * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
+        """The output layer on the tokens of `num_predicted` latents, fp32 [C, F, h, w], on every rank of the sequence."""
+        own, num_tokens = unit.num_predicted * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
         if hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
             hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own
         table = self.dit.scale_shift_table.unsqueeze(0)
@@ -299,7 +299,7 @@ class WanStage:
         patches = self.dit.proj_out(hidden)
         if num_tokens != own or patches.shape[1] != own:
             patches = self._sequence.gather(patches, num_tokens)[:, -own:]
-        out = patches.reshape(unit.chunk.num_latents, *grid, 2, 2, -1)
+        out = patches.reshape(unit.num_predicted, *grid, 2, 2, -1)
         channels = out.shape[-1]
         velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
         return velocity
