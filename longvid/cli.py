@@ -207,11 +207,13 @@ def plan(
         settings, script = _settings(model, preset, overrides), load_script(story)
 
         from longvid.cache.settings import plan_cache
-        from longvid.models.facts import facts_of, weight_bytes
+        from longvid.models.facts import facts_of, find_model, weight_bytes
         from longvid.models.families import require
+        from longvid.models.vin_config import find_vin
 
         facts = facts_of(settings.model.path)
         require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
+        find_vin(settings, facts, find_model(settings.model.path))
         weights = partial(weight_bytes, settings.model.path)
         overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks, weights)
         picture = overview.grid() if grid else None

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
@@ -39,12 +41,22 @@ SAVE_NOTICE = 3
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed."""
+    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed.
+
+    `with_tokens`: the global tokens that its layers read travel along.
+    """
 
     chunk: int
     step: int
     stage: int
     with_left: bool
+    with_tokens: bool = False
+
+    @classmethod
+    def of(cls, forward: Forward, stage: int) -> Hidden:
+        """What leaves a stage after a forward."""
+        with_left = isinstance(forward.left, LatentVersion)
+        return cls(forward.chunk, forward.step, stage, with_left, forward.tokens is not None)
 
     def __str__(self) -> str:
         return f"hidden c{self.chunk} k{self.step}"
@@ -191,14 +203,13 @@ def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinat
             case _End(round=n, kv=kv):
                 passed.append(Boundary(n, kv))
             case Forward(round=n, chunk=i, step=k):
-                with_left = isinstance(action.left, LatentVersion)
-                yield Receive(n, Hidden(i, k, stage - 1, with_left), before)
+                yield Receive(n, Hidden.of(action, stage - 1), before)
                 # Not before that message, which says whether to save: rounds of forecasts alone bring none.
                 yield from passed
                 passed.clear()
                 yield action
                 if not is_last:
-                    yield Send(n, Hidden(i, k, stage, with_left), rank_after)
+                    yield Send(n, Hidden.of(action, stage), rank_after)
                 elif place.seq == 0:
                     yield Send(n, Velocity(i, k, place.guidance), leader)
             case DropKv():
@@ -223,7 +234,10 @@ class _FirstStage:
                 case _End():
                     yield from self.end(action)
                     continue
-                case Admit():
+                case Admit() | DropGlobals():
+                    yield action
+                case Encode(latents=latents):
+                    yield from self.flush_for(*latents)
                     yield action
                 case Gate(forward=Forward(chunk=i, step=k, left=left)):
                     yield from self.flush_for(LatentVersion(i, k), left)
@@ -280,7 +294,7 @@ class _FirstStage:
         """After a forward: its activations to the next stage; or, where this stage is the last too, its velocity."""
         n, i, k = action.round, action.chunk, action.step
         if self.topology.stage > 1:
-            yield Send(n, Hidden(i, k, 0, isinstance(action.left, LatentVersion)), self.rank(stage=1))
+            yield Send(n, Hidden.of(action, 0), self.rank(stage=1))
         elif self.place.guidance and not self.place.seq:
             yield Send(n, Velocity(i, k, self.place.guidance), self.rank(guidance=0))
 

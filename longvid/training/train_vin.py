@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ class VinSettings:
     """Sizes of a training. ``loop.batch`` counts films; ``pull`` is 1 - 1 / the guidance that the model learned."""
 
     loop: LoopSettings
-    layout: FilmLayout = FilmLayout()
+    layout: FilmLayout = field(default_factory=FilmLayout)
     tokens: int = 32
     processors: int = 2
     pull: float = 0.5
-    compare_every: int = 100
+    compare_every: int = 200
 
 
 def make_optimizers(vin: Vin, lr: float) -> list[torch.optim.Optimizer]:
@@ -53,6 +53,7 @@ def train_batch(data: LatentSet, settings: VinSettings, step: int, rank: int = 0
     return draw_batch(part_of(data, slice(HELD_OUT, None)), settings.layout, rng, settings.loop.batch)
 
 
+@torch.no_grad()
 def compare(trainee: VinTrainee, data: LatentSet, settings: VinSettings) -> dict[str, float | str]:
     """How much less error there is with tokens than without, a kind of moment, on films that were held out."""
     held_out, gains = part_of(data, slice(HELD_OUT)), {}
@@ -61,8 +62,9 @@ def compare(trainee: VinTrainee, data: LatentSet, settings: VinSettings) -> dict
         errors = np.zeros(2)
         for _ in range(4):
             moment = draw_moment(rng, settings.layout, np.eye(len(KINDS))[number].tolist())
-            errors += trainee.compare(draw_batch(held_out, settings.layout, rng, settings.loop.batch, moment))
-        gains[f"{kind} gain"] = float(1 - errors[1] / errors[0])
+            batch = draw_batch(held_out, settings.layout, rng, settings.loop.batch, moment)
+            errors += [float(error) for error in trainee(batch, settings.pull)]
+        gains[f"{kind} gain"] = float(1 - errors[0] / errors[1])
     return dict(gains)
 
 
@@ -76,14 +78,15 @@ def train_vin(
     run = Run(folder, loop, {"kind": "vin"})
     parts: dict[str, Any] = {"vin": vin, "ema": ema, "muon": optimizers[0], "adamw": optimizers[1]}
     run.load(parts)
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     for step in run.steps(parts, optimizers):
-        loss = trainee(train_batch(data, settings, step), settings.pull)
+        loss, alone = trainee(train_batch(data, settings, step), settings.pull)
         _update(loss, vin, optimizers, loop.grad_clip)
         ema.update(vin, step)
-        losses.append(finite_or_stop(loss, step))
+        losses.append((finite_or_stop(loss, step), float(alone)))
         if step % loop.log_every == 0:
-            values: dict[str, float | str] = {"loss": float(np.mean(losses))}
+            mean, mean_alone = np.mean(losses, axis=0)
+            values: dict[str, float | str] = {"loss": float(mean), "gain": float(1 - mean / mean_alone)}
             if step % settings.compare_every == 0:
                 values |= compare(trainee, data, settings)
             run.log(**values)
