@@ -79,7 +79,7 @@ class FilmState:
 class Saved:
     """A checkpoint as one rank reads it. `round` is the last that was carried out.
 
-    `latents` are on ranks of the first stage, and `borders` those of chunks of other ranks; `solvers` (states, by chunk)
+    `latents` are on ranks of the first stage, and `borders` those of other ranks' chunks; `solvers` (states, by chunk)
     on owners, `film` on the leader. `memory` is that of the attention's policy, by (chunk, branch, layer), and `cached`
     the cache's.
     """

@@ -28,7 +28,7 @@ from longvid.checkpoint import (
 )
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
-from longvid.fingerprint import Machine, describe_model, fingerprint
+from longvid.fingerprint import Machine, describe_folder, describe_model, fingerprint
 from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
@@ -40,6 +40,7 @@ from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.models.prompts import unknown_words
+from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
 from longvid.parallel.executor import Executor, Finished, OnAction
@@ -122,6 +123,7 @@ class Engine:
         """The policy of sparse attention at work; None: dense."""
         self.cache = cache
         """What leaves layers out, if anything does."""
+        self._vin = find_vin(settings, self.facts, checkpoint.root)
         self._make_sampler = checkpoint.make_sampler
         self.wrap_sampler: Callable[[Sampler], Sampler] = _as_it_is
         """What stands around every film's sampler, for whoever wants to see velocities."""
@@ -183,6 +185,7 @@ class Engine:
             sequence=make_sequence(self.settings.sequence.backend, mesh.ulysses, mesh.ring, mesh.seq),
             attention=self.attention,
             cache=self.cache,
+            vin=self._vin,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 
@@ -290,7 +293,7 @@ class Engine:
             return _Job(path, plan)
         kernels = describe_kernels(self.device, sparse=self.attention is not None)
         machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
-        model = describe_model(self._root)
+        model = describe_model(self._root) | (describe_folder(self._vin) if self._vin else {})
         marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
         manifest = find_manifest(path) if resume else None
         if manifest:

@@ -36,6 +36,7 @@ _SHOWN = 48
 _LIBRARIES = ("longvid", "torch", "diffusers", "transformers", "av")
 _FREE: dict[str, Any] = {
     "model": {"path"},
+    "vin": {"path"},
     "mesh": True,
     "output": {"keep_state"},
     "runtime": {"device", "threads", "timeout_s", "checkpoint_s"},
@@ -97,6 +98,11 @@ def describe_model(root: Path) -> Plain:
     """Every file of a checkpoint's parts: its size and digest, by its path in the directory."""
     files = [*root.glob("*.json"), *(file for part in _PARTS for file in (root / part).rglob("*") if file.is_file())]
     return {str(file.relative_to(root)): _describe_file(file) for file in sorted(files)}
+
+
+def describe_folder(folder: Path) -> Plain:
+    """Every file of something that is used beside a model, by the folder's name."""
+    return {f"{folder.name}/{file.name}": _describe_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def mark_of(root: Path, part: str) -> str:

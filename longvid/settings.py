@@ -95,6 +95,18 @@ class SequenceSettings(Section):
     backend: SequenceBackend = "longvid"
 
 
+class VinSettings(Section):
+    """Global tokens that tie far chunks together. `path` is the adapter's directory; None: the model's own.
+
+    Of a shot's finished chunks `memory` are read beside its first: the one before those in flight, then one of the 2
+    before that, of the 4 before those, and so on.
+    """
+
+    policy: Literal["none", "on"] = "none"
+    path: Annotated[str, Field(min_length=1)] | None = None
+    memory: Annotated[int, Field(ge=0, le=16)] = 4
+
+
 class OutputSettings(Section):
     """The film's file: codec, quality, integer upscaling, seconds a segment; whether the working directory stays."""
 
@@ -130,6 +142,7 @@ class Settings(Section):
     sequence: SequenceSettings = SequenceSettings()
     attention: AttentionSettings = Dense()
     cache: CacheSettings = NoCache()
+    vin: VinSettings = VinSettings()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 

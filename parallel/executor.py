@@ -40,20 +40,24 @@ from longvid.parallel.pipeline import (
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
     Edge,
+    Encode,
     Finish,
     Forecast,
     Forward,
     Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
     OverlapVersion,
     Step,
 )
-from longvid.parallel.stage import Begun, GatedStage, KvSpan, Stage, Unit
+from longvid.parallel.snapshot import key_latents
+from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, Stage, Unit
 from longvid.plan import Chunk, ModelFacts, Plan
 from longvid.sampler import Forecaster, Sampler, Solver, fuse, guide
 
@@ -73,8 +77,9 @@ class Finished:
 class Live:
     """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context.
 
-    Of latents that other ranks own, `borders` are what is seen as left context; a velocity's parts are of one branch or
-    more each, and so are those of `overlaps`. With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units that are left out hand on.
+    Of latents that other ranks own, `borders` are what is seen as left context. Parts of velocities and `overlaps` are
+    of one branch or more each. With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units
+    that are left out hand on.
     """
 
     latents: dict[LatentVersion, Tensor] = field(default_factory=dict)
@@ -87,6 +92,9 @@ class Live:
     kept: dict[tuple[int, Edge], KvSpan] = field(default_factory=dict)
     begun: dict[tuple[int, int], Begun] = field(default_factory=dict)
     left_out: set[tuple[int, int]] = field(default_factory=set)
+    tokens: dict[GlobalVersion, Tensor] = field(default_factory=dict)
+    brought: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Global tokens that units bring along from the stage before."""
 
 
 KEPT = -1
@@ -206,6 +214,8 @@ class Executor:
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
                 if self.mesh.is_owner:
                     live.solvers[i] = self.sampler.new_solver()
+            case Encode():
+                live.tokens[action.tokens] = self._encode(action, plan.chunks, live)
             case Gate():
                 self._gate(action, plan, live)
             case Forward():
@@ -226,6 +236,8 @@ class Executor:
                 del live.kv[kv]
             case DropBorder(latents=version):
                 del live.borders[version]
+            case DropGlobals(tokens=tokens):
+                del live.tokens[tokens]
             case Send():
                 self._send(action, plan, live)
             case Receive():
@@ -245,6 +257,7 @@ class Executor:
     def _forward(self, action: Forward, plan: Plan, live: Live) -> None:
         unit = i, k = action.chunk, action.step
         live.left_out.discard((i, k - 1))
+        tokens = self._tokens(action, live)
         begun, is_left_out = live.begun.pop(unit, None), unit in live.left_out
         if self.cache and is_left_out and not self.cache.at(k).span:
             live.kv |= {version: live.kept[i, version.edge] for version in action.store}
@@ -253,12 +266,13 @@ class Executor:
             output = self._gated_stage().go_on(begun, is_left_out=is_left_out)
         else:
             output = self.stage.forward(self._unit(action, plan.chunks, live))
+        live.brought.pop(unit, None)
         assert len(output.kv) == len(action.store), f"{action}: the stage kept {len(output.kv)} spans"
         live.kv |= dict(zip(action.store, output.kv, strict=True))
         if self.cache:
             self._keep(action, live)
         if output.hidden is not None:
-            live.hidden[unit] = output.hidden
+            live.hidden[unit] = output.hidden if tokens is None else _with_tokens(output.hidden, tokens)
         elif output.velocity is not None and self.mesh.place.seq == 0:
             # The other ranks of a sequence have the same, and nobody to give it to.
             velocity = output.velocity
@@ -288,6 +302,39 @@ class Executor:
             self.cache.note(i, is_left_out=is_left_out)
             if is_left_out:
                 live.left_out.add((i, k))
+
+    def _encode(self, action: Encode, chunks: Sequence[Chunk], live: Live) -> Tensor:
+        """A shot's global tokens: its key latents, and the prompts of its chunks in flight."""
+        stage, values, times, at = self._global_stage(), [], [], []
+        for version in action.latents:
+            chunk = chunks[version.chunk]
+            found = key_latents(chunk, stage.key_spacing)
+            values.append(live.latents[version][:, found])
+            times += [self.sampler.timestep(version.version)] * len(found)
+            at += [chunk.start + latent for latent in found]
+        newest = action.latents[-1]
+        told = [chunks[z.chunk] for z in action.latents if z == newest or z.version < self.sampler.num_steps]
+        blends = [blend for chunk in told for blend in chunk.prompts[-chunk.num_latents :]]
+        places = [max(at, default=0) - place for place in at]
+        keys = KeyLatents(
+            torch.cat(values, dim=1),
+            torch.tensor(times, dtype=torch.float32),
+            torch.tensor(places, dtype=torch.float32),
+            tuple(dict.fromkeys(prompt for blend in blends for prompt in (blend.a, blend.b))),
+        )
+        return stage.encode(keys)
+
+    def _tokens(self, action: Forward, live: Live) -> Tensor | None:
+        """What global tokens a unit's layers read: those of its round, as the first stage made them."""
+        if action.tokens is None:
+            return None
+        if self.mesh.is_first:
+            return live.tokens[action.tokens][: self._num_branches(action.step)]
+        return live.brought.get((action.chunk, action.step))
+
+    def _global_stage(self) -> GlobalStage:
+        assert isinstance(self.stage, GlobalStage), "a schedule with global tokens needs stages that read them"
+        return self.stage
 
     def _gated_stage(self) -> GatedStage:
         assert isinstance(self.stage, GatedStage), "a schedule with gates needs stages that stop there"
@@ -331,8 +378,9 @@ class Executor:
             store=tuple(span(kv) for kv in action.store),
             is_left_out=(i, k) in live.left_out,
             kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
-            num_branches=1 if self._skips_negative(k) else self.stage.num_branches,
+            num_branches=self._num_branches(k),
             num_overlap=before if action.overlap else 0,
+            tokens=self._tokens(action, live),
         )
 
     def _fuse(self, action: Fuse, live: Live) -> None:
@@ -375,6 +423,9 @@ class Executor:
         scale = self.guidance if isinstance(self.guidance, float | int) else self.guidance[step]
         return guide(branches[0], negative, scale)
 
+    def _num_branches(self, step: int) -> int:
+        return 1 if self._skips_negative(step) else self.stage.num_branches
+
     def _skips_negative(self, step: int) -> bool:
         is_alone = self.mesh.topology.guidance == 1 and self.stage.num_branches == 1
         return self.cache is not None and self.cache.at(step).skips_negative and not is_alone
@@ -416,6 +467,10 @@ class Executor:
             live.left_out.add(unit)
         match message:
             case Hidden() if len(value):
+                if message.with_tokens:
+                    count = value.shape[1] - self._global_stage().num_globals
+                    live.brought[unit] = value[: self._num_branches(unit[1]), count:]
+                    value = value[:, :count].contiguous()
                 live.hidden[unit] = value
             case Velocity() if len(value):
                 live.velocity.setdefault(unit, []).append(value)
@@ -431,7 +486,11 @@ class Executor:
             return _NOTHING.shape, _NOTHING.dtype
         chunk = plan.chunks[message.chunk]
         if isinstance(message, Hidden):
-            return self.stage.hidden_shape(chunk.num_latents + chunk.num_left * message.with_left, self.latent_size)
+            num_latents = chunk.num_latents + chunk.num_left * message.with_left
+            shape, dtype = self.stage.hidden_shape(num_latents, self.latent_size)
+            if message.with_tokens:
+                shape = (shape[0], shape[1] + self._global_stage().num_globals, shape[2])
+            return shape, dtype
         count = chunk.num_latents
         if isinstance(message, Overlap):
             count = chunk.num_left
@@ -472,6 +531,11 @@ class Executor:
 
 
 _NOTHING = torch.empty(0)
+
+
+def _with_tokens(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Hidden states with the global tokens behind them; each branch may have two rows."""
+    return torch.cat([hidden, tokens.repeat(len(hidden) // len(tokens), 1, 1)], dim=1)
 
 
 def _forecaster(solver: Solver) -> Forecaster:

@@ -7,10 +7,9 @@ the leader sends them after every step.
     leader         admit  forward(c1 k0) >hidden           forward(c0 k1) >hidden   <velocity(c1 k0)  step(c1 k0) ...
     stage 1               <hidden  forward(c1 k0) >velocity        <hidden  forward(c0 k1) >velocity ...
 
-Where chunks at one step are spread over the `chunk` axis, each place on it has a run of every group, and a rank like the
-leader for it: its *owner*, which has solvers and guidance of its chunks. The film's leader is the first owner. After a step
-an owner sends what the next run's first chunk sees of its last one; the next sends back what it predicts for that.
-Finished chunks go to the leader.
+Where chunks at one step are spread over the `chunk` axis, each place on it has a run of every group, and a rank that is
+its *owner*, with solvers and guidance of these chunks. The leader is the first owner. After a step an owner sends what
+the next run's first chunk sees of its last one, and gets what that predicts for it. Finished chunks go to the leader.
 
 On stage 0, what follows a forward (its step and all that comes of it) is put off until a value that it makes is
 read, or until the round after next begins. So the first stage runs ahead of the others by as many units as there are
@@ -27,8 +26,10 @@ from itertools import groupby, product
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
@@ -36,7 +37,6 @@ from longvid.parallel.schedule import (
     Gate,
     KvVersion,
     LatentVersion,
-    OverlapVersion,
     Step,
 )
 from longvid.parallel.topology import Coordinate, Topology
@@ -47,12 +47,22 @@ SAVE_NOTICE = 3
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed."""
+    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed.
+
+    `with_tokens`: the global tokens that its layers read travel along.
+    """
 
     chunk: int
     step: int
     stage: int
     with_left: bool
+    with_tokens: bool = False
+
+    @classmethod
+    def of(cls, forward: Forward, stage: int) -> Hidden:
+        """What leaves a stage after a forward."""
+        with_left = isinstance(forward.left, LatentVersion)
+        return cls(forward.chunk, forward.step, stage, with_left, forward.tokens is not None)
 
     def __str__(self) -> str:
         return f"hidden c{self.chunk} k{self.step}"
@@ -110,7 +120,7 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What the leader knows of saves at the beginning of a round, for ranks of other chunks. It is all in the header."""
+    """What the leader knows of saves as a round begins, for ranks of other chunks. It is all in the header."""
 
     round: int
 
@@ -199,7 +209,7 @@ def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> It
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
-        actions = _borders_first(actions, _Run(place.chunk, topology.chunk))
+        actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
     if place.stage == 0:
         return _FirstStage(topology, place).program(actions)
     return _later_stage(actions, topology, place)
@@ -230,11 +240,11 @@ class _Run:
         return self.owner(chunk) == self.place
 
 
-def _borders_first(actions: Iterable[Action], run: _Run) -> Iterator[Action]:
-    """A chunk schedule in the order that one run takes it: other runs wait only for its two ends, so these are first.
+def _last_in_the_middle(actions: Iterable[Action], run: _Run) -> Iterator[Action]:
+    """A chunk schedule in the order that one run takes it: its last chunk in the middle of every round.
 
-    Forwards of a round need nothing of each other. The last chunk steps in the middle of the round: what it needs of
-    the run after, and gives to it, has half a round of time to arrive.
+    Forwards of a round need nothing of each other, and runs wait only for each other's ends: the last chunk for what
+    the next run's first one predicts, and that for the last one's step. So either has half a round of time to come.
     """
     for _, members in groupby(actions, key=lambda action: action.round):
         yield from _rearranged(list(members), run)
@@ -248,7 +258,7 @@ def _rearranged(actions: list[Action], run: _Run) -> list[Action]:
     # Chunks finish in the order of the film.
     if len(own) < 3 or any(isinstance(action, Finish | Forecast) for action in actions):
         return actions
-    first, *middle, last = own
+    last, before = own[-1], own[len(own) // 2 - 1]
     early: list[Action] = []
     settling: list[Action] = []
     rest: list[Action] = []
@@ -260,14 +270,10 @@ def _rearranged(actions: list[Action], run: _Run) -> list[Action]:
                 settling.append(action)
             case _:
                 rest.append(action)
-    after = next(at for at, a in enumerate(rest) if isinstance(a, Forward) and a.chunk == first) + 1
-    half = next(at for at, a in enumerate(rest) if _is_forward_of(a, middle[len(middle) // 2]))
-    return [*rest[:after], *early, *rest[after:half], *settling, *rest[half:]]
-
-
-def _is_forward_of(action: Action, chunk: int) -> bool:
-    forward = action.forward if isinstance(action, Gate) else action
-    return isinstance(forward, Forward) and forward.chunk == chunk
+    # Steps keep the order of the forwards, in which velocities come from other ranks.
+    forward = next(at for at, a in enumerate(rest) if isinstance(a, Forward) and a.chunk == before) + 1
+    settled = next(at for at, a in enumerate(rest) if isinstance(a, DropLatents) and a.latents.chunk == before) + 1
+    return [*rest[:forward], *early, *rest[forward:settled], *settling, *rest[settled:]]
 
 
 @dataclass(frozen=True)
@@ -302,7 +308,9 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
         yield action
 
 
-def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinate) -> Iterator[RankAction]:
+def _later_stage(  # noqa: C901 - one match over all actions
+    actions: Iterable[Action], topology: Topology, place: Coordinate
+) -> Iterator[RankAction]:
     """Receive, forward, send: only K/V live here."""
     run = _Run(place.chunk, topology.chunk)
     notices = _Notices(topology, place)
@@ -322,14 +330,13 @@ def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinat
             case Admit():
                 run.see(action)
             case Forward(round=n, chunk=i, step=k) if run.has(i):
-                with_left = isinstance(action.left, LatentVersion)
-                yield Receive(n, Hidden(i, k, stage - 1, with_left), before)
+                yield Receive(n, Hidden.of(action, stage - 1), before)
                 # Not before that message, which says whether to save: rounds of forecasts alone bring none.
                 yield from passed
                 passed.clear()
                 yield action
                 if not is_last:
-                    yield Send(n, Hidden(i, k, stage, with_left), rank_after)
+                    yield Send(n, Hidden.of(action, stage), rank_after)
                 elif place.seq == 0:
                     if action.overlap:
                         before_it = topology.rank(owner._replace(chunk=run.owner(i - 1)))
@@ -381,7 +388,6 @@ class _FirstStage:
     def __post_init__(self) -> None:
         self.late: deque[RankAction] = deque()
         self.put_off: set[LatentVersion] = set()
-        self.have_velocity: set[tuple[int, int]] = set()
         self.run = _Run(self.place.chunk, self.topology.chunk)
         self.notices = _Notices(self.topology, self.place)
         self.own: set[LatentVersion] = set()
@@ -397,6 +403,11 @@ class _FirstStage:
                     continue
                 case Admit():
                     yield from self.admit(action)
+                case DropGlobals():
+                    yield action
+                case Encode(latents=latents):
+                    yield from self.flush_for(*latents)
+                    yield action
                 case Gate(forward=Forward(chunk=i)) if self.run.has(i):
                     yield from self.prepare(action.forward)
                     yield action
@@ -405,10 +416,10 @@ class _FirstStage:
                     yield from self.prepare(action)
                     yield action
                     yield from self.pass_on(action)
+                    self.await_velocity(action)
                 case DropKv():
                     yield action
-                case Forecast(chunk=i, step=k) if self.run.has(i) and self.is_owner:
-                    self.have_velocity.add((i, k))
+                case Forecast(chunk=i) if self.run.has(i) and self.is_owner:
                     self.late.append(action)
                 case Fuse(chunk=i) if self.run.has(i):
                     self.fuse(action)
@@ -495,7 +506,7 @@ class _FirstStage:
         """After a forward: its activations to the next stage; or, where this stage is the last too, its velocity."""
         n, i, k = action.round, action.chunk, action.step
         if self.topology.stage > 1:
-            yield Send(n, Hidden(i, k, 0, isinstance(action.left, LatentVersion)), self.rank(stage=1))
+            yield Send(n, Hidden.of(action, 0), self.rank(stage=1))
         elif not self.place.seq:
             before = self.rank(chunk=self.run.owner(i - 1), guidance=0)
             if action.overlap and before != self.rank():
@@ -507,21 +518,25 @@ class _FirstStage:
         """A fusion and the receives before it, put off."""
         if not self.is_owner:
             return
-        n, i, k = action.round, action.chunk, action.step
-        self.late += self.velocities(n, i, k)
-        self.have_velocity.add((i, k))
-        for guidance in range(self.topology.guidance):
-            source = self.rank(stage=self.topology.stage - 1, chunk=self.run.owner(i + 1), guidance=guidance)
-            if source != self.rank():
-                self.late.append(Receive(n, Overlap(i + 1, k, guidance), source))
+        place = self.run.owner(action.chunk + 1)
+        if place != self.place.chunk:
+            for guidance in range(self.topology.guidance):
+                source = self.rank(stage=self.topology.stage - 1, chunk=place, guidance=guidance)
+                self.late.append(Receive(action.round, Overlap(action.chunk + 1, action.step, guidance), source))
         self.late.append(action)
 
-    def velocities(self, n: int, i: int, k: int) -> Iterator[RankAction]:
-        """The receives of a unit's velocity of every branch that is not computed here."""
+    def await_velocity(self, action: Forward) -> None:
+        """On the owner: receives of what is predicted for own chunks on other ranks, in the order of the forwards."""
+        if not self.is_owner:
+            return
+        n, i, k = action.round, action.chunk, action.step
         for guidance in range(self.topology.guidance):
             source = self.rank(stage=self.topology.stage - 1, guidance=guidance)
-            if source != self.rank():
-                yield Receive(n, Velocity(i, k, guidance), source)
+            if source == self.rank():
+                continue
+            if action.overlap and self.run.has(i - 1):
+                self.late.append(Receive(n, Overlap(i, k, guidance), source))
+            self.late.append(Receive(n, Velocity(i, k, guidance), source))
 
     def step(self, action: Step) -> None:
         """A step and the messages around it, put off."""
@@ -533,9 +548,6 @@ class _FirstStage:
             if not self.is_owner:
                 self.late.append(Receive(n, made, self.rank(guidance=0, seq=0)))
             else:
-                if (i, k) not in self.have_velocity:
-                    self.late += self.velocities(n, i, k)
-                self.have_velocity.discard((i, k))
                 self.late.append(action)
                 self.late += [Send(n, made, peer) for peer in self.peers()]
         if action.is_left:

@@ -20,7 +20,7 @@ K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step
 
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
-In the chunk schedule (VIN, "Generating, Fast and Slow: Video Interface Networks"), all chunks are at the same step. Left
+In the chunk schedule (VIN, "Generating, Fast and Slow: Video Interface Networks"), all chunks are at one step. Left
 context is recomputed from the last latents of the chunk before, at that step; in the early steps what both chunks
 predict for these latents is fused. Chunks that are more than a group follow in groups, for memory must not grow with
 the film: the first chunk of a group sees the finished latents of the one before. With groups of 2, for 2 steps:
@@ -39,10 +39,12 @@ steps the first rank decides behind the first layers whether the others run; the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby, pairwise
 from typing import Literal
 
+from longvid.parallel.snapshot import LAG, is_remembered, oldest_in_flight, snapshot
 from longvid.plan import Chunk, Plan
 from longvid.settings import Settings
 
@@ -85,6 +87,17 @@ class OverlapVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class GlobalVersion:
+    """The global tokens that the units of a shot read in a round."""
+
+    round: int
+    shot: int = 0
+
+    def __str__(self) -> str:
+        return f"g{self.shot}@{self.round}"
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
     """Draw z[chunk]@0 and begin a solver history.
 
@@ -101,10 +114,26 @@ class Admit:
 
 
 @dataclass(frozen=True, slots=True)
+class Encode:
+    """Make a shot's global tokens for a round, of the key latents in these `latents`."""
+
+    round: int
+    latents: tuple[LatentVersion, ...]
+    shot: int = 0
+
+    @property
+    def tokens(self) -> GlobalVersion:
+        return GlobalVersion(self.round, self.shot)
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  encode   {self.tokens}  of {' '.join(map(str, self.latents))}"
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
     """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`.
 
-    With `overlap`, predict and keep that too.
+    With `overlap`, predict and keep that too. With `tokens`, its layers read global tokens, too.
     """
 
     round: int
@@ -113,10 +142,12 @@ class Forward:
     left: LatentVersion | KvVersion | None = None
     right: KvVersion | None = None
     store: tuple[KvVersion, ...] = ()
+    tokens: GlobalVersion | None = None
     overlap: OverlapVersion | None = None
 
     def __str__(self) -> str:
-        context = [f"  {name} {value}" for name in ("left", "right", "overlap") if (value := getattr(self, name))]
+        names = ("left", "right", "tokens", "overlap")
+        context = [f"  {name} {value}" for name in names if (value := getattr(self, name))]
         context += [f"  store {value}" for value in self.store]
         return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
 
@@ -211,7 +242,18 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv
+@dataclass(frozen=True, slots=True)
+class DropGlobals:
+    """Forget global tokens: nothing reads them any more."""
+
+    round: int
+    tokens: GlobalVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  drop     {self.tokens}"
+
+
+Action = Admit | Encode | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv | DropGlobals
 
 
 def _left_of(chunk: int, is_left: bool) -> str:
@@ -223,7 +265,8 @@ class QueueRules:
     """What the settings say of who reads what; `gap` is how many steps neighbours are apart.
 
     `forecast` are the steps that are not computed, `gated` those of which the first rank decides; never the first or
-    the last.
+    the last. With `tokens`, units read global tokens, for which a shot's finished chunks are kept as far back as
+    `memory` says (`snapshot.is_remembered`).
     """
 
     left: Literal["recompute", "cached"] = "recompute"
@@ -231,6 +274,8 @@ class QueueRules:
     gap: int = 1
     forecast: frozenset[int] = frozenset()
     gated: frozenset[int] = frozenset()
+    tokens: bool = False
+    memory: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
@@ -239,7 +284,8 @@ class QueueRules:
         forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
         if settings.schedule == "sequential":
             return cls(gap=steps, forecast=forecast, gated=gated)
-        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast, gated)
+        queue, vin = settings.queue, settings.vin
+        return cls(queue.left, queue.left_level, queue.gap, forecast, gated, vin.policy == "on", vin.memory)
 
     def computed(self, step: int) -> int:
         """The last step up to this one that is computed."""
@@ -324,8 +370,8 @@ def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> It
     gap = rules.gap
     for n in range(rules.num_rounds(len(chunks), steps)):
         newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), 0)
-        for i in range(newest, oldest - 1, -1):
-            yield from queue.unit(i, n - gap * i)
+        for shot, members in groupby(range(newest, oldest - 1, -1), key=lambda i: chunks[i].shot):
+            yield from queue.of_shot(n, shot, list(members))
 
 
 def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None) -> Iterator[Action]:
@@ -418,6 +464,37 @@ class _Queue:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    kept: dict[LatentVersion, None] = field(default_factory=dict)
+    """Latents that global tokens alone are still to be made of."""
+
+    def of_shot(self, n: int, shot: int, members: Sequence[int]) -> Iterator[Action]:
+        """The units of a shot in a round; members newest first."""
+        if not self.has_tokens(n, shot):
+            for i in members:
+                yield from self.unit(i, n - self.rules.gap * i)
+            return
+        versions = snapshot(self.shots[shot], n, self.steps, self.rules.gap, self.rules.memory)
+        encode = Encode(n, tuple(LatentVersion(*version) for version in versions), shot)
+        yield encode
+        yield from self.forget(n, shot)
+        for i in members:
+            yield from self.unit(i, n - self.rules.gap * i)
+        yield DropGlobals(n, encode.tokens)
+
+    @cached_property
+    def shots(self) -> dict[int, range]:
+        """The chunks of every shot."""
+        members = ((shot, list(chunks)) for shot, chunks in groupby(self.chunks, key=lambda chunk: chunk.shot))
+        return {shot: range(chunks[0].index, chunks[-1].index + 1) for shot, chunks in members}
+
+    def has_tokens(self, n: int, shot: int) -> bool:
+        """Whether a shot has tokens in a round: when there are forwards to read them, and latents to make them of."""
+        if not self.rules.tokens:
+            return False
+        members, gap = self.shots[shot], self.rules.gap
+        oldest, newest = oldest_in_flight(members, n, self.steps, gap), min(n // gap, members[-1])
+        is_read = any(n - gap * i not in self.rules.forecast for i in range(oldest, newest + 1))
+        return is_read and bool(snapshot(members, n, self.steps, gap, self.rules.memory))
 
     def unit(self, i: int, k: int) -> Iterator[Action]:
         """The actions of one unit. Every value is dropped right after its last reader."""
@@ -436,7 +513,9 @@ class _Queue:
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left, right = self.left(i, k), self.right(i, k)
-        forward = Forward(n, i, k, left, right, self.store(i, k))
+        shot = self.chunks[i].shot
+        tokens = GlobalVersion(n, shot) if self.has_tokens(n, shot) else None
+        forward = Forward(n, i, k, left, right, self.store(i, k), tokens)
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward
@@ -445,7 +524,7 @@ class _Queue:
         if isinstance(left, KvVersion):
             yield DropKv(n, left)
         elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
-            yield DropLatents(n, left)
+            yield from self.release(n, left)
 
     def computed_after(self, k: int) -> Iterator[int]:
         return (later for later in range(k + 1, self.steps) if later not in self.rules.forecast)
@@ -480,7 +559,39 @@ class _Queue:
 
     def drop_own(self, n: int, latents: LatentVersion) -> Iterator[Action]:
         if not self.neighbour_reads_last(latents):
+            yield from self.release(n, latents)
+
+    def release(self, n: int, latents: LatentVersion) -> Iterator[Action]:
+        """No forward reads these latents any more; global tokens may still be made of them."""
+        if self.is_encoded_after(n, latents):
+            self.kept[latents] = None
+        else:
             yield DropLatents(n, latents)
+
+    def forget(self, n: int, shot: int) -> Iterator[Action]:
+        """Behind a shot's Encode of round n: what was kept for no other."""
+        for latents in [z for z in self.kept if self.chunks[z.chunk].shot == shot]:
+            if not self.is_encoded_after(n, latents):
+                del self.kept[latents]
+                yield DropLatents(n, latents)
+
+    def is_encoded_after(self, n: int, latents: LatentVersion) -> bool:
+        """Whether an Encode of a later round reads these latents."""
+        i, v, gap = latents.chunk, latents.version, self.rules.gap
+        if not self.rules.tokens or v == 0:
+            return False
+        shot = self.chunks[i].shot
+        members = self.shots[shot]
+        first = gap * i + v + LAG  # the round whose snapshot shows them first
+        if v < self.steps:
+            return first > n and self.has_tokens(first, shot)
+        last = gap * members[-1] + self.steps - 1
+        then = next((m for m in range(max(first, n + 1), last + 1) if self.has_tokens(m, shot)), None)
+        if then is None:
+            return False
+        # One that is left out once is left out for good.
+        oldest = oldest_in_flight(members, then - LAG, self.steps, gap)
+        return is_remembered(i, members.start, oldest, self.rules.memory)
 
     def neighbour_reads_last(self, latents: LatentVersion) -> bool:
         """Whether chunk i+1 reads z[i]@v as left context after chunk i itself is done with it.

@@ -14,13 +14,16 @@ from longvid.parallel.schedule import (
     Action,
     Admit,
     ChunkRules,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
     Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
     OverlapVersion,
@@ -107,6 +110,9 @@ class _Simulation:
     velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
     computed: dict[int, int] = field(default_factory=dict)  # the last step of each chunk that was computed
     gated: Forward | None = None  # what the gate that was passed last leads to
+    tokens: dict[GlobalVersion, bool] = field(default_factory=dict)  # whether they were read
+
+    shots: dict[int, list[Chunk]] = field(default_factory=dict)
 
     num_admitted: int = 0
     num_finished: int = 0
@@ -117,7 +123,7 @@ class _Simulation:
     max_live_latents: int = 0
     max_live_kv: int = 0
 
-    def apply(self, action: Action) -> None:
+    def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
         _require(action.round >= self.round, f"comes after round {self.round}")
         _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
         if action.round > self.round:
@@ -126,6 +132,8 @@ class _Simulation:
         match action:
             case Admit():
                 self.admit(action)
+            case Encode():
+                self.encode(action)
             case Gate(forward=forward):
                 _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
                 self.gated = forward
@@ -146,6 +154,8 @@ class _Simulation:
                 del self.kv[kv]
             case Fuse():
                 _require(False, "neighbours in a queue are never at the same step")
+            case DropGlobals(tokens=tokens):
+                _require(self.tokens.pop(tokens, False), f"{tokens} are not live, or were never read")
         self.max_live_latents = max(self.max_live_latents, len(self.latents))
         self.max_live_kv = max(self.max_live_kv, len(self.kv))
 
@@ -156,6 +166,46 @@ class _Simulation:
         self.num_admitted += 1
         self.entered[i], self.taken[i] = action.round, 0
         self.latents.add(LatentVersion(i, 0))
+
+    def encode(self, action: Encode) -> None:
+        found = tuple((latents.chunk, latents.version) for latents in action.latents)
+        _require(self.rules.tokens, "no unit reads global tokens")
+        _require(found == self.snapshot(action.shot, action.round), "these are not the latents of a round before")
+        for latents in action.latents:
+            self.require_latents(latents)
+        _require(action.tokens not in self.tokens, f"{action.tokens} are made twice")
+        self.tokens[action.tokens] = False
+
+    def snapshot(self, shot: int, n: int) -> tuple[tuple[int, int], ...]:
+        """How a shot stood as the round before n began: its long memory, then the chunks in flight."""
+        members = [chunk.index for chunk in self.members(shot)]
+        stood = {i: min(n - 1 - self.rules.gap * i, self.steps) for i in members}
+        waiting = [i for i in members if stood[i] < self.steps]
+        done, oldest = [i for i in members if stood[i] == self.steps], min(waiting, default=members[-1] + 1)
+        memory = set(done[:1]) if self.rules.memory else set()
+        for octave in range(self.rules.memory):
+            nearer, farther = oldest - 2**octave, oldest - 2 ** (octave + 1)
+            memory |= {i for i in done if farther < i <= nearer and (i - members[0]) % 2**octave == 0}
+        return (*((i, self.steps) for i in sorted(memory)), *((i, stood[i]) for i in waiting if stood[i] > 0))
+
+    def members(self, shot: int) -> list[Chunk]:
+        if shot not in self.shots:
+            self.shots[shot] = [chunk for chunk in self.chunks if chunk.shot == shot]
+        return self.shots[shot]
+
+    def has_tokens(self, shot: int, n: int) -> bool:
+        """Whether anybody is to read a shot's tokens in a round, and there is what to make them of."""
+        taken = [n - self.rules.gap * chunk.index for chunk in self.members(shot)]
+        is_read = any(0 <= k < self.steps and k not in self.rules.forecast for k in taken)
+        return self.rules.tokens and is_read and bool(self.snapshot(shot, n))
+
+    def require_tokens(self, action: Forward) -> None:
+        shot = self.chunks[action.chunk].shot
+        expected = GlobalVersion(action.round, shot) if self.has_tokens(shot, action.round) else None
+        _require(action.tokens == expected, f"its global tokens are {expected}")
+        if expected:
+            _require(expected in self.tokens, f"{expected} are not live")
+            self.tokens[expected] = True
 
     def begin(self, i: int, k: int, n: int) -> None:
         self.require_turn(i, k, n)
@@ -181,6 +231,7 @@ class _Simulation:
         self.computed[i] = k
         self.require_left(action)
         self.require_right(action)
+        self.require_tokens(action)
         for kv in action.store:
             _require((kv.chunk, kv.round) == (i, action.round), f"stores its own K/V of round {action.round}")
             _require(kv not in self.kv, f"{kv} is stored twice")
@@ -246,7 +297,8 @@ class _Simulation:
         _require(latents in self.latents, f"{latents} is not live")
 
     def end_round(self) -> None:
-        """Between rounds only those values live that are still to be read."""
+        """Between rounds only those values live that are still to be read; of global tokens none."""
+        _require(not self.tokens, f"{', '.join(map(str, self.tokens))} should have been dropped in round {self.round}")
         idle = [str(kv) for kv, unit in self.kv.items() if not self.kv_will_be_read(kv, unit)]
         idle += [str(latents) for latents in self.latents if not self.will_be_read(latents)]
         _require(not idle, f"{', '.join(sorted(idle))} should have been dropped in round {self.round}")
@@ -264,15 +316,26 @@ class _Simulation:
         return skipped <= self.rules.forecast
 
     def will_be_read(self, latents: LatentVersion) -> bool:
-        """By its own chunk, which stands at it, or by the right neighbour, which has not come to that step."""
+        """By its own chunk, which stands at it, by the neighbour, which has not come to that step, or for tokens."""
         neighbour, v, gap = latents.chunk + 1, latents.version, self.rules.gap
-        if self.taken.get(latents.chunk) == v:
+        if self.taken.get(latents.chunk) == v or self.will_be_encoded(latents):
             return True
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
         ahead = gap if self.rules.left_level == "fresher" else 0
         to_come = range(self.steps_taken(neighbour), self.steps)
         return any(min(k + ahead, self.steps) == v and k not in self.rules.forecast for k in to_come)
+
+    def will_be_encoded(self, latents: LatentVersion) -> bool:
+        """Whether a later round's tokens are made of them: soon, for what is forgotten once stays so."""
+        if not self.rules.tokens:
+            return False
+        i, v, shot = latents.chunk, latents.version, self.chunks[latents.chunk].shot
+        first = self.rules.gap * i + v + 1
+        last = self.rules.gap * self.members(shot)[-1].index + self.steps - 1
+        rounds = range(max(first, self.round + 1), (first if v < self.steps else last) + 1)
+        then = next((n for n in rounds if self.has_tokens(shot, n)), None)
+        return then is not None and (i, v) in self.snapshot(shot, then)
 
     def steps_taken(self, i: int) -> int:
         return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)
@@ -318,7 +381,7 @@ class _ChunkSimulation:
     def is_computed(self) -> bool:
         return self.step_at_hand not in self.rules.forecast
 
-    def apply(self, action: Action) -> None:
+    def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
         _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
         if action.round != self.round:
             self.begin_round(action.round)
@@ -440,7 +503,7 @@ class _ChunkSimulation:
         _require(latents in self.latents, f"{latents} is not live")
 
     def end_round(self) -> None:
-        """Between rounds each chunk of the group has its newest latents, and finished ones live if the next reads them."""
+        """Every chunk of the group took its step, and only those latents live that are still to be read."""
         if self.round < 0:
             return
         behind = [i for i in self.group if self.taken.get(i) != self.step_at_hand + 1]

@@ -102,12 +102,16 @@ class StreamDecoder(Protocol):
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache."""
+    """How a stage runs: which branches, over which ranks, with which policy of sparse attention, and which cache.
+
+    `vin` is the directory of an adapter whose global tokens its layers read.
+    """
 
     branches: Sequence[int] = (0,)
     sequence: SequenceAttention | None = None
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
+    vin: Path | None = None
 
     @property
     def spread(self) -> SequenceAttention:

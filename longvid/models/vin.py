@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,7 @@ from torch import Tensor, nn
 from longvid.errors import InputError
 from longvid.kernels.dense import attend, attend_lse_exact
 from longvid.kernels.merge import merge_partials
-from longvid.models.configs import read_json
-
-FOLDER = "vin"
-"""Where an adapter lies in its model's directory."""
-CONFIG_FILE, WEIGHTS_FILE = "vin.json", "vin.safetensors"
+from longvid.models.vin_config import CONFIG_FILE, WEIGHTS_FILE, VinConfig
 
 PATCH = 2
 """Rows and columns of a latent that make one patch, as in all Wan transformers."""
@@ -42,42 +38,8 @@ FARTHEST = 16
 """Places are told apart up to 2 to the power of this many latents back."""
 
 
-@dataclass(frozen=True)
-class VinConfig:
-    """The sizes of an adapter. `hidden_size`, `latent_channels`, `num_layers` and `num_heads` are its transformer's.
-
-    `tokens` is G; a latent in `spacing` of a shot is a key latent; `processors` layers refine the tokens; `heads` is H.
-    """
-
-    hidden_size: int
-    latent_channels: int
-    num_layers: int
-    num_heads: int
-    tokens: int = 32
-    spacing: int = 3
-    processors: int = 2
-    heads: int = 4
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (field.name == "processors") ^ 1:
-                raise ValueError(f"{field.name} must be a whole number of at least 1, not {value!r}")
-        if self.hidden_size % self.heads or self.hidden_size % self.num_heads:
-            raise ValueError(f"{self.heads} and {self.num_heads} heads must divide hidden_size {self.hidden_size}")
-
-    @classmethod
-    def read(cls, folder: Path) -> VinConfig:
-        """That of an adapter in ``folder``. Raises InputError, naming the file."""
-        path = folder / CONFIG_FILE
-        try:
-            return cls(**read_json(path))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: is not the config of a VIN adapter ({error})") from None
-
-
 Partial = tuple[Tensor, Tensor]
-"""The tokens' attention to some key latents: [..., H, G, d], and the natural logarithm of its softmax's sum [..., H, G]."""
+"""The tokens' attention to some key latents [..., H, G, d], and the logarithm of its softmax's sum [..., H, G]."""
 
 
 class Vin(nn.Module):
@@ -102,8 +64,8 @@ class Vin(nn.Module):
     def partial(self, latents: Tensor, timesteps: Tensor, places: Tensor) -> Partial:
         """What the tokens see of some key latents [C, K, h, w], to be merged with what they see of others.
 
-        ``timesteps`` [K] are the latents' noise levels (0 to 1000), ``places`` [K] how many latents of the shot each lies
-        before the newest key latent of all. Without key latents the output is 0 and the logarithm -inf.
+        ``timesteps`` [K] are the latents' noise levels (0 to 1000), ``places`` [K] how many latents of the shot each
+        lies before the newest key latent of all. Without key latents the output is 0 and the logarithm -inf.
         """
         return self.encodes.partial(latents, timesteps, places)
 
@@ -254,7 +216,7 @@ class VinLayer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(num_heads))
 
     def kv(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens [B, G, D], each [B, G, heads, d]; keys are normed as the layer's own, not rotated."""
+        """Keys and values of tokens [B, G, D], each [B, G, heads, d]; keys are normed and not rotated."""
         key = self.norm_k(self.to_k(tokens)).unflatten(-1, (self.num_heads, -1))
         return key, self.to_v(tokens).unflatten(-1, (self.num_heads, -1))
 

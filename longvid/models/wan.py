@@ -17,9 +17,11 @@ from torch import Tensor
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.checkpoint import FilmInputs
+from longvid.models.vin import Vin
 from longvid.models.wan_attention import (
     CachedFeedForward,
     QueueSelfAttention,
+    ReadTokens,
     RunModule,
     SceneTextAttention,
     SelfContext,
@@ -30,7 +32,7 @@ from longvid.models.wan_attention import (
     text_kv,
 )
 from longvid.parallel.sequence import Attention, DenseAttention, KvPart, Rope, SequenceAttention, WholeSequence
-from longvid.parallel.stage import Begun, Output, Unit
+from longvid.parallel.stage import Begun, KeyLatents, Output, Unit
 from longvid.plan import PromptBlend
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.tokens import TokenMap
@@ -68,7 +70,8 @@ class WanStage:
 
     ``dit.blocks`` are this stage's layers alone, ``first_layer`` the first one's place in the model. ``branches`` are
     those that it runs: 0 follows the prompts, 1 the negatives. ``attention`` makes self-attention sparse, ``cache``
-    leaves layers or modules out. Takes the transformer over: its attention processors are replaced, its layers are not.
+    leaves layers or modules out, ``vin`` makes global tokens and has the layers read them. Takes the transformer over:
+    its attention processors are replaced, its layers are not.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class WanStage:
         sequence: SequenceAttention | None = None,
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
+        vin: Vin | None = None,
     ) -> None:
         self.dit = dit.eval()
         self.branches = tuple(branches)
@@ -94,7 +98,9 @@ class WanStage:
             block.attn2.set_processor(SceneTextAttention(index))
             if cache and cache.plan.kept_modules:
                 block.ffn = CachedFeedForward(index, block.ffn)
+        self._vin = vin
         self._texts: list[list[TextKv]] = []
+        self._states: list[list[Tensor]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
@@ -116,6 +122,7 @@ class WanStage:
         self._texts = [
             [self._text(states, known) for states in (prompts, negatives)[branch]] for branch in self.branches
         ]
+        self._states = [list((prompts, negatives)[branch]) for branch in self.branches]
 
     def _text(self, states: Tensor, known: dict[int, TextKv]) -> TextKv:
         if id(states) not in known:
@@ -123,6 +130,25 @@ class WanStage:
             embedded = self.dit.condition_embedder.text_embedder(padded)
             known[id(states)] = text_kv(self.dit.blocks, embedded, TEXT_COLUMNS)
         return known[id(states)]
+
+    @property
+    def num_globals(self) -> int:
+        return self._vin.config.tokens if self._vin else 0
+
+    @property
+    def key_spacing(self) -> int:
+        assert self._vin
+        return self._vin.config.spacing
+
+    @torch.no_grad()
+    def encode(self, keys: KeyLatents) -> Tensor:
+        """Global tokens [branches, G, D]: all branches see the same, each beside its own texts."""
+        assert self._vin
+        device = self.dit.scale_shift_table.device
+        partial = self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
+        embed = self.dit.condition_embedder.text_embedder
+        texts = (embed(torch.cat([states[i] for i in keys.prompts]).to(self.dtype)) for states in self._states)
+        return torch.stack([self._vin.finish(*partial, text) for text in texts])
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """[branches, l, E] for this rank's part of the tokens of F latents."""
@@ -273,7 +299,21 @@ class WanStage:
             head_costs=self._head_costs,
             kept=tuple(layers for span in unit.kept if (layers := _of_branch(span, branch))),
             run=run,
+            read_tokens=self._read_tokens(unit, branch),
         )
+
+    def _read_tokens(self, unit: Unit, branch: int) -> ReadTokens | None:
+        """How layers get at the unit's global tokens."""
+        if unit.tokens is None:
+            return None
+        tokens, vin = unit.tokens[branch : branch + 1], self._vin
+        assert vin
+
+        def read(index: int, query: Tensor) -> Tensor:
+            found: Tensor = vin.layers[str(self._first_layer + index)](query, tokens)
+            return found
+
+        return read
 
     def _head_costs(self, index: int) -> Sequence[float] | None:
         return self._attention.policy.head_costs(self._first_layer + index) if self._attention else None
@@ -289,7 +329,7 @@ class WanStage:
         return at
 
     def _head(self, hidden: Tensor, temb: Tensor, unit: Unit, grid: tuple[int, int]) -> Tensor:
-        """The output layer on the tokens of `num_predicted` latents, fp32 [C, F, h, w], on every rank of the sequence."""
+        """The output layer on the last `num_predicted` latents: fp32 [C, F, h, w], on every rank of the sequence."""
         own, num_tokens = unit.num_predicted * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
         if hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
             hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own

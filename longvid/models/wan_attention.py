@@ -21,6 +21,9 @@ from longvid.parallel.sequence import Around, Attention, DenseAttention, KvPart,
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
 
+ReadTokens = Callable[[int, Tensor], Tensor]
+"""What a layer (an index in the stage) gets of global tokens, [1, l, H, D], by its queries, normed and not rotated."""
+
 RunModule = Callable[[int, Module, Callable[[], Tensor]], Tensor]
 """Gives what a module of a layer (an index in the stage) computes, or in its place what a cache forecasts."""
 
@@ -37,7 +40,8 @@ class SelfContext:
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``left`` and ``right``
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
     ``attention`` and ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores
-    those that an earlier step stored: for each span a layer's, ``kept``.
+    those that an earlier step stored: for each span a layer's, ``kept``. What ``read_tokens`` gives is added to a
+    layer's own attention.
     """
 
     rope: Rope
@@ -50,6 +54,7 @@ class SelfContext:
     head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
     kept: tuple[list[KvPart], ...] = ()
     run: RunModule = run_module
+    read_tokens: ReadTokens | None = None
 
     def keep_earlier(self, index: int) -> None:
         """For a layer of which no K/V are computed."""
@@ -86,6 +91,8 @@ class QueueSelfAttention:
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)
+        if context.read_tokens:
+            out = out + context.read_tokens(self.index, query)
         return _project_out(attn, out)
 
 

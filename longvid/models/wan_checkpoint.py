@@ -17,6 +17,7 @@ from longvid.models.configs import Configs
 from longvid.models.parts import ModelPart
 from longvid.models.prompts import encode_prompts
 from longvid.models.solvers import make_sampler
+from longvid.models.vin import Vin
 from longvid.models.wan import WanStage
 from longvid.models.wan_experts import WanExpertsStage
 from longvid.models.wan_facts import WAN_PARTS
@@ -125,6 +126,8 @@ class WanCheckpoint:
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
     ) -> FamilyStage:
+        vin = Vin.load(options.vin, part.layers, encodes=part.is_first) if options.vin else None
+
         def stage(name: str) -> WanStage:
             dit = self.load_layers(part, dtype, device, name)
             kind = WanStage if self.facts.image == "none" else WanImageStage
@@ -137,6 +140,7 @@ class WanCheckpoint:
                 sequence=options.sequence,
                 attention=options.attention,
                 cache=options.cache,
+                vin=vin.to(device, dtype) if vin else None,
             )
 
         if self.facts.boundary_ratio is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longvid.models.vin import Vin, VinConfig, VinLayer
 from longvid.parallel.sequence import Rope, rotate
-from longvid.training.dit import SelfAttention, TextAttention, attend, window_velocity
+from longvid.training.dit import SelfAttention, TextAttention, attend, block_forward, window_velocity
 from longvid.training.latents import LatentSet, draw_windows
 from longvid.training.levels import STEP_COUNTS, shift_levels
 from longvid.training.text import tokenize
@@ -40,6 +40,8 @@ class FilmLayout:
     chunk_latents: int = 6
     context_latents: int = 2
     spacing: int = 3
+    denoised: int = 2
+    """How many of a film's chunks a step denoises: the tokens are of all."""
 
     @property
     def owned(self) -> list[range]:
@@ -116,7 +118,8 @@ def draw_moment(rng: np.random.Generator, layout: FilmLayout, shares: Sequence[f
     if kind == "memory":
         long_ago = np.array([i == 0 for _, _, i in keys], dtype=bool)
         places[long_ago] += 2 ** rng.uniform(0, 11)
-    windows = [i for i in range(count) if tiny < own[i] < 1 + tiny]
+    in_flight = [i for i in range(count) if tiny < own[i] < 1 + tiny]
+    windows = sorted(rng.choice(in_flight, layout.denoised, replace=len(in_flight) < layout.denoised).tolist())
     level_of = own[windows]
     return Moment(
         windows,
@@ -194,42 +197,53 @@ class HeldTokens:
 class VinTrainee(nn.Module):
     """A frozen transformer with an adapter in its layers; its forward is the loss of a batch of films."""
 
-    def __init__(self, dit: WanTransformer3DModel, vin: Vin, world: World, layout: FilmLayout, shift: float) -> None:
+    def __init__(
+        self,
+        dit: WanTransformer3DModel,
+        vin: Vin,
+        world: World,
+        layout: FilmLayout,
+        shift: float,
+        run_block: Any = block_forward,
+    ) -> None:
         super().__init__()
         self.dit, self.vin = dit.requires_grad_(False), vin
-        self._world, self._layout, self._shift = world, layout, shift
+        self._world, self._layout, self._shift, self._run_block = world, layout, shift, run_block
         self._held = HeldTokens()
         for index, block in enumerate(dit.blocks):
             block.attn1.set_processor(TokenSelfAttention(vin.layers[str(index)], self._held))
             block.attn2.set_processor(TextAttention())
 
-    def forward(self, batch: FilmBatch, pull: float = 0.5) -> Tensor:
-        """Mean squared error of the velocity of the chunks' own latents.
+    def forward(self, batch: FilmBatch, pull: float = 0.5) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the velocity of the chunks' own latents, and that of the transformer alone.
 
         With a ``pull``, guidance is inside the objective, as in the transformer's own training (`window_loss`): the
-        adapter is not to take it out again.
+        target is moved as the transformer alone moves it. So what the tokens tell is learned, and guidance stays.
         """
-        with torch.autocast(batch.clean.device.type, torch.bfloat16):
-            parts = self._see(batch)
-            velocity = self._velocity(batch, batch.captions, self._finish(parts, batch, batch.captions))
-            if pull:
-                null = [""] * len(batch.captions)
-                with torch.no_grad():
-                    unguided = self._velocity(batch, null, self._finish(parts, batch, null))
         target = self._windows(batch.noise - batch.clean, batch)
-        if pull:
-            target = target + pull * (velocity.detach().float() - unguided.float())
-        return self._error(velocity, target, batch)
+        with torch.autocast(batch.clean.device.type, torch.bfloat16):
+            with torch.no_grad():
+                alone = self._velocity(batch, batch.captions, None)
+                if pull:
+                    unguided = self._velocity(batch, [""] * len(batch.captions), None)
+                    target = target + pull * (alone.float() - unguided.float())
+            tokens = self.vin_tokens(batch)
+            velocity = self._velocity(batch, batch.captions, tokens)
+        return self._error(velocity, target, batch), self._error(alone, target, batch)
 
-    @torch.no_grad()
-    def compare(self, batch: FilmBatch) -> tuple[float, float]:
-        """The error of the velocity without tokens, and with them."""
-        target = self._windows(batch.noise - batch.clean, batch)
-        with torch.autocast(batch.clean.device.type, torch.bfloat16):
-            tokens = self._finish(self._see(batch), batch, batch.captions)
-            found = [self._velocity(batch, batch.captions, with_tokens) for with_tokens in (None, tokens)]
-        without, tied = (float(self._error(velocity, target, batch)) for velocity in found)
-        return without, tied
+    def vin_tokens(self, batch: FilmBatch) -> Tensor:
+        """The films' global tokens [B, G, D], each film's beside its own captions."""
+        moment, films = batch.moment, len(batch.clean)
+        sigma = torch.from_numpy(shift_levels(moment.key_levels, self._shift)).float()
+        level = sigma[None, None, :, None, None]
+        latents = (1 - level) * batch.clean[:, :, moment.keys] + level * batch.noise[:, :, moment.keys]
+        places = torch.from_numpy(moment.places).float()
+        out, lse = self.vin.partial(latents, 1000 * sigma.expand(films, -1), places.expand(films, -1))
+        texts = [
+            torch.cat([self._embedded(batch.captions[i]) for i in batch.index[film].unique().tolist()])
+            for film in range(films)
+        ]
+        return torch.stack([self.vin.finish(out[b], lse[b], text) for b, text in enumerate(texts)])
 
     def _error(self, velocity: Tensor, target: Tensor, batch: FilmBatch) -> Tensor:
         """Over own latents alone: nobody steps the context."""
@@ -240,23 +254,6 @@ class VinTrainee(nn.Module):
             for j, (own, seen) in enumerate(spans)
         ]
         return torch.stack(errors).mean()
-
-    def _see(self, batch: FilmBatch) -> tuple[Tensor, Tensor]:
-        """What the tokens see of each film's key latents."""
-        moment, films = batch.moment, len(batch.clean)
-        sigma = torch.from_numpy(shift_levels(moment.key_levels, self._shift)).float()
-        level = sigma[None, None, :, None, None]
-        latents = (1 - level) * batch.clean[:, :, moment.keys] + level * batch.noise[:, :, moment.keys]
-        places = torch.from_numpy(moment.places).float()
-        return self.vin.partial(latents, 1000 * sigma.expand(films, -1), places.expand(films, -1))
-
-    def _finish(self, parts: tuple[Tensor, Tensor], batch: FilmBatch, captions: list[str]) -> Tensor:
-        """Tokens [B, G, D], each film's beside its own captions."""
-        texts = [
-            torch.cat([self._embedded(captions[i]) for i in batch.index[film].unique().tolist()])
-            for film in range(len(batch.clean))
-        ]
-        return torch.stack([self.vin.finish(parts[0][b], parts[1][b], text) for b, text in enumerate(texts)])
 
     @torch.no_grad()
     def _embedded(self, caption: str) -> Tensor:
@@ -275,7 +272,7 @@ class VinTrainee(nn.Module):
         index = torch.stack([batch.index[:, self._seen(i)] for i in moment.windows], dim=1).flatten(0, 1)
         text = encode_captions(self._world, captions, index)
         with self._held.of(None if tokens is None else tokens.repeat_interleave(count, dim=0)):
-            return window_velocity(self.dit, x, self._of_films(sigma, batch), text)
+            return window_velocity(self.dit, x, self._of_films(sigma, batch), text, self._run_block)
 
     def _levels(self, moment: Moment) -> Tensor:
         """Noise levels of the windows' latents, [n, window]."""

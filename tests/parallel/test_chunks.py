@@ -22,7 +22,7 @@ from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, Receive, SaveLatents, Send, place_of, rank_program
+from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, Receive, SaveLatents, place_of, rank_program
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,
