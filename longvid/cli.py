@@ -331,6 +331,24 @@ def bench_pipeline(
     _show(result, pipeline.as_text(result), as_json)
 
 
+@bench_app.command("chunks")
+def bench_chunks(
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
+    ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Of which the medians count.")] = 3,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the chunk schedule on one rank and with chunks over several, a thread each, in turn."""
+    with _json_alone():
+        from longvid.bench import chunks, pipeline
+
+        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
+        result = chunks.bench_chunks(bench, repeats, say=lambda line: typer.echo(line, err=True))
+    _show(result, chunks.as_text(result), as_json)
+
+
 @bench_app.command("attention")
 def bench_attention(
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Of which the median counts.")] = 5,

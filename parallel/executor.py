@@ -26,12 +26,14 @@ from longvid.parallel.pipeline import (
     Boundary,
     DropBorder,
     Hidden,
+    Look,
     Message,
     Notice,
     Overlap,
     RankAction,
     Receive,
     SaveLatents,
+    Seen,
     Send,
     Velocity,
     Verdict,
@@ -58,6 +60,7 @@ from longvid.parallel.schedule import (
 )
 from longvid.parallel.snapshot import key_latents
 from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, Stage, Unit
+from longvid.parallel.vin import merge, pack
 from longvid.plan import Chunk, ModelFacts, Plan
 from longvid.sampler import Forecaster, Sampler, Solver, fuse, guide
 
@@ -95,6 +98,8 @@ class Live:
     tokens: dict[GlobalVersion, Tensor] = field(default_factory=dict)
     brought: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Global tokens that units bring along from the stage before."""
+    seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """What global tokens see of each chunk's key latents, packed: see `longvid.parallel.vin`."""
 
 
 KEPT = -1
@@ -214,6 +219,10 @@ class Executor:
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
                 if self.mesh.is_owner:
                     live.solvers[i] = self.sampler.new_solver()
+            case Look(encode=encode, own=own):
+                for version in own:
+                    keys = self._key_latents(encode, [version], plan.chunks, live)
+                    live.seen[version.chunk, version.version] = pack(*self._global_stage().look(keys))
             case Encode():
                 live.tokens[action.tokens] = self._encode(action, plan.chunks, live)
             case Gate():
@@ -304,9 +313,19 @@ class Executor:
                 live.left_out.add((i, k))
 
     def _encode(self, action: Encode, chunks: Sequence[Chunk], live: Live) -> Tensor:
-        """A shot's global tokens: its key latents, and the prompts of its chunks in flight."""
+        """A shot's global tokens: of its key latents, or of what they see of each chunk's, if that was found before."""
+        stage, parts = self._global_stage(), [(z.chunk, z.version) for z in action.latents]
+        keys = self._key_latents(action, () if parts[0] in live.seen else action.latents, chunks, live)
+        if parts[0] in live.seen:
+            return stage.conclude(merge([live.seen.pop(part) for part in parts]), keys.prompts)
+        return stage.encode(keys)
+
+    def _key_latents(
+        self, action: Encode, versions: Sequence[LatentVersion], chunks: Sequence[Chunk], live: Live
+    ) -> KeyLatents:
+        """The key latents of some chunks; how far back they are, and the prompts of all in flight, are the shot's."""
         stage, values, times, at = self._global_stage(), [], [], []
-        for version in action.latents:
+        for version in versions:
             chunk = chunks[version.chunk]
             found = key_latents(chunk, stage.key_spacing)
             values.append(live.latents[version][:, found])
@@ -315,14 +334,15 @@ class Executor:
         newest = action.latents[-1]
         told = [chunks[z.chunk] for z in action.latents if z == newest or z.version < self.sampler.num_steps]
         blends = [blend for chunk in told for blend in chunk.prompts[-chunk.num_latents :]]
-        places = [max(at, default=0) - place for place in at]
-        keys = KeyLatents(
-            torch.cat(values, dim=1),
+        of_all = (chunks[z.chunk] for z in action.latents)
+        last = max((c.start + latent for c in of_all for latent in key_latents(c, stage.key_spacing)), default=0)
+        places = [last - place for place in at]
+        return KeyLatents(
+            torch.cat(values, dim=1) if values else torch.empty(0),
             torch.tensor(times, dtype=torch.float32),
             torch.tensor(places, dtype=torch.float32),
             tuple(dict.fromkeys(prompt for blend in blends for prompt in (blend.a, blend.b))),
         )
-        return stage.encode(keys)
 
     def _tokens(self, action: Forward, live: Live) -> Tensor | None:
         """What global tokens a unit's layers read: those of its round, as the first stage made them."""
@@ -446,6 +466,9 @@ class Executor:
             case Overlap(chunk=i, step=k):
                 [overlap] = live.overlaps.pop(OverlapVersion(i, k), [_NOTHING])
                 comm.send(header, overlap, action.to, is_sized=is_sized)
+            case Seen(chunk=first, step=k, num_chunks=count):
+                parts = [live.seen[i, k] for i in range(first, first + count)]
+                comm.send(header, torch.stack(parts), action.to)
             case Verdict() | Notice():
                 comm.send(header, _NOTHING, action.to)
             case Border(latents=version):
@@ -478,12 +501,17 @@ class Executor:
                 live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
             case Border(latents=version):
                 live.borders[version] = value
+            case Seen(chunk=first, step=k):
+                live.seen |= {(i, k): part for i, part in enumerate(value, first)}
             case LatentVersion():
                 live.latents[message] = value
 
     def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
         if isinstance(message, Verdict | Notice):
             return _NOTHING.shape, _NOTHING.dtype
+        if isinstance(message, Seen):
+            heads, tokens, width = self._global_stage().part_shape
+            return (message.num_chunks, heads, tokens, width + 1), torch.float32
         chunk = plan.chunks[message.chunk]
         if isinstance(message, Hidden):
             num_latents = chunk.num_latents + chunk.num_left * message.with_left

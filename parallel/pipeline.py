@@ -35,6 +35,7 @@ from longvid.parallel.schedule import (
     Forward,
     Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
     Step,
@@ -128,7 +129,19 @@ class Notice:
         return f"notice {self.round}"
 
 
-Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | LatentVersion
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a shot's global tokens see of the key latents of each of these chunks, which are one run's."""
+
+    chunk: int
+    step: int
+    num_chunks: int
+
+    def __str__(self) -> str:
+        return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
+
+
+Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | LatentVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +207,22 @@ class DropBorder:
         return f"{self.round:5}  drop     border {self.latents}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Find what a shot's global tokens see of own chunks' key latents; `encode` merges it with what others found."""
+
+    encode: Encode
+    own: tuple[LatentVersion, ...]
+
+    @property
+    def round(self) -> int:
+        return self.encode.round
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  look     at {' '.join(map(str, self.own))}"
+
+
+RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look
 
 
 def name_of(action: RankAction) -> str:
@@ -367,7 +395,7 @@ class _Notices:
         if self.place.chunk:
             if isinstance(action, _End):
                 yield from self.end()
-        elif self.told < action.round and not isinstance(action, Admit | _End):
+        elif self.told < action.round and not isinstance(action, Admit | Encode | _End):
             self.told = action.round
             yield from (Send(action.round, Notice(action.round), to) for to in self.targets)
 
@@ -393,6 +421,7 @@ class _FirstStage:
         self.own: set[LatentVersion] = set()
         self.due: dict[LatentVersion, Receive] = {}
         self.borders: set[LatentVersion] = set()
+        self.tokens: set[GlobalVersion] = set()
 
     def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         for action in _with_ends(actions):
@@ -403,11 +432,11 @@ class _FirstStage:
                     continue
                 case Admit():
                     yield from self.admit(action)
-                case DropGlobals():
+                case DropGlobals(tokens=tokens) if tokens in self.tokens:
+                    self.tokens.remove(tokens)
                     yield action
-                case Encode(latents=latents):
-                    yield from self.flush_for(*latents)
-                    yield action
+                case Encode():
+                    yield from self.encode(action)
                 case Gate(forward=Forward(chunk=i)) if self.run.has(i):
                     yield from self.prepare(action.forward)
                     yield action
@@ -468,8 +497,33 @@ class _FirstStage:
         """What a forward needs."""
         yield from self.flush_for(LatentVersion(forward.chunk, forward.step), forward.left)
         if isinstance(forward.left, LatentVersion) and forward.left in self.due:
-            self.borders.add(forward.left)
-            yield self.due.pop(forward.left)
+            yield self.take_border(forward.left)
+
+    def take_border(self, latents: LatentVersion) -> Receive:
+        self.borders.add(latents)
+        return self.due.pop(latents)
+
+    def encode(self, action: Encode) -> Iterator[RankAction]:
+        """Global tokens of a shot that has chunks here. In a chunk schedule a rank looks at its own, and tells others."""
+        runs: dict[int, list[LatentVersion]] = {}
+        for latents in action.latents:
+            runs.setdefault(self.run.owner(latents.chunk), []).append(latents)
+        own = runs.pop(self.place.chunk, None)
+        if own is None:
+            return
+        self.tokens.add(action.tokens)
+        yield from self.flush_for(*own)
+        if not self.run.group:
+            yield action
+            return
+        yield from [self.take_border(latents) for latents in list(self.due)]  # they were sent before
+        n = action.round
+        yield Look(action, tuple(own))
+        for place in runs:
+            yield Send(n, Seen(own[0].chunk, own[0].version, len(own)), self.rank(chunk=place))
+        for place, others in runs.items():
+            yield Receive(n, Seen(others[0].chunk, others[0].version, len(others)), self.rank(chunk=place))
+        yield action
 
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
@@ -560,8 +614,7 @@ class _FirstStage:
         if self.is_leader and not is_own:
             source = self.rank(chunk=self.run.owner(latents.chunk))
             if latents in self.due:  # the owner sent that before
-                self.borders.add(latents)
-                self.late.append(self.due.pop(latents))
+                self.late.append(self.take_border(latents))
             self.late += [Receive(n, latents, source), action, DropLatents(n, latents)]
         elif self.is_owner and is_own:
             self.late.append(action)

@@ -309,19 +309,21 @@ class QueueRules:
 class ChunkRules:
     """What the settings say of the chunk schedule: chunks of a group at most, and the steps whose overlaps are fused.
 
-    `forecast` and `gated` are as in QueueRules.
+    `forecast` and `gated` are as in QueueRules. With `tokens`, each step but the first, of pure noise, reads global
+    tokens of the shot's chunks in the group, as they stand before it.
     """
 
     group: int = 64
     fused_steps: int = 0
     forecast: frozenset[int] = frozenset()
     gated: frozenset[int] = frozenset()
+    tokens: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> ChunkRules:
         steps, chosen = settings.sampler.steps, settings.chunks
         forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
-        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated)
+        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated, settings.vin.policy == "on")
 
     def groups(self, num_chunks: int) -> tuple[range, ...]:
         """As few groups as there can be, as even as they can be: ranks share each of them."""
@@ -405,6 +407,8 @@ class _Group:
         if k == 0:
             for i in self.group:
                 yield Admit(n, i, self.group, self.is_left(LatentVersion(i, 0)))
+        encodes = list(self.encodes(n, k))
+        yield from encodes
         for i in self.group:
             if k in self.rules.forecast:
                 yield Forecast(n, i, k)
@@ -413,10 +417,22 @@ class _Group:
             if i > self.group.start:
                 yield from self.settle(n, i - 1, k)
         yield from self.settle(n, self.group[-1], k)
+        for encode in encodes:
+            yield DropGlobals(n, encode.tokens)
+
+    def has_tokens(self, k: int) -> bool:
+        return self.rules.tokens and k > 0 and k not in self.rules.forecast
+
+    def encodes(self, n: int, k: int) -> Iterator[Encode]:
+        """The global tokens of every shot in the group."""
+        if self.has_tokens(k):
+            for shot, members in groupby(self.group, key=lambda i: self.chunks[i].shot):
+                yield Encode(n, tuple(LatentVersion(i, k) for i in members), shot)
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left = self.left(i, k)
-        forward = Forward(n, i, k, left, overlap=self.overlap(i, k))
+        tokens = GlobalVersion(n, self.chunks[i].shot) if self.has_tokens(k) else None
+        forward = Forward(n, i, k, left, tokens=tokens, overlap=self.overlap(i, k))
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward

@@ -129,6 +129,19 @@ class GlobalStage(Stage, Protocol):
         """One latent in so many is a key latent."""
         ...
 
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        """[H, G, d] of what the tokens see of some key latents, in so many heads."""
+        ...
+
     def encode(self, keys: KeyLatents) -> Tensor:
         """Global tokens [branches, G, D], in the dtype of activations."""
+        ...
+
+    def look(self, keys: KeyLatents) -> tuple[Tensor, Tensor]:
+        """What the tokens see of some of the key latents: output [H, G, d] and natural LSE [H, G]."""
+        ...
+
+    def conclude(self, seen: tuple[Tensor, Tensor], prompts: Sequence[int]) -> Tensor:
+        """Global tokens, as `encode` gives them, of what they see of all key latents."""
         ...

@@ -363,6 +363,7 @@ class _ChunkSimulation:
     velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
     fused: set[int] = field(default_factory=set)  # those of them whose velocity is fused
     gated: Forward | None = None
+    tokens: set[GlobalVersion] = field(default_factory=set)
 
     group: range = range(0)
     num_admitted: int = 0
@@ -388,6 +389,11 @@ class _ChunkSimulation:
         match action:
             case Admit():
                 self.admit(action)
+            case Encode():
+                self.encode(action)
+            case DropGlobals(tokens=tokens):
+                _require(tokens in self.tokens, f"{tokens} are not live")
+                self.tokens.remove(tokens)
             case Gate(forward=forward):
                 _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
                 self.gated = forward
@@ -431,6 +437,21 @@ class _ChunkSimulation:
         self.taken[i] = 0
         self.latents.add(LatentVersion(i, 0))
 
+    def encode(self, action: Encode) -> None:
+        k = self.step_at_hand
+        _require(self.has_tokens, "no unit of this round reads global tokens")
+        members = (i for i in self.group if self.chunks[i].shot == action.shot)
+        expected = tuple(LatentVersion(i, k) for i in members)
+        _require(bool(expected) and action.latents == expected, f"they are made of {expected}")
+        for latents in action.latents:
+            self.require_latents(latents)
+        _require(action.tokens not in self.tokens, f"{action.tokens} are made twice")
+        self.tokens.add(action.tokens)
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.rules.tokens and self.is_computed and self.step_at_hand > 0
+
     def take_turn(self, i: int, k: int) -> None:
         _require(k == self.step_at_hand, f"step {self.step_at_hand} belongs to round {self.round}")
         _require(i == self.turn and i in self.taken, f"chunk {self.turn} is next: the order is that of the film")
@@ -451,6 +472,9 @@ class _ChunkSimulation:
         _require(action.left == expected, f"the left context is {expected}")
         if expected:
             self.require_latents(expected)
+        tokens = GlobalVersion(self.round, self.chunks[i].shot) if self.has_tokens else None
+        _require(action.tokens == tokens, f"its global tokens are {tokens}")
+        _require(tokens is None or tokens in self.tokens, f"{tokens} are not live")
         overlap = OverlapVersion(i, k) if self.is_fused(i - 1) else None
         _require(action.overlap == overlap, f"the overlap is {overlap}")
         if overlap:
@@ -509,6 +533,7 @@ class _ChunkSimulation:
         behind = [i for i in self.group if self.taken.get(i) != self.step_at_hand + 1]
         _require(not behind, f"chunks {behind} did not take the step of round {self.round}")
         _require(not self.overlaps, f"{', '.join(map(str, self.overlaps))} are not used")
+        _require(not self.tokens, f"{', '.join(map(str, self.tokens))} should have been dropped in round {self.round}")
         idle = self.latents - self.to_be_read()
         _require(not idle, f"{', '.join(sorted(map(str, idle)))} should have been dropped in round {self.round}")
 

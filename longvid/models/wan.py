@@ -143,12 +143,26 @@ class WanStage:
     @torch.no_grad()
     def encode(self, keys: KeyLatents) -> Tensor:
         """Global tokens [branches, G, D]: all branches see the same, each beside its own texts."""
+        return self.conclude(self.look(keys), keys.prompts)
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        assert self._vin
+        config = self._vin.config
+        return config.heads, config.tokens, config.hidden_size // config.heads
+
+    @torch.no_grad()
+    def look(self, keys: KeyLatents) -> tuple[Tensor, Tensor]:
         assert self._vin
         device = self.dit.scale_shift_table.device
-        partial = self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
+        return self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
+
+    @torch.no_grad()
+    def conclude(self, seen: tuple[Tensor, Tensor], prompts: Sequence[int]) -> Tensor:
+        assert self._vin
         embed = self.dit.condition_embedder.text_embedder
-        texts = (embed(torch.cat([states[i] for i in keys.prompts]).to(self.dtype)) for states in self._states)
-        return torch.stack([self._vin.finish(*partial, text) for text in texts])
+        texts = (embed(torch.cat([states[i] for i in prompts]).to(self.dtype)) for states in self._states)
+        return torch.stack([self._vin.finish(*seen, text) for text in texts])
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """[branches, l, E] for this rank's part of the tokens of F latents."""

@@ -320,6 +320,36 @@ def test_a_gate_over_a_sequence_is_passed_by_all_ranks(warm: Warm, tmp_path: Pat
     assert all((a - b).abs().max() < 1e-3 for a, b in zip(one, four, strict=True))
 
 
+CHUNKS = ["schedule=chunks", "chunks.group=5", "sampler.solver=unipc"]
+
+
+@pytest.fixture(scope="module")
+def chunks_alone(story: Path, warm: Warm) -> str:
+    """The film by the chunk schedule, in two groups, on one rank."""
+    return warm.render(story, story.with_name("chunks.mp4"), settings=CHUNKS)
+
+
+@pytest.mark.parametrize("axes", [["mesh.chunk=4"], ["mesh.chunk=2", "mesh.stage=2"]])
+def test_chunks_over_ranks_give_the_same_bytes(
+    story: Path, chunks_alone: str, alone: str, warm: Warm, axes: list[str], tmp_path: Path
+) -> None:
+    assert warm.render(story, tmp_path / "film.mp4", num_ranks=4, settings=[*CHUNKS, *axes]) == chunks_alone != alone
+
+
+def test_chunks_and_branches_over_ranks_give_the_same_bytes_after_a_kill(
+    story: Path, warm: Warm, tmp_path: Path
+) -> None:
+    """Each owner saved its own chunks; other owners go on with them."""
+    settings = [*CHUNKS, "sampler.guidance=2", "sampler.steps=6"]
+    one = warm.render(story, tmp_path / "one.mp4", settings=settings)
+    film = tmp_path / "film.mp4"
+    ranks = warm.start(arguments(story, film, settings=[*settings, "mesh.chunk=2", "mesh.guidance=2"]), num_ranks=4)
+    wait_for((tmp_path / MANIFEST).exists)
+    os.kill(ranks.pids[2], signal.SIGKILL)
+    assert ranks.wait() == [3, 3, -signal.SIGKILL, 3], ranks.said()
+    assert warm.render(story, film, "--resume", num_ranks=3, settings=[*settings, "mesh.chunk=3"]) == one
+
+
 def test_a_resume_of_another_film_is_refused(story: Path, warm: Warm, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     # Long, for it must not end before it is interrupted.

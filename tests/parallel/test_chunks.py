@@ -27,11 +27,14 @@ from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,
     ChunkRules,
+    DropGlobals,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
     Fuse,
+    GlobalVersion,
     LatentVersion,
     OverlapVersion,
     Step,
@@ -51,7 +54,7 @@ def films(draw):
     """Shots in latents, chunk_latents, context_latents, steps, rules."""
     steps = draw(st.integers(1, 5))
     forecast = draw(st.frozensets(st.integers(1, steps - 2))) if steps > 2 else frozenset()
-    rules = ChunkRules(draw(st.integers(1, 5)), draw(st.integers(0, steps)), forecast)
+    rules = ChunkRules(draw(st.integers(1, 5)), draw(st.integers(0, steps)), forecast, tokens=draw(st.booleans()))
     return draw(SHOTS), *draw(CONTEXT), steps, rules
 
 
@@ -143,6 +146,8 @@ def makes(action):
     match action:
         case Admit(chunk=i):
             return {LatentVersion(i, 0)}
+        case Encode(tokens=tokens) | DropGlobals(tokens=tokens):
+            return {tokens}
         case Forward(chunk=i, step=k, overlap=overlap):
             return {("velocity", i, k), overlap} - {None}
         case Forecast(chunk=i, step=k):
@@ -158,8 +163,10 @@ def makes(action):
 
 def touches(action):
     match action:
-        case Forward(chunk=i, step=k, left=left):
-            return makes(action) | {LatentVersion(i, k), left} - {None}
+        case Forward(chunk=i, step=k, left=left, tokens=tokens):
+            return makes(action) | {LatentVersion(i, k), left, tokens} - {None}
+        case Encode(latents=latents):
+            return makes(action) | {*latents}
         case Step(chunk=i, step=k) | Forecast(chunk=i, step=k):
             return makes(action) | {LatentVersion(i, k)}
         case Finish(latents=latents):
@@ -175,7 +182,14 @@ def wrong(action, delta):
             yield replace(action, chunk=i + delta)
             yield replace(action, group=range(group.start, group.stop + delta))
             yield replace(action, is_left=not is_left)
-        case Forward(chunk=i, step=k, left=left, overlap=overlap):
+        case Encode(latents=latents, shot=shot):
+            yield replace(action, shot=shot + delta)
+            yield replace(action, latents=latents[:-1])
+            yield replace(action, latents=(*latents, replace(latents[-1], chunk=latents[-1].chunk + 1)))
+        case DropGlobals(tokens=tokens):
+            yield replace(action, tokens=replace(tokens, shot=tokens.shot + delta))
+        case Forward(chunk=i, step=k, left=left, overlap=overlap, tokens=tokens):
+            yield replace(action, tokens=None if tokens else GlobalVersion(action.round, 0))
             yield replace(action, step=k + delta)
             yield replace(action, chunk=i + delta)
             yield replace(action, left=replace(left, version=left.version + delta) if left else LatentVersion(i, k))
@@ -447,7 +461,7 @@ def run_on_ranks(plan, steps, rules, topology, seed=0):
 def test_every_mesh_equals_the_loop_bit_for_bit(make_film, film, topology, seed):
     """Both branches of the toy predict the same, so guidance between them changes nothing."""
     *shape, steps, rules = film
-    plan, rules = make_film(*shape), replace(rules, forecast=frozenset())
+    plan, rules = make_film(*shape), replace(rules, forecast=frozenset(), tokens=False)
     finished = run_on_ranks(plan, steps, rules, topology, seed)
     assert [clip.chunk for clip in finished] == list(plan.chunks)
     for clip, expected in zip(finished, loop(plan.chunks, steps, rules), strict=True):
