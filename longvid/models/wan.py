@@ -144,7 +144,7 @@ class WanStage:
     def encode(self, keys: KeyLatents) -> Tensor:
         """Global tokens [branches, G, D]: all branches see the same, each beside its own texts."""
         assert self._vin
-        device = self.dit.scale_shift_table.device
+        device = keys.latents.device
         partial = self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
         embed = self.dit.condition_embedder.text_embedder
         texts = (embed(torch.cat([states[i] for i in keys.prompts]).to(self.dtype)) for states in self._states)
