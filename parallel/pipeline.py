@@ -504,7 +504,7 @@ class _FirstStage:
         return self.due.pop(latents)
 
     def encode(self, action: Encode) -> Iterator[RankAction]:
-        """Global tokens of a shot that has chunks here. In a chunk schedule a rank looks at its own, and tells others."""
+        """Global tokens of a shot that has chunks here. In a chunk schedule ranks look at own ones, and tell others."""
         runs: dict[int, list[LatentVersion]] = {}
         for latents in action.latents:
             runs.setdefault(self.run.owner(latents.chunk), []).append(latents)

@@ -170,6 +170,7 @@ class _Simulation:
     def encode(self, action: Encode) -> None:
         found = tuple((latents.chunk, latents.version) for latents in action.latents)
         _require(self.rules.tokens, "no unit reads global tokens")
+        _require(bool(self.members(action.shot)), f"there is no shot {action.shot}")
         _require(found == self.snapshot(action.shot, action.round), "these are not the latents of a round before")
         for latents in action.latents:
             self.require_latents(latents)

@@ -154,7 +154,7 @@ class WanStage:
     @torch.no_grad()
     def look(self, keys: KeyLatents) -> tuple[Tensor, Tensor]:
         assert self._vin
-        device = self.dit.scale_shift_table.device
+        device = keys.latents.device
         return self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
 
     @torch.no_grad()
