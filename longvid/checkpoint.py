@@ -262,8 +262,8 @@ class CheckpointSaver:
         files, names = {file_name(job.round, self._holder.mesh.rank): own_size}, dict(job.names)
         for rank, answer in self._others(job.round):
             files[file_name(job.round, rank)] = answer["bytes"]
-            for kind in ("latents", "solvers"):
-                names[kind] = [*names[kind], *answer.get(kind, ())]
+            names["latents"] = [*names["latents"], *map(tuple, answer.get("latents", ()))]
+            names["solvers"] = [*names["solvers"], *answer.get("solvers", ())]
         for name, size in files.items():
             path = self._state / name
             if not path.is_file() or path.stat().st_size != size:

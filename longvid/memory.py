@@ -48,7 +48,7 @@ def stage_memory(
     # Places of the `chunk` axis share what is in flight.
     in_flight = -(-rules_of(settings).in_flight(settings.sampler.steps) // topology.chunk)
     edges = 1 + (settings.queue.left == "cached")
-    kept = min(in_flight, len(plan.chunks)) * edges if cache.is_inside else 0
+    kept = min(in_flight, len(plan.chunks)) * edges if cache.is_inside and settings.schedule != "chunks" else 0
     context = max(max(chunk.num_left, chunk.num_right) for chunk in plan.chunks)
     kv = 2 * max(report.max_live_kv, kept) * context * per_latent * token
 
@@ -56,7 +56,7 @@ def stage_memory(
     largest = max(chunk.num_latents for chunk in plan.chunks)
     latents = -(-report.max_live_latents // topology.chunk) * largest * facts.latent_channels * width * height * 4
 
-    recomputed = settings.queue.left == "recompute" or settings.schedule == "chunks"
+    recomputed = settings.recomputes_left
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
 
     def of_stage(stage: int, layers: range) -> StageMemory:

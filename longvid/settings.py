@@ -146,6 +146,11 @@ class Settings(Section):
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
+    @property
+    def recomputes_left(self) -> bool:
+        """Whether left context enters as tokens: chunks at one step have no K/V of each other."""
+        return self.queue.left == "recompute" or self.schedule == "chunks"
+
 
 def load_settings(preset: str | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a preset (a name, or a YAML file's path; None: the defaults) and overrides like `sampler.steps=4`.

@@ -75,7 +75,7 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
             f"cache.policy {settings.cache.policy}: {facts.family} models leave out whole steps alone, not layers nor "
             "the negative's pass: use taylorseer or static, with cache.level=output and cache.negative_every=1"
         )
-    if settings.queue.left == "cached" and not facts.relative_positions:
+    if not settings.recomputes_left and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
     if facts.boundary_ratio is None:
