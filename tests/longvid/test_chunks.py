@@ -76,12 +76,14 @@ def test_all_chunks_at_one_step_equal_a_plain_loop(tiny_model: Path, engine: Eng
     assert events == [RoundDone(k + 1, STEPS, 4, 4 * (k + 1), 4 * STEPS) for k in range(STEPS)]
 
 
-def test_groups_keep_memory_and_change_the_film(tiny_model: Path, engine: Engine) -> None:
+def test_a_group_sees_the_finished_latents_of_the_one_before_and_nothing_of_the_next(
+    tiny_model: Path, engine: Engine
+) -> None:
     plan = engine.plan(parse_script(TEXT, "story.yaml"))
-    grouped = Engine.load(tiny_model, overrides=[*OVERRIDES, "chunks.group=2"])
-    one, other = ([finished.latents for finished in some.denoise(plan)] for some in (engine, grouped))
-    assert torch.equal(one[0], other[0])  # the first group does not see the second
-    assert not torch.equal(one[3], other[3])
+    engines = [Engine.load(tiny_model, overrides=[*OVERRIDES, "chunks.fuse=0", f"chunks.group={n}"]) for n in (4, 2)]
+    at_once, in_two = ([finished.latents for finished in some.denoise(plan)] for some in engines)
+    assert all(torch.equal(at_once[i], in_two[i]) for i in (0, 1))
+    assert not torch.equal(at_once[2], in_two[2])
 
 
 @pytest.mark.parametrize(
