@@ -48,7 +48,8 @@ class Holder:
     """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
 
     Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense, and
-    `cache` that of the cache, if it leaves layers out. `owner` is the place on the `chunk` axis that has a chunk.
+    `cache` that of the cache, if it leaves layers out. `owner` says which place on the `chunk` axis has a chunk, and
+    `reader` which has the chunk that sees it as left context; None: nobody.
     """
 
     mesh: Mesh
@@ -57,6 +58,7 @@ class Holder:
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
     owner: Callable[[int], int] = lambda chunk: 0
+    reader: Callable[[int], int | None] = lambda chunk: None
 
     def has(self, chunk: int) -> bool:
         """Whether this rank has a part in a chunk."""
@@ -64,7 +66,7 @@ class Holder:
 
     def sees(self, chunk: int) -> bool:
         """Whether it reads a chunk's latents: of its own, and of those that own ones have as left context."""
-        return self.mesh.is_first and (self.has(chunk) or self.has(chunk + 1))
+        return self.mesh.is_first and self.mesh.place.chunk in (self.owner(chunk), self.reader(chunk))
 
 
 @dataclass(frozen=True)

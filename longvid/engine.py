@@ -250,15 +250,7 @@ class Engine:
             tools.ledger = Ledger(
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self.layers
             )
-        owners = self._owners(job.plan)
-        holder = Holder(
-            self.mesh,
-            self.layers,
-            self._stage.branches,
-            self.attention,
-            self.cache,
-            lambda chunk: owners[chunk] if chunk < len(owners) else -1,
-        )
+        holder = self._holder(job.plan)
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
         with self._open_film(job, tools) as writer:
@@ -281,6 +273,16 @@ class Engine:
         if self.mesh.is_leader:
             on_event(FilmDone(film, job.plan.num_frames, time.monotonic() - started))
         return film
+
+    def _holder(self, plan: Plan) -> Holder:
+        owners = self._owners(plan)
+
+        def reader(chunk: int) -> int | None:
+            has_reader = chunk + 1 < len(owners) and plan.chunks[chunk + 1].num_left > 0
+            return owners[chunk + 1] if has_reader else None
+
+        branches = self._stage.branches
+        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader)
 
     def _job(self, story: str | Path | Script, path: Path, resume: bool) -> _Job:
         """What the leader knows of a film before it begins."""
