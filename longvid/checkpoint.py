@@ -250,7 +250,7 @@ class CheckpointSaver:
                 self._commit(job, size)
                 self._remove_rounds(lambda folder: folder != path.parent)
             else:
-                owned = {kind: job.names[kind] for kind in ("latents", "solvers") if kind in job.names}
+                owned: dict[str, Any] = {k: job.names[k] for k in ("latents", "solvers") if k in job.names}
                 self._answer(job.round, {"bytes": size, **owned})
         except Exception as error:  # whatever it is: the render goes on, and who waits must know
             if mesh.is_leader:
