@@ -48,7 +48,8 @@ class Holder:
     """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
 
     Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense, and
-    `cache` that of the cache, if it leaves layers out.
+    `cache` that of the cache, if it leaves layers out. `owner` says which place on the `chunk` axis has a chunk, and
+    `reader` which has the chunk that sees it as left context; None: nobody.
     """
 
     mesh: Mesh
@@ -56,6 +57,16 @@ class Holder:
     branches: Sequence[int]
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
+    owner: Callable[[int], int] = lambda chunk: 0
+    reader: Callable[[int], int | None] = lambda chunk: None
+
+    def has(self, chunk: int) -> bool:
+        """Whether this rank has a part in a chunk."""
+        return self.owner(chunk) == self.mesh.place.chunk
+
+    def sees(self, chunk: int) -> bool:
+        """Whether it reads a chunk's latents: of its own, and of those that own ones have as left context."""
+        return self.mesh.is_first and self.mesh.place.chunk in (self.owner(chunk), self.reader(chunk))
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,15 @@ class FilmState:
 class Saved:
     """A checkpoint as one rank reads it. `round` is the last that was carried out.
 
-    `latents` are on ranks of the first stage, `solvers` (states, by chunk) and `film` on the leader. `memory` is that
-    of the attention's policy, by (chunk, branch, layer), and `cached` the cache's.
+    `latents` are on ranks of the first stage, and `borders` those of other ranks' chunks; `solvers` (states, by chunk)
+    on owners, `film` on the leader. `memory` is that of the attention's policy, by (chunk, branch, layer), and `cached`
+    the cache's.
     """
 
     round: int
     latents: dict[LatentVersion, Tensor]
     kv: dict[KvVersion, KvSpan]
+    borders: dict[LatentVersion, Tensor] = field(default_factory=dict)
     solvers: dict[int, Tensors] = field(default_factory=dict)
     film: FilmState | None = None
     memory: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
@@ -89,7 +102,7 @@ class Saved:
             solver.load_state(self.solvers[chunk])
         kept = {(v.chunk, v.edge): kv for v, kv in self.kv.items() if v.round == KEPT}
         kv = {version: kv for version, kv in self.kv.items() if version.round != KEPT}
-        return Live(latents=dict(self.latents), kv=kv, solvers=solvers, kept=kept)
+        return Live(latents=dict(self.latents), borders=dict(self.borders), kv=kv, solvers=solvers, kept=kept)
 
 
 class Bulletin(Protocol):
@@ -196,24 +209,29 @@ class CheckpointSaver:
         self._began = time.monotonic()
         tensors = kv_tensors(kv, self._holder) | memory_tensors(self._holder, self._chunks)
         job = _Job(done, tensors, {"kv": [(v.chunk, v.round, v.edge) for v in kv]})
-        if self._holder.mesh.is_leader:
-            self._kv = job
-        elif self.is_busy:
+        mesh = self._holder.mesh
+        if self.is_busy and not mesh.is_leader:
             self._answer(done, {"error": "an earlier checkpoint is still being written"})
+        elif mesh.is_owner:
+            self._kv = job
         else:
             self._start(job)
 
     def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
+        if self._kv is None and not self._holder.mesh.is_leader:
+            return  # `save_kv` said why
         assert self._kv and self._kv.round == done, "K/V come first"
         job, self._kv = self._kv, None
-        film = self._film_state()
         tensors = job.tensors | {f"latents/{v.chunk}/{v.version}": value for v, value in latents.items()}
         for chunk, solver in solvers.items():
             tensors |= {f"solver/{chunk}/{name}": value for name, value in solver.state().items()}
-        tensors |= {f"decoder/{name}": value for name, value in film.decoder.items()}
-        tensors["frames"] = torch.from_numpy(film.writer.open_frames)
-        names = {"latents": [(v.chunk, v.version) for v in latents], "solvers": list(solvers)}
-        self._start(_Job(done, tensors, {**job.names, **names, "segments": film.writer.segments}))
+        names = {**job.names, "latents": [(v.chunk, v.version) for v in latents], "solvers": list(solvers)}
+        if self._holder.mesh.is_leader:
+            film = self._film_state()
+            tensors |= {f"decoder/{name}": value for name, value in film.decoder.items()}
+            tensors["frames"] = torch.from_numpy(film.writer.open_frames)
+            names["segments"] = film.writer.segments
+        self._start(_Job(done, tensors, names))
 
     def close(self) -> None:
         """Wait for the save that is under way; for other ranks' part in it no longer than `GRACE_S`."""
@@ -233,10 +251,11 @@ class CheckpointSaver:
         try:
             size = write_tensors(path, job.tensors)
             if mesh.is_leader:
-                self._commit(job, {file_name(job.round, mesh.rank): size, **self._others(job.round)})
+                self._commit(job, size)
                 self._remove_rounds(lambda folder: folder != path.parent)
             else:
-                self._answer(job.round, {"bytes": size})
+                owned: dict[str, Any] = {k: job.names[k] for k in ("latents", "solvers") if k in job.names}
+                self._answer(job.round, {"bytes": size, **owned})
         except Exception as error:  # whatever it is: the render goes on, and who waits must know
             if mesh.is_leader:
                 self._notices.append(_reason(error))
@@ -244,14 +263,19 @@ class CheckpointSaver:
             else:
                 self._answer(job.round, {"error": _reason(error)})
 
-    def _commit(self, job: _Job, files: dict[str, int]) -> None:
+    def _commit(self, job: _Job, own_size: int) -> None:
         """When every rank's file is there: make them the checkpoint, in place of the one before."""
+        files, names = {file_name(job.round, self._holder.mesh.rank): own_size}, dict(job.names)
+        for rank, answer in self._others(job.round):
+            files[file_name(job.round, rank)] = answer["bytes"]
+            names["latents"] = [*names["latents"], *map(tuple, answer.get("latents", ()))]
+            names["solvers"] = [*names["solvers"], *answer.get("solvers", ())]
         for name, size in files.items():
             path = self._state / name
             if not path.is_file() or path.stat().st_size != size:
                 raise RuntimeFailure(f"{path} was written where the leader cannot see it: ranks must share this disk")
         self._sync_film(job.names["segments"])
-        manifest = Manifest(round=job.round, files=files, fingerprint=dict(self._fingerprint), **job.names)
+        manifest = Manifest(round=job.round, files=files, fingerprint=dict(self._fingerprint), **names)
         write_whole(self._state / MANIFEST, manifest.model_dump_json().encode(), durable=True)
         self._saved_at = time.monotonic()
 
@@ -267,19 +291,17 @@ class CheckpointSaver:
         for folder in filter(is_removed, self._state.glob("round_*")):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _others(self, done: int) -> dict[str, int]:
-        """The other ranks' files and their bytes. Raises RuntimeFailure where one failed, or says nothing."""
+    def _others(self, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What the other ranks say of their files. Raises RuntimeFailure where one failed, or says nothing."""
         ranks = range(1, self._holder.mesh.topology.num_ranks)
         began = time.monotonic()
         while (answers := self._bulletin.wait([self._key(done, rank) for rank in ranks], 0.5)) is None:
             if time.monotonic() > min(began + self._timeout_s, self._until):
                 raise RuntimeFailure("not every rank wrote its part in time")
-        sizes = {}
         for rank, answer in zip(ranks, map(json.loads, answers), strict=True):
             if "error" in answer:
                 raise RuntimeFailure(f"rank {rank}: {answer['error']}")
-            sizes[file_name(done, rank)] = answer["bytes"]
-        return sizes
+            yield rank, answer
 
     def _answer(self, done: int, answer: dict[str, Any]) -> None:
         self._bulletin.post(self._key(done, self._holder.mesh.rank), json.dumps(answer))
@@ -403,14 +425,21 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
     versions = [KvVersion(*version) for version in manifest.kv]
     places = [(branch, layer) for branch in holder.branches for layer in holder.layers]
     own_kv = {_kv_name(version, *place, holder) for version in versions for place in places}
-    kinds = ("latents",) * mesh.is_first + ("solver", "decoder", "frames") * mesh.is_leader
 
     def is_wanted(name: str) -> bool:
         kind, _, rest = name.partition("/")
-        if kind in ("memory", "cached"):
-            _, branch, layer, seq = map(int, rest.split("/")[:4])
-            return branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
-        return kind in kinds or name.rpartition("/")[0] in own_kv
+        match kind:
+            case "memory" | "cached":
+                chunk, branch, layer, seq = map(int, rest.split("/")[:4])
+                is_here = branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
+                return is_here and holder.has(chunk)
+            case "latents":
+                return holder.sees(int(rest.partition("/")[0]))
+            case "solver":
+                return mesh.is_owner and holder.has(int(rest.partition("/")[0]))
+            case "decoder" | "frames":
+                return mesh.is_leader
+        return name.rpartition("/")[0] in own_kv
 
     tensors: Tensors = {}
     for name in manifest.files:
@@ -418,17 +447,26 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
     try:
         kv: dict[KvVersion, KvSpan] = {version: _kv_span(version, tensors, holder) for version in versions}
         memory, cached = _memory("memory", tensors), _memory("cached", tensors)
-        if not mesh.is_first:
-            return Saved(manifest.round, {}, kv, memory=memory, cached=cached)
-        latents = {LatentVersion(*v): tensors["latents/{}/{}".format(*v)] for v in manifest.latents}
-        if not mesh.is_leader:
-            return Saved(manifest.round, latents, kv, memory=memory, cached=cached)
-        solvers = {chunk: _under(f"solver/{chunk}", tensors) for chunk in manifest.solvers}
-        writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
-        film_state = FilmState(_under("decoder", tensors), writer)
-        return Saved(manifest.round, latents, kv, solvers, film_state, memory, cached)
+        seen = [LatentVersion(*v) for v in manifest.latents if holder.sees(v[0])]
+        latents = {v: tensors[f"latents/{v.chunk}/{v.version}"] for v in seen}
+        own = [chunk for chunk in manifest.solvers if mesh.is_owner and holder.has(chunk)]
+        return Saved(
+            manifest.round,
+            {v: value for v, value in latents.items() if holder.has(v.chunk)},
+            kv,
+            borders={v: value for v, value in latents.items() if not holder.has(v.chunk)},
+            solvers={chunk: _under(f"solver/{chunk}", tensors) for chunk in own},
+            film=_film(manifest, tensors) if mesh.is_leader else None,
+            memory=memory,
+            cached=cached,
+        )
     except KeyError as error:
         raise InputError(f"{film}: its checkpoint lacks {error}; {ANEW}") from None
+
+
+def _film(manifest: Manifest, tensors: Tensors) -> FilmState:
+    writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
+    return FilmState(_under("decoder", tensors), writer)
 
 
 def _kv_span(version: KvVersion, tensors: Tensors, holder: Holder) -> list[list[KvPart]]:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -283,11 +284,13 @@ def plan(
         settings, script = _settings(model, preset, overrides), load_script(story)
 
         from longvid.cache.settings import plan_cache
-        from longvid.models.facts import facts_of, weight_bytes
+        from longvid.models.facts import facts_of, find_model, weight_bytes
         from longvid.models.families import require
+        from longvid.models.vin_config import find_vin
 
         facts = facts_of(settings.model.path)
         require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
+        find_vin(settings, facts, find_model(settings.model.path))
         weights = partial(weight_bytes, settings.model.path)
         overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks, weights)
         picture = overview.grid() if grid else None
@@ -404,6 +407,24 @@ def bench_pipeline(
     _show(result, pipeline.as_text(result), as_json)
 
 
+@bench_app.command("chunks")
+def bench_chunks(
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
+    ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Of which the medians count.")] = 3,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the chunk schedule on one rank and with chunks over several, a thread each, in turn."""
+    with _json_alone():
+        from longvid.bench import chunks, pipeline
+
+        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
+        result = chunks.bench_chunks(bench, repeats, say=lambda line: typer.echo(line, err=True))
+    _show(result, chunks.as_text(result), as_json)
+
+
 @bench_app.command("attention")
 def bench_attention(
     repeats: Annotated[int, typer.Option(min=1, max=1000, help="Of which the median counts.")] = 5,
@@ -478,6 +499,36 @@ def train_dit(
         recipe = dit_recipe(steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, clips=clips, images=images)
         done = run_dit(out, recipe, on_log)
     typer.echo(f"the model is in {done}")
+
+
+@train_app.command("vin")
+def train_vin(
+    out: Folder,
+    model: Annotated[str, typer.Option(help="mini, or the folder of a diffusers WanPipeline.")] = "mini",
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 6,
+    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
+    clips: Annotated[int, typer.Option(min=1, help="Films that are drawn and encoded beforehand.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Global tokens.")] = 32,
+    guidance: Annotated[float, typer.Option(min=1, help="Guidance that the model gives in one pass; 1: none.")] = 2.0,
+    side: Annotated[
+        int | None, typer.Option(min=16, help="Pixels of a film's side.", show_default="the model's")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    deepspeed: Annotated[
+        Literal["zero2", "zero3"] | None, typer.Option(help="Split what a step holds over the ranks of torchrun.")
+    ] = None,
+) -> None:
+    """Train global tokens that tie far chunks together, for a model that stays as it is. Ctrl-C saves."""
+    with _training("vin", steps) as on_log:
+        from longvid.training.train_vin import run_vin, vin_settings
+
+        settings = vin_settings(
+            steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, tokens=tokens, guidance=guidance, clips=clips
+        )
+        done = run_vin(out, model, replace(settings, side=side), deepspeed, on_log)
+    typer.echo(f"--set vin.policy=on --set vin.path={done}")
 
 
 @train_app.command("cache")

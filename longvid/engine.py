@@ -29,7 +29,7 @@ from longvid.checkpoint import (
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
 from longvid.films import first_rounds, join, num_lanes
-from longvid.fingerprint import Machine, describe_model, fingerprint
+from longvid.fingerprint import Machine, describe_folder, describe_model, fingerprint
 from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
@@ -42,14 +42,16 @@ from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
 from longvid.models.parts import ModelPart
 from longvid.models.prompt_cache import open_prompts
 from longvid.models.prompts import unknown_words
+from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
 from longvid.parallel.executor import Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs, split_layers
-from longvid.parallel.pipeline import name_of
+from longvid.parallel.pipeline import name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
+    ChunkRules,
     QueueRules,
     Step,
     last_round,
@@ -57,6 +59,7 @@ from longvid.parallel.schedule import (
     num_finished,
     num_rounds,
     num_units,
+    rules_of,
 )
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
@@ -126,6 +129,7 @@ class Engine:
         """The policy of sparse attention at work; None: dense."""
         self.cache = cache
         """What leaves layers out, if anything does."""
+        self._vin = find_vin(settings, self.facts, checkpoint.root)
         self._make_sampler = checkpoint.make_sampler
         self.wrap_sampler: Callable[[Sampler], Sampler] = _as_it_is
         """What stands around every film's sampler, for whoever wants to see velocities."""
@@ -197,6 +201,7 @@ class Engine:
             cache=self.cache,
             loading=self._loading,
             embedded_guidance=self.settings.sampler.embedded_guidance,
+            vin=self._vin,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 
@@ -299,7 +304,7 @@ class Engine:
             tools.ledger = Ledger(
                 Path(ledger) if self.mesh.is_leader else Path(f"{ledger}.{self.mesh.rank}"), self.layers
             )
-        holder = Holder(self.mesh, self.layers, self._stage.branches, self.attention, self.cache)
+        holder = self._holder(job.plan)
         tools.saved = [
             load_checkpoint(film.path, film.manifest, holder, self.device) if film.manifest else None
             for film in job.films
@@ -315,6 +320,16 @@ class Engine:
         if trace and tools.trace:
             self._write_trace(Path(trace), tools.trace, job.plan, on_event)
 
+    def _holder(self, plan: Plan) -> Holder:
+        owners = self._owners(plan)
+
+        def reader(chunk: int) -> int | None:
+            has_reader = chunk + 1 < len(owners) and plan.chunks[chunk + 1].num_left > 0
+            return owners[chunk + 1] if has_reader else None
+
+        branches = self._stage.branches
+        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader)
+
     def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
         """What the leader knows of a film before it begins."""
         check_path(path)
@@ -326,7 +341,7 @@ class Engine:
             return Film(path, plan)
         kernels = describe_kernels(self.device, sparse=self.attention is not None)
         machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
-        model = describe_model(self._root)
+        model = describe_model(self._root) | (describe_folder(self._vin) if self._vin else {})
         marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
         manifest = find_manifest(path) if resume else None
         if manifest:
@@ -344,6 +359,10 @@ class Engine:
     def _join(self, films: Sequence[Film]) -> Job:
         """The films as one plan, each from where its checkpoint is."""
         rules, chosen = QueueRules.of(self.settings), self.settings
+        if len(films) > 1 and chosen.schedule == "chunks":
+            raise InputError(
+                "several films go side by side through the queue; with schedule=chunks render one at a time"
+            )
         lanes = num_lanes(chosen.mesh.films, self.mesh.topology.stage, chosen.sampler.steps, rules)
         done = [film.manifest.round if film.manifest else -1 for film in films]
         plans = [film.plan for film in films]
@@ -443,7 +462,7 @@ class Engine:
             self.attention.load_state(join_memory(plan.films, [film.memory if film else {} for film in saved]))
         if self.cache:
             self.cache.load_state(join_memory(plan.films, [film.cached if film else {} for film in saved]))
-        rounds = _RoundCounter(plan, self._sampler.num_steps, self.settings, on_event, tools.done)
+        rounds = _RoundCounter(plan, self.settings, on_event, tools.done, self._units_of_last_round(plan))
         actions = make_schedule(plan, self.settings)
         live = join_live(plan.films, saved, self._sampler)
         try:
@@ -452,6 +471,22 @@ class Engine:
                 yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
             self._executor = None
+
+    def _units_of_last_round(self, plan: Plan) -> int:
+        """Those of them that the leader steps."""
+        rules, owners = rules_of(self.settings), self._owners(plan)
+        if isinstance(rules, ChunkRules):
+            return sum(owners[i] == 0 for i in rules.groups(len(plan.chunks))[-1])
+        last = num_rounds(plan, self.settings) - 1
+        return num_units(plan, self.settings, last) - num_units(plan, self.settings, last - 1)
+
+    def _owners(self, plan: Plan) -> list[int]:
+        """The place on the `chunk` axis that has each chunk."""
+        rules, num_chunks = rules_of(self.settings), len(plan.chunks)
+        if not isinstance(rules, ChunkRules):
+            return [0] * num_chunks
+        size = self.mesh.topology.chunk
+        return [place_of(i, group, size) for group in rules.groups(num_chunks) for i in group]
 
     def describe(self, rank: int) -> str:
         """A rank and its place in the mesh, for people."""
@@ -620,24 +655,26 @@ def _as_it_is(sampler: Sampler) -> Sampler:
 
 
 class _RoundCounter:
-    """Turns units into one event a round."""
+    """Turns units of the leader's chunks into one event a round; those of other owners are as far, then.
 
-    def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent, done: int = -1) -> None:
+    `num_last` are its units in the last round.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings, on_event: OnEvent, done: int, num_last: int) -> None:
         self._num_rounds = num_rounds(plan, settings)
-        self._num_units = len(plan.chunks) * steps
+        self._units_until = lambda n: num_units(plan, settings, n)
         self._on_event = on_event
-        self._round, self._in_round = done + 1, 0
-        self._done = num_units(plan, settings, done)
+        self._round, self._num_last = done + 1, num_last
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
             self._end_round()
             self._round = unit.round
-        self._in_round += 1
-        self._done += 1
-        if self._done == self._num_units:
-            self._end_round()
+        if unit.round + 1 == self._num_rounds:
+            self._num_last -= 1
+            if self._num_last == 0:
+                self._end_round()
 
     def _end_round(self) -> None:
-        self._on_event(RoundDone(self._round + 1, self._num_rounds, self._in_round, self._done, self._num_units))
-        self._in_round = 0
+        before, done, all_units = map(self._units_until, (self._round - 1, self._round, self._num_rounds))
+        self._on_event(RoundDone(self._round + 1, self._num_rounds, done - before, done, all_units))

@@ -37,6 +37,7 @@ _LIBRARIES = ("longvid", "torch", "diffusers", "transformers", "av")
 _FREE: dict[str, Any] = {
     "model": {"path", "lora"},
     "memory": {"text_encoder", "prompt_cache", "offload", "group"},
+    "vin": {"path"},
     "mesh": True,
     "output": {"keep_state"},
     "runtime": {"device", "threads", "timeout_s", "checkpoint_s"},
@@ -108,6 +109,11 @@ def describe_lora(path: Path) -> Plain:
     path = path.expanduser()
     files = sorted(path.glob("adapter_*")) if path.is_dir() else [path]
     return {f"{i}": _describe_file(file)["digest"] for i, file in enumerate(files)}
+
+
+def describe_folder(folder: Path) -> Plain:
+    """Every file of something that is used beside a model, by the folder's name."""
+    return {f"{folder.name}/{file.name}": _describe_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def mark_of(root: Path, part: str) -> str:

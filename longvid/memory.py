@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Sizes
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.schedule import rules_of
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
 from longvid.plan import Chunk, ModelFacts, Plan
@@ -57,17 +57,18 @@ def stage_memory(
     branches = settings.sampler.num_branches / topology.guidance
     token = facts.hidden_size * itemsize * branches / topology.seq
 
-    in_flight = -(-settings.sampler.steps // QueueRules.of(settings).gap)
+    # Places of the `chunk` axis share what is in flight.
+    in_flight = -(-rules_of(settings).in_flight(settings.sampler.steps) // topology.chunk)
     edges = 1 + (settings.queue.left == "cached")
-    kept = min(in_flight, len(plan.chunks)) * edges if cache.is_inside else 0
+    kept = min(in_flight, len(plan.chunks)) * edges if cache.is_inside and settings.schedule != "chunks" else 0
     context = max(max(chunk.num_left, chunk.num_right) for chunk in plan.chunks)
     kv = 2 * max(report.max_live_kv, kept) * context * per_latent * token
 
     width, height = facts.grid.latent_size(plan.width, plan.height)
     largest = max(chunk.num_latents for chunk in plan.chunks)
-    latents = report.max_live_latents * largest * facts.latent_channels * width * height * 4
+    latents = -(-report.max_live_latents // topology.chunk) * largest * facts.latent_channels * width * height * 4
 
-    recomputed = settings.queue.left == "recompute"
+    recomputed = settings.recomputes_left
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
     leader = _leader(sizes, width * height, itemsize) if sizes else (0.0, 0.0)
 

@@ -12,7 +12,7 @@ from longvid.memory import StageMemory, stage_memory
 from longvid.models.parts import ModelPart
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.schedule import make_schedule, rules_of
 from longvid.parallel.topology import AXES, Topology, choose_topology, workload
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
@@ -49,7 +49,7 @@ class Overview:
         `weights` says how many bytes a part of the transformer takes, with so many bytes a number. Raises InputError
         for a mesh that does not fit.
         """
-        actions, rules, steps = make_schedule(plan, settings), QueueRules.of(settings), settings.sampler.steps
+        actions, rules, steps = make_schedule(plan, settings), rules_of(settings), settings.sampler.steps
         report = simulate(actions, plan.chunks, steps, rules)
         topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
         costs = Costs((1.0,) * facts.num_layers)

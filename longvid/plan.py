@@ -177,7 +177,7 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         _check_image(timeline, facts)
         timeline.complete()
         new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings)
-        if not facts.relative_positions:
+        if not facts.relative_positions or settings.schedule == "chunks":  # at one step nobody is ahead to have K/V
             new_chunks = [replace(chunk, num_right=0) for chunk in new_chunks]
         _check_limit(new_chunks, settings, facts, script.place(timeline.spans[0].line))
         shots.append(timeline.shot(len(shots), len(chunks), len(new_chunks)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,18 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance in fp32: uncond + scale * (cond - uncond), for velocities of equal shape."""
     cond, uncond = cond.float(), uncond.float()
     return uncond + scale * (cond - uncond)
+
+
+def fuse(velocity: Tensor, overlap: Tensor) -> Tensor:
+    """Velocity [B, C, F, h, w] with its last latents fused with what the chunk after predicts for them, in fp32.
+
+    `overlap` [B, C, f, h, w] is of the last f; its weights are 1/(f + 1), 2/(f + 1), ... f/(f + 1).
+    """
+    count = overlap.shape[2]
+    weights = torch.arange(1, count + 1, device=velocity.device).view(-1, 1, 1) / (count + 1)
+    fused = velocity.float().clone()
+    fused[:, :, -count:] += weights * (overlap.float().to(velocity.device) - fused[:, :, -count:])
+    return fused
 
 
 @dataclass(frozen=True)

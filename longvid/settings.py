@@ -87,6 +87,17 @@ class QueueSettings(Section):
         return context
 
 
+class ChunksSettings(Section):
+    """The chunk schedule: `group` chunks at most are denoised side by side, all at one step.
+
+    What two neighbours predict for the latents that both see is fused in the first `fuse` of the steps. Sizes, context
+    and noise of the chunks are those of `queue`.
+    """
+
+    group: Annotated[int, Field(ge=1, le=65536)] = 64
+    fuse: Annotated[float, Field(ge=0, le=1)] = 0.4
+
+
 Axis = Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
 
 
@@ -114,6 +125,18 @@ class SequenceSettings(Section):
     """Whose code spreads a unit's tokens over `mesh.seq`: ours, DeepSpeed-Ulysses (no ring), or xfuser's USP (CUDA)."""
 
     backend: SequenceBackend = "longvid"
+
+
+class VinSettings(Section):
+    """Global tokens that tie far chunks together. `path` is the adapter's directory; None: the model's own.
+
+    Of a shot's finished chunks `memory` are read beside its first: the one before those in flight, then one of the 2
+    before that, of the 4 before those, and so on.
+    """
+
+    policy: Literal["none", "on"] = "none"
+    path: Annotated[str, Field(min_length=1)] | None = None
+    memory: Annotated[int, Field(ge=0, le=16)] = 4
 
 
 class OutputSettings(Section):
@@ -144,15 +167,22 @@ class Settings(Section):
 
     model: ModelSettings = ModelSettings()
     sampler: SamplerSettings = SamplerSettings()
-    schedule: Literal["queue", "sequential"] = "queue"
+    schedule: Literal["queue", "chunks", "sequential"] = "queue"
     queue: QueueSettings = QueueSettings()
+    chunks: ChunksSettings = ChunksSettings()
     mesh: MeshSettings = MeshSettings()
     sequence: SequenceSettings = SequenceSettings()
     attention: AttentionSettings = Dense()
     cache: CacheSettings = NoCache()
     memory: MemorySettings = MemorySettings()
+    vin: VinSettings = VinSettings()
     output: OutputSettings = OutputSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @property
+    def recomputes_left(self) -> bool:
+        """Whether left context enters as tokens: chunks at one step have no K/V of each other."""
+        return self.queue.left == "recompute" or self.schedule == "chunks"
 
 
 def load_settings(preset: str | None = None, overrides: Sequence[str] = ()) -> Settings:

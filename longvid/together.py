@@ -124,6 +124,7 @@ def join_live(films: Sequence[FilmSpan], saved: Sequence[Saved | None], sampler:
             continue
         own, first = of_film.live(sampler), film.chunks.start
         live.latents |= {LatentVersion(first + v.chunk, v.version): value for v, value in own.latents.items()}
+        live.borders |= {LatentVersion(first + v.chunk, v.version): value for v, value in own.borders.items()}
         live.kv |= {KvVersion(first + v.chunk, film.first_round + v.round, v.edge): kv for v, kv in own.kv.items()}
         live.solvers |= {first + chunk: solver for chunk, solver in own.solvers.items()}
         live.kept |= {(first + chunk, edge): kv for (chunk, edge), kv in own.kept.items()}

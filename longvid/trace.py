@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longvid.parallel.pipeline import RankAction, Receive, Send, name_of
-from longvid.parallel.schedule import Forecast, Forward, Gate, Step
+from longvid.parallel.pipeline import Look, RankAction, Receive, Send, name_of
+from longvid.parallel.schedule import Encode, Forecast, Forward, Fuse, Gate, Step
 
 KINDS = ("compute", "receive", "send", "decode", "write")
 
@@ -29,7 +29,7 @@ class Trace:
     def on_action(self, action: RankAction, start: int, end: int) -> None:
         """The executor's callback. Bookkeeping (drops, admissions) is left out."""
         match action:
-            case Gate() | Forward() | Forecast() | Step():
+            case Encode() | Look() | Gate() | Forward() | Forecast() | Fuse() | Step():
                 self.add("compute", name_of(action), start, end)
             case Receive():
                 self.add("receive", name_of(action), start, end)

@@ -22,12 +22,18 @@ from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.pipeline import (
     SAVE_NOTICE,
+    Border,
     Boundary,
+    DropBorder,
     Hidden,
+    Look,
     Message,
+    Notice,
+    Overlap,
     RankAction,
     Receive,
     SaveLatents,
+    Seen,
     Send,
     Velocity,
     Verdict,
@@ -36,20 +42,27 @@ from longvid.parallel.pipeline import (
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
     Edge,
+    Encode,
     Finish,
     Forecast,
     Forward,
+    Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
+    OverlapVersion,
     Step,
 )
-from longvid.parallel.stage import Begun, GatedStage, KvSpan, Stage, Unit
+from longvid.parallel.snapshot import key_latents
+from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, Stage, Unit
+from longvid.parallel.vin import merge, pack
 from longvid.plan import Chunk, ModelFacts, Plan
-from longvid.sampler import Forecaster, Sampler, Solver, guide
+from longvid.sampler import Forecaster, Sampler, Solver, fuse, guide
 
 LOOK_AHEAD = 32
 """Actions that are read ahead of the one at hand, to post their receives."""
@@ -67,17 +80,26 @@ class Finished:
 class Live:
     """All state of a run. Across the end of a round live latents, solvers and the K/V of cached left context.
 
-    With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units that are left out hand on.
+    Of latents that other ranks own, `borders` are what is seen as left context. Parts of velocities and `overlaps` are
+    of one branch or more each. With a cache, `kept` are the last K/V of each edge of the chunks in flight, which units
+    that are left out hand on.
     """
 
     latents: dict[LatentVersion, Tensor] = field(default_factory=dict)
+    borders: dict[LatentVersion, Tensor] = field(default_factory=dict)
     kv: dict[KvVersion, KvSpan] = field(default_factory=dict)
     solvers: dict[int, Solver] = field(default_factory=dict)
     velocity: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    overlaps: dict[OverlapVersion, list[Tensor]] = field(default_factory=dict)
     hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     kept: dict[tuple[int, Edge], KvSpan] = field(default_factory=dict)
     begun: dict[tuple[int, int], Begun] = field(default_factory=dict)
     left_out: set[tuple[int, int]] = field(default_factory=set)
+    tokens: dict[GlobalVersion, Tensor] = field(default_factory=dict)
+    brought: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Global tokens that units bring along from the stage before."""
+    seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """What global tokens see of each chunk's key latents, packed: see `longvid.parallel.vin`."""
 
 
 KEPT = -1
@@ -96,7 +118,7 @@ class Saver(Protocol):
         ...
 
     def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
-        """The leader's latents and solvers; all chunks that finished until then were handed out."""
+        """An owner's latents and solvers; on the leader, all chunks that finished until then were handed out."""
         ...
 
 
@@ -195,25 +217,38 @@ class Executor:
         match action:
             case Admit(chunk=i):
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
-                if self.mesh.is_leader:
+                if self.mesh.is_owner:
                     live.solvers[i] = self.sampler.new_solver()
+            case Look(encode=encode, own=own):
+                for version in own:
+                    keys = self._key_latents(encode, [version], plan.chunks, live)
+                    live.seen[version.chunk, version.version] = pack(*self._global_stage().look(keys))
+            case Encode():
+                live.tokens[action.tokens] = self._encode(action, plan.chunks, live)
             case Gate():
                 self._gate(action, plan, live)
             case Forward():
                 self._forward(action, plan, live)
             case Forecast():
                 """Its step has no velocity, and asks the solver for one."""
+            case Fuse():
+                self._fuse(action, live)
             case Step():
                 self._step(action, plan, live)
             case Finish(latents=version):
-                del live.solvers[version.chunk]
-                return Finished(plan.chunks[version.chunk], live.latents[version].clone())
+                live.solvers.pop(version.chunk, None)  # that of another owner's chunk is there
+                if self.mesh.is_leader:
+                    return Finished(plan.chunks[version.chunk], live.latents[version].clone())
             case DropLatents(latents=version):
                 del live.latents[version]
             case DropKv(kv=kv):
                 del live.kv[kv]
+            case DropBorder(latents=version):
+                del live.borders[version]
+            case DropGlobals(tokens=tokens):
+                del live.tokens[tokens]
             case Send():
-                self._send(action, live)
+                self._send(action, plan, live)
             case Receive():
                 assert incoming is not None
                 self._receive(action, incoming, live)
@@ -231,6 +266,7 @@ class Executor:
     def _forward(self, action: Forward, plan: Plan, live: Live) -> None:
         unit = i, k = action.chunk, action.step
         live.left_out.discard((i, k - 1))
+        tokens = self._tokens(action, live)
         begun, is_left_out = live.begun.pop(unit, None), unit in live.left_out
         if self.cache and is_left_out and not self.cache.at(k).span:
             live.kv |= {version: live.kept[i, version.edge] for version in action.store}
@@ -239,15 +275,21 @@ class Executor:
             output = self._gated_stage().go_on(begun, is_left_out=is_left_out)
         else:
             output = self.stage.forward(self._unit(action, plan.chunks, live))
+        live.brought.pop(unit, None)
         assert len(output.kv) == len(action.store), f"{action}: the stage kept {len(output.kv)} spans"
         live.kv |= dict(zip(action.store, output.kv, strict=True))
         if self.cache:
             self._keep(action, live)
         if output.hidden is not None:
-            live.hidden[unit] = output.hidden
+            live.hidden[unit] = output.hidden if tokens is None else _with_tokens(output.hidden, tokens)
         elif output.velocity is not None and self.mesh.place.seq == 0:
             # The other ranks of a sequence have the same, and nobody to give it to.
-            live.velocity[unit] = [output.velocity]
+            velocity = output.velocity
+            if action.overlap:
+                count = velocity.shape[2] - plan.chunks[i].num_latents
+                live.overlaps.setdefault(action.overlap, []).append(velocity[:, :, :count])
+                velocity = velocity[:, :, count:]
+            live.velocity[unit] = [velocity]
         if self.on_value:
             made = output.hidden if output.hidden is not None else output.velocity
             assert made is not None
@@ -264,11 +306,55 @@ class Executor:
         assert self.cache
         sums = self.cache.judge(i, k, begun.probe)
         parts = mesh.seq.all_gather(sums, [sums.shape] * mesh.seq.size)
-        if mesh.is_leader:
+        if mesh.is_owner:
             is_left_out = self.cache.decide(i, torch.stack(parts).sum(0))
             self.cache.note(i, is_left_out=is_left_out)
             if is_left_out:
                 live.left_out.add((i, k))
+
+    def _encode(self, action: Encode, chunks: Sequence[Chunk], live: Live) -> Tensor:
+        """A shot's global tokens: of its key latents, or of what they see of each chunk's, if that was found before."""
+        stage, parts = self._global_stage(), [(z.chunk, z.version) for z in action.latents]
+        keys = self._key_latents(action, () if parts[0] in live.seen else action.latents, chunks, live)
+        if parts[0] in live.seen:
+            return stage.conclude(merge([live.seen.pop(part) for part in parts]), keys.prompts)
+        return stage.encode(keys)
+
+    def _key_latents(
+        self, action: Encode, versions: Sequence[LatentVersion], chunks: Sequence[Chunk], live: Live
+    ) -> KeyLatents:
+        """The key latents of some chunks; how far back they are, and the prompts of all in flight, are the shot's."""
+        stage, values, times, at = self._global_stage(), [], [], []
+        for version in versions:
+            chunk = chunks[version.chunk]
+            found = key_latents(chunk, stage.key_spacing)
+            values.append(live.latents[version][:, found])
+            times += [self.sampler.timestep(version.version)] * len(found)
+            at += [chunk.start + latent for latent in found]
+        newest = action.latents[-1]
+        told = [chunks[z.chunk] for z in action.latents if z == newest or z.version < self.sampler.num_steps]
+        blends = [blend for chunk in told for blend in chunk.prompts[-chunk.num_latents :]]
+        of_all = (chunks[z.chunk] for z in action.latents)
+        last = max((c.start + latent for c in of_all for latent in key_latents(c, stage.key_spacing)), default=0)
+        places = [last - place for place in at]
+        return KeyLatents(
+            torch.cat(values, dim=1) if values else torch.empty(0),
+            torch.tensor(times, dtype=torch.float32),
+            torch.tensor(places, dtype=torch.float32),
+            tuple(dict.fromkeys(prompt for blend in blends for prompt in (blend.a, blend.b))),
+        )
+
+    def _tokens(self, action: Forward, live: Live) -> Tensor | None:
+        """What global tokens a unit's layers read: those of its round, as the first stage made them."""
+        if action.tokens is None:
+            return None
+        if self.mesh.is_first:
+            return live.tokens[action.tokens][: self._num_branches(action.step)]
+        return live.brought.get((action.chunk, action.step))
+
+    def _global_stage(self) -> GlobalStage:
+        assert isinstance(self.stage, GlobalStage), "a schedule with global tokens needs stages that read them"
+        return self.stage
 
     def _gated_stage(self) -> GatedStage:
         assert isinstance(self.stage, GatedStage), "a schedule with gates needs stages that stop there"
@@ -291,7 +377,8 @@ class Executor:
             levels = [action.left.version if self.facts.per_token_timesteps else k] * before + levels
         latents = live.latents[LatentVersion(i, k)] if self.mesh.is_first else None
         if latents is not None and isinstance(action.left, LatentVersion):
-            latents = torch.cat([live.latents[action.left][:, -before:], latents], dim=1)
+            left = live.borders[action.left] if action.left in live.borders else live.latents[action.left]
+            latents = torch.cat([left[:, -before:], latents], dim=1)
         times = [self.sampler.timestep(level) for level in levels]
 
         def span(kv: KvVersion) -> slice:
@@ -311,8 +398,16 @@ class Executor:
             store=tuple(span(kv) for kv in action.store),
             is_left_out=(i, k) in live.left_out,
             kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
-            num_branches=1 if self._skips_negative(k) else self.stage.num_branches,
+            num_branches=self._num_branches(k),
+            num_overlap=before if action.overlap else 0,
+            tokens=self._tokens(action, live),
         )
+
+    def _fuse(self, action: Fuse, live: Live) -> None:
+        """A gate may have left out either of the two: then there is nothing to fuse."""
+        parts, others = live.velocity.get((action.chunk, action.step)), live.overlaps.pop(action.overlap, None)
+        if parts and others:
+            live.velocity[action.chunk, action.step] = [fuse(torch.cat(parts), torch.cat(others))]
 
     @torch.no_grad()
     def _step(self, action: Step, plan: Plan, live: Live) -> None:
@@ -348,15 +443,18 @@ class Executor:
         scale = self.guidance if isinstance(self.guidance, float | int) else self.guidance[step]
         return guide(branches[0], negative, scale)
 
+    def _num_branches(self, step: int) -> int:
+        return 1 if self._skips_negative(step) else self.stage.num_branches
+
     def _skips_negative(self, step: int) -> bool:
         is_alone = self.mesh.topology.guidance == 1 and self.stage.num_branches == 1
         return self.cache is not None and self.cache.at(step).skips_negative and not is_alone
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def _send(self, action: Send, live: Live) -> None:
+    def _send(self, action: Send, plan: Plan, live: Live) -> None:
         message, comm = action.message, self.mesh.comm
-        unit = message.chunk, _step_of(message)
+        unit = _unit_of(message)
         header, is_sized = Header(*unit, self._save_at, unit in live.left_out), self._is_sized(message)
         match message:
             case Hidden():
@@ -365,49 +463,78 @@ class Executor:
             case Velocity():
                 [velocity] = live.velocity.pop(unit, [_NOTHING])
                 comm.send(header, velocity, action.to, is_sized=is_sized)
-            case Verdict():
+            case Overlap(chunk=i, step=k):
+                [overlap] = live.overlaps.pop(OverlapVersion(i, k), [_NOTHING])
+                comm.send(header, overlap, action.to, is_sized=is_sized)
+            case Seen(chunk=first, step=k, num_chunks=count):
+                parts = [live.seen[i, k] for i in range(first, first + count)]
+                comm.send(header, torch.stack(parts), action.to)
+            case Verdict() | Notice():
                 comm.send(header, _NOTHING, action.to)
+            case Border(latents=version):
+                count = plan.chunks[version.chunk + 1].num_left
+                comm.send(header, live.latents[version][:, -count:], action.to)
             case LatentVersion() as version:
                 comm.send(header, live.latents[version], action.to)
 
     def _receive(self, action: Receive, incoming: Incoming, live: Live) -> None:
         header, value = incoming.wait()
         message = action.message
-        if (header.chunk, header.step) != (message.chunk, _step_of(message)):
+        if (header.chunk, header.step) != _unit_of(message):
             raise RuntimeFailure(
                 f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
             )
         self._save_at = max(self._save_at, header.save_at)
         unit = header.chunk, header.step
-        if header.is_left_out and not isinstance(message, LatentVersion):
+        if header.is_left_out and isinstance(message, Hidden | Velocity | Verdict):
             live.left_out.add(unit)
         match message:
             case Hidden() if len(value):
+                if message.with_tokens:
+                    count = value.shape[1] - self._global_stage().num_globals
+                    live.brought[unit] = value[: self._num_branches(unit[1]), count:]
+                    value = value[:, :count].contiguous()
                 live.hidden[unit] = value
             case Velocity() if len(value):
                 live.velocity.setdefault(unit, []).append(value)
+            case Overlap(chunk=i, step=k) if len(value):
+                live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
+            case Border(latents=version):
+                live.borders[version] = value
+            case Seen(chunk=first, step=k):
+                live.seen |= {(i, k): part for i, part in enumerate(value, first)}
             case LatentVersion():
                 live.latents[message] = value
 
     def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
-        chunk = plan.chunks[message.chunk]
-        if isinstance(message, Verdict):
+        if isinstance(message, Verdict | Notice):
             return _NOTHING.shape, _NOTHING.dtype
+        if isinstance(message, Seen):
+            heads, tokens, width = self._global_stage().part_shape
+            return (message.num_chunks, heads, tokens, width + 1), torch.float32
+        chunk = plan.chunks[message.chunk]
         if isinstance(message, Hidden):
             num_latents = chunk.num_latents + chunk.num_left * message.with_left
             shape, dtype = self.stage.hidden_shape(num_latents, self.latent_size)
             if self.cache and self.cache.regions:
                 num_own = shape[1] * chunk.num_latents // num_latents
                 shape = (shape[0], self.cache.num_rows(shape[1], num_own, shape[2], message.step), shape[2])
+            if message.with_tokens:
+                shape = (shape[0], shape[1] + self._global_stage().num_globals, shape[2])
             return shape, dtype
-        shape = (self.facts.latent_channels, chunk.num_latents, *self.latent_size)
-        if isinstance(message, Velocity):
+        count = chunk.num_latents
+        if isinstance(message, Overlap):
+            count = chunk.num_left
+        elif isinstance(message, Border):
+            count = plan.chunks[message.chunk + 1].num_left
+        shape = (self.facts.latent_channels, count, *self.latent_size)
+        if isinstance(message, Velocity | Overlap):
             return (self.stage.num_branches, *shape), torch.float32
         return shape, torch.float32
 
     def _is_sized(self, message: Message) -> bool:
         """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
-        return self.cache is not None and not isinstance(message, LatentVersion)
+        return self.cache is not None and isinstance(message, Hidden | Velocity | Overlap | Verdict)
 
     # ---------------------------------------------------------------------------------------------------------- saving
 
@@ -439,10 +566,22 @@ class Executor:
 _NOTHING = torch.empty(0)
 
 
+def _with_tokens(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Hidden states with the global tokens behind them; each branch may have two rows."""
+    return torch.cat([hidden, tokens.repeat(len(hidden) // len(tokens), 1, 1)], dim=1)
+
+
 def _forecaster(solver: Solver) -> Forecaster:
     assert isinstance(solver, Forecaster), "a schedule that leaves work out needs solvers that make up for it"
     return solver
 
 
-def _step_of(message: Message) -> int:
-    return message.version if isinstance(message, LatentVersion) else message.step
+def _unit_of(message: Message) -> tuple[int, int]:
+    """Chunk and step, as its header says them."""
+    match message:
+        case LatentVersion(chunk=i, version=k):
+            return i, k
+        case Notice(round=n):
+            return -1, n
+        case _:
+            return message.chunk, message.step

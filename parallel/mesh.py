@@ -27,7 +27,12 @@ class Mesh:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank owns solvers, guidance and the film."""
+        """Whether this rank owns the film; it is an owner, too."""
+        return self.is_owner and self.place.chunk == 0
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this rank owns solvers and guidance of some chunks."""
         return self.place.stage == self.place.guidance == self.place.seq == 0
 
     @property

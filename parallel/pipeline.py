@@ -7,6 +7,10 @@ the leader sends them after every step.
     leader         admit  forward(c1 k0) >hidden           forward(c0 k1) >hidden   <velocity(c1 k0)  step(c1 k0) ...
     stage 1               <hidden  forward(c1 k0) >velocity        <hidden  forward(c0 k1) >velocity ...
 
+Where chunks at one step are spread over the `chunk` axis, each place on it has a run of every group, and a rank that is
+its *owner*, with solvers and guidance of these chunks. The leader is the first owner. After a step an owner sends what
+the next run's first chunk sees of its last one, and gets what that predicts for it. Finished chunks go to the leader.
+
 On stage 0, what follows a forward (its step and all that comes of it) is put off until a value that it makes is
 read, or until the round after next begins. So the first stage runs ahead of the others by as many units as there are
 in flight, and no program waits for what it could do without. Programs are streams, like the schedule itself.
@@ -17,16 +21,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, product
 
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
+    Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
     Step,
@@ -39,12 +48,22 @@ SAVE_NOTICE = 3
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed."""
+    """Activations of a unit that leave `stage`; `with_left`: those of left context too, where it is recomputed.
+
+    `with_tokens`: the global tokens that its layers read travel along.
+    """
 
     chunk: int
     step: int
     stage: int
     with_left: bool
+    with_tokens: bool = False
+
+    @classmethod
+    def of(cls, forward: Forward, stage: int) -> Hidden:
+        """What leaves a stage after a forward."""
+        with_left = isinstance(forward.left, LatentVersion)
+        return cls(forward.chunk, forward.step, stage, with_left, forward.tokens is not None)
 
     def __str__(self) -> str:
         return f"hidden c{self.chunk} k{self.step}"
@@ -73,7 +92,56 @@ class Verdict:
         return f"verdict c{self.chunk} k{self.step}"
 
 
-Message = Hidden | Velocity | Verdict | LatentVersion
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What the last stage predicts for a unit's left context, for the owner of that; `guidance` as in Velocity."""
+
+    chunk: int
+    step: int
+    guidance: int
+
+    def __str__(self) -> str:
+        return f"overlap c{self.chunk} k{self.step}" + (f" branch {self.guidance}" if self.guidance else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """What the chunk after sees of latents as left context, for the ranks that have it."""
+
+    chunk: int
+    step: int
+
+    @property
+    def latents(self) -> LatentVersion:
+        return LatentVersion(self.chunk, self.step)
+
+    def __str__(self) -> str:
+        return f"border {self.latents}"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the leader knows of saves as a round begins, for ranks of other chunks. It is all in the header."""
+
+    round: int
+
+    def __str__(self) -> str:
+        return f"notice {self.round}"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a shot's global tokens see of the key latents of each of these chunks, which are one run's."""
+
+    chunk: int
+    step: int
+    num_chunks: int
+
+    def __str__(self) -> str:
+        return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
+
+
+Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | LatentVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +174,8 @@ class Boundary:
 
     `kv` live on across it. Here the leader may decide to save the state after round + SAVE_NOTICE; the decision
     travels in the headers of messages. Every rank has a message that was sent later before it comes to that boundary:
-    the stages by the next hidden states, the leader's peers by steps, which are put off two rounds at most.
+    the stages by the next hidden states, the leader's peers by steps, which are put off two rounds at most, and ranks
+    of other chunks by the round's notice.
     """
 
     round: int
@@ -118,7 +187,7 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class SaveLatents:
-    """On the leader: every step of `round` is taken, and `latents` are those that live on."""
+    """On owners: every step of `round` is taken, and `latents` are those that live on there."""
 
     round: int
     latents: tuple[LatentVersion, ...]
@@ -127,7 +196,33 @@ class SaveLatents:
         return f"{self.round:5}  save     {' '.join(map(str, self.latents))}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents
+@dataclass(frozen=True, slots=True)
+class DropBorder:
+    """Forget what this rank had received of another's latents."""
+
+    round: int
+    latents: LatentVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  drop     border {self.latents}"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Find what a shot's global tokens see of own chunks' key latents; `encode` merges it with what others found."""
+
+    encode: Encode
+    own: tuple[LatentVersion, ...]
+
+    @property
+    def round(self) -> int:
+        return self.encode.round
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  look     at {' '.join(map(str, self.own))}"
+
+
+RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look
 
 
 def name_of(action: RankAction) -> str:
@@ -141,9 +236,72 @@ def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> It
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
     """
     place = topology.coordinate(rank)
+    if topology.chunk > 1:
+        actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
     if place.stage == 0:
         return _FirstStage(topology, place).program(actions)
     return _later_stage(actions, topology, place)
+
+
+def place_of(chunk: int, group: range, size: int) -> int:
+    """The place on a `chunk` axis of that size which owns a chunk of a group: contiguous runs, as even as can be."""
+    return (chunk - group.start) * size // len(group)
+
+
+@dataclass
+class _Run:
+    """The chunks of the group at hand that one place on the `chunk` axis owns."""
+
+    place: int
+    size: int
+    group: range = range(0)
+
+    def see(self, action: Admit) -> None:
+        if action.group is not None:
+            self.group = action.group
+
+    def owner(self, chunk: int) -> int:
+        """The place of a chunk of this group, or of the first one of the next."""
+        return place_of(chunk, self.group, self.size) if chunk in self.group else 0
+
+    def has(self, chunk: int) -> bool:
+        return self.owner(chunk) == self.place
+
+
+def _last_in_the_middle(actions: Iterable[Action], run: _Run) -> Iterator[Action]:
+    """A chunk schedule in the order that one run takes it: its last chunk in the middle of every round.
+
+    Forwards of a round need nothing of each other, and runs wait only for each other's ends: the last chunk for what
+    the next run's first one predicts, and that for the last one's step. So either has half a round of time to come.
+    """
+    for _, members in groupby(actions, key=lambda action: action.round):
+        yield from _rearranged(list(members), run)
+
+
+def _rearranged(actions: list[Action], run: _Run) -> list[Action]:
+    for action in actions:
+        if isinstance(action, Admit):
+            run.see(action)
+    own = [i for i in run.group if run.has(i)]
+    # Chunks finish in the order of the film.
+    if len(own) < 3 or any(isinstance(action, Finish | Forecast) for action in actions):
+        return actions
+    last, before = own[-1], own[len(own) // 2 - 1]
+    early: list[Action] = []
+    settling: list[Action] = []
+    rest: list[Action] = []
+    for action in actions:
+        match action:
+            case Forward(chunk=i) | Gate(forward=Forward(chunk=i)) if i == last:
+                early.append(action)
+            case Fuse(chunk=i) | Step(chunk=i) | DropLatents(latents=LatentVersion(chunk=i)) if i == last:
+                settling.append(action)
+            case _:
+                rest.append(action)
+    # Steps keep the order of the forwards, in which velocities come from other ranks.
+    forward = next(at for at, a in enumerate(rest) if isinstance(a, Forward) and a.chunk == before) + 1
+    settled = next(at for at, a in enumerate(rest) if isinstance(a, DropLatents) and a.latents.chunk == before) + 1
+    return [*rest[:forward], *early, *rest[forward:settled], *settling, *rest[settled:]]
 
 
 @dataclass(frozen=True)
@@ -178,31 +336,74 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
         yield action
 
 
-def _later_stage(actions: Iterable[Action], topology: Topology, place: Coordinate) -> Iterator[RankAction]:
+def _later_stage(  # noqa: C901 - one match over all actions
+    actions: Iterable[Action], topology: Topology, place: Coordinate
+) -> Iterator[RankAction]:
     """Receive, forward, send: only K/V live here."""
+    run = _Run(place.chunk, topology.chunk)
+    notices = _Notices(topology, place)
     is_last, stage = place.stage + 1 == topology.stage, place.stage
     before, rank_after = topology.rank(place._replace(stage=stage - 1)), topology.rank(place._replace(stage=0))
     if not is_last:
         rank_after = topology.rank(place._replace(stage=stage + 1))
-    leader = topology.rank(Coordinate(place.replica, 0, place.chunk, 0, 0))
+    owner = Coordinate(place.replica, 0, place.chunk, 0, 0)
     passed: list[Boundary] = []
     for action in _with_ends(actions):
+        yield from notices.before(action)
         match action:
+            case _End(round=n, kv=kv) if place.chunk:
+                yield Boundary(n, kv)
             case _End(round=n, kv=kv):
                 passed.append(Boundary(n, kv))
-            case Forward(round=n, chunk=i, step=k):
-                with_left = isinstance(action.left, LatentVersion)
-                yield Receive(n, Hidden(i, k, stage - 1, with_left), before)
+            case Admit():
+                run.see(action)
+            case Forward(round=n, chunk=i, step=k) if run.has(i):
+                yield Receive(n, Hidden.of(action, stage - 1), before)
                 # Not before that message, which says whether to save: rounds of forecasts alone bring none.
                 yield from passed
                 passed.clear()
                 yield action
                 if not is_last:
-                    yield Send(n, Hidden(i, k, stage, with_left), rank_after)
+                    yield Send(n, Hidden.of(action, stage), rank_after)
                 elif place.seq == 0:
-                    yield Send(n, Velocity(i, k, place.guidance), leader)
+                    if action.overlap:
+                        before_it = topology.rank(owner._replace(chunk=run.owner(i - 1)))
+                        yield Send(n, Overlap(i, k, place.guidance), before_it)
+                    yield Send(n, Velocity(i, k, place.guidance), topology.rank(owner))
             case DropKv():
                 yield action
+    yield from notices.end()
+
+
+@dataclass
+class _Notices:
+    """The leader's word at the beginning of every round, to the ranks of other chunks, who have it by its end."""
+
+    topology: Topology
+    place: Coordinate
+    told: int = -1
+    round: int = -1
+
+    def __post_init__(self) -> None:
+        is_leader = not any((self.place.stage, self.place.chunk, self.place.guidance, self.place.seq))
+        ranks = range(self.topology.num_ranks) if is_leader else ()
+        self.targets = [rank for rank in ranks if self.topology.coordinate(rank).chunk]
+
+    def before(self, action: Action | _End) -> Iterator[RankAction]:
+        """What goes before an action."""
+        self.round = action.round
+        if self.place.chunk:
+            if isinstance(action, _End):
+                yield from self.end()
+        elif self.told < action.round and not isinstance(action, Admit | Encode | _End):
+            self.told = action.round
+            yield from (Send(action.round, Notice(action.round), to) for to in self.targets)
+
+    def end(self) -> Iterator[RankAction]:
+        """Receive what is still under way."""
+        if self.place.chunk and self.told < self.round:
+            self.told = self.round
+            yield Receive(self.round, Notice(self.round), 0)
 
 
 @dataclass
@@ -215,57 +416,136 @@ class _FirstStage:
     def __post_init__(self) -> None:
         self.late: deque[RankAction] = deque()
         self.put_off: set[LatentVersion] = set()
-        self.forecast: set[tuple[int, int]] = set()
+        self.run = _Run(self.place.chunk, self.topology.chunk)
+        self.notices = _Notices(self.topology, self.place)
+        self.own: set[LatentVersion] = set()
+        self.due: dict[LatentVersion, Receive] = {}
+        self.borders: set[LatentVersion] = set()
+        self.tokens: set[GlobalVersion] = set()
 
     def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         for action in _with_ends(actions):
+            yield from self.notices.before(action)
             match action:
                 case _End():
                     yield from self.end(action)
                     continue
                 case Admit():
+                    yield from self.admit(action)
+                case DropGlobals(tokens=tokens) if tokens in self.tokens:
+                    self.tokens.remove(tokens)
                     yield action
-                case Gate(forward=Forward(chunk=i, step=k, left=left)):
-                    yield from self.flush_for(LatentVersion(i, k), left)
+                case Encode():
+                    yield from self.encode(action)
+                case Gate(forward=Forward(chunk=i)) if self.run.has(i):
+                    yield from self.prepare(action.forward)
                     yield action
                     yield from self.share_verdict(action)
-                case Forward(chunk=i, step=k, left=left):
-                    yield from self.flush_for(LatentVersion(i, k), left)
+                case Forward(chunk=i) if self.run.has(i):
+                    yield from self.prepare(action)
                     yield action
                     yield from self.pass_on(action)
+                    self.await_velocity(action)
                 case DropKv():
                     yield action
-                case Forecast(chunk=i, step=k):
-                    self.forecast.add((i, k))
-                    if self.is_leader:
-                        self.late.append(action)
+                case Forecast(chunk=i) if self.run.has(i) and self.is_owner:
+                    self.late.append(action)
+                case Fuse(chunk=i) if self.run.has(i):
+                    self.fuse(action)
                 case Step():
                     self.step(action)
                 case Finish():
-                    if self.is_leader:
-                        self.late.append(action)
+                    self.finish(action)
                 case DropLatents():
-                    self.late.append(action)
+                    self.drop(action)
             if self.topology.stage == self.topology.guidance == self.topology.seq == 1:
                 yield from self.flush_until(action.round)
         while self.late:
             yield self.pop()
+        yield from self.notices.end()
+
+    @property
+    def is_owner(self) -> bool:
+        return self.place.guidance == self.place.seq == 0
 
     @property
     def is_leader(self) -> bool:
-        return self.place.guidance == self.place.seq == 0
+        return self.is_owner and self.place.chunk == 0
+
+    def admit(self, action: Admit) -> Iterator[RankAction]:
+        self.run.see(action)
+        made = LatentVersion(action.chunk, 0)
+        if self.run.has(action.chunk):
+            self.own.add(made)
+            yield action
+        if action.is_left:
+            yield from self.lend(action.round, made)
+
+    def lend(self, n: int, latents: LatentVersion) -> Iterator[RankAction]:
+        """Where the chunk after reads latents on other ranks: their sends; on those, a receive to come to."""
+        here, reader = self.run.owner(latents.chunk), self.run.owner(latents.chunk + 1)
+        border = Border(latents.chunk, latents.version)
+        if here == reader:
+            return
+        if reader == self.place.chunk:
+            self.due[latents] = Receive(n, border, self.rank(chunk=here, guidance=0, seq=0))
+        elif here == self.place.chunk and self.is_owner:
+            for guidance, seq in product(range(self.topology.guidance), range(self.topology.seq)):
+                yield Send(n, border, self.rank(chunk=reader, guidance=guidance, seq=seq))
+
+    def prepare(self, forward: Forward) -> Iterator[RankAction]:
+        """What a forward needs."""
+        yield from self.flush_for(LatentVersion(forward.chunk, forward.step), forward.left)
+        if isinstance(forward.left, LatentVersion) and forward.left in self.due:
+            yield self.take_border(forward.left)
+
+    def take_border(self, latents: LatentVersion) -> Receive:
+        self.borders.add(latents)
+        return self.due.pop(latents)
+
+    def encode(self, action: Encode) -> Iterator[RankAction]:
+        """Global tokens of a shot that has chunks here. In a chunk schedule ranks look at own ones, and tell others."""
+        runs: dict[int, list[LatentVersion]] = {}
+        for latents in action.latents:
+            runs.setdefault(self.run.owner(latents.chunk), []).append(latents)
+        own = runs.pop(self.place.chunk, None)
+        if own is None:
+            return
+        self.tokens.add(action.tokens)
+        yield from self.flush_for(*own)
+        if not self.run.group:
+            yield action
+            return
+        yield from [self.take_border(latents) for latents in list(self.due)]  # they were sent before
+        n = action.round
+        yield Look(action, tuple(own))
+        for place in runs:
+            yield Send(n, Seen(own[0].chunk, own[0].version, len(own)), self.rank(chunk=place))
+        for place, others in runs.items():
+            yield Receive(n, Seen(others[0].chunk, others[0].version, len(others)), self.rank(chunk=place))
+        yield action
 
     def end(self, end: _End) -> Iterator[RankAction]:
-        """At the end of a round all that was put off in the one before is due."""
-        if self.is_leader:
-            self.late.append(SaveLatents(end.round, end.latents))
+        """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
+        other chunks: the next round's may not overtake them."""
+        if self.is_owner:
+            self.late.append(SaveLatents(end.round, tuple(z for z in end.latents if z in self.own)))
         yield from self.flush_until(end.round - 1)
+        crossing = [at for at, action in enumerate(self.late) if self.is_crossing(action)]
+        for _ in range(crossing[-1] + 1 if crossing else 0):
+            yield self.pop()
         yield Boundary(end.round, end.kv)
 
+    def is_crossing(self, action: RankAction) -> bool:
+        if not isinstance(action, Send | Receive):
+            return False
+        other = action.to if isinstance(action, Send) else action.source
+        return self.topology.coordinate(other).chunk != self.place.chunk
+
     def share_verdict(self, action: Gate) -> Iterator[RankAction]:
-        """What the leader decides, to its peers."""
+        """What the owner decides, to its peers."""
         n, verdict = action.round, Verdict(action.forward.chunk, action.forward.step)
-        if self.is_leader:
+        if self.is_owner:
             yield from (Send(n, verdict, peer) for peer in self.peers())
         else:
             yield Receive(n, verdict, self.rank(guidance=0, seq=0))
@@ -280,26 +560,74 @@ class _FirstStage:
         """After a forward: its activations to the next stage; or, where this stage is the last too, its velocity."""
         n, i, k = action.round, action.chunk, action.step
         if self.topology.stage > 1:
-            yield Send(n, Hidden(i, k, 0, isinstance(action.left, LatentVersion)), self.rank(stage=1))
-        elif self.place.guidance and not self.place.seq:
-            yield Send(n, Velocity(i, k, self.place.guidance), self.rank(guidance=0))
+            yield Send(n, Hidden.of(action, 0), self.rank(stage=1))
+        elif not self.place.seq:
+            before = self.rank(chunk=self.run.owner(i - 1), guidance=0)
+            if action.overlap and before != self.rank():
+                yield Send(n, Overlap(i, k, self.place.guidance), before)
+            if self.place.guidance:
+                yield Send(n, Velocity(i, k, self.place.guidance), self.rank(guidance=0))
+
+    def fuse(self, action: Fuse) -> None:
+        """A fusion and the receives before it, put off."""
+        if not self.is_owner:
+            return
+        place = self.run.owner(action.chunk + 1)
+        if place != self.place.chunk:
+            for guidance in range(self.topology.guidance):
+                source = self.rank(stage=self.topology.stage - 1, chunk=place, guidance=guidance)
+                self.late.append(Receive(action.round, Overlap(action.chunk + 1, action.step, guidance), source))
+        self.late.append(action)
+
+    def await_velocity(self, action: Forward) -> None:
+        """On the owner: receives of what is predicted for own chunks on other ranks, in the order of the forwards."""
+        if not self.is_owner:
+            return
+        n, i, k = action.round, action.chunk, action.step
+        for guidance in range(self.topology.guidance):
+            source = self.rank(stage=self.topology.stage - 1, guidance=guidance)
+            if source == self.rank():
+                continue
+            if action.overlap and self.run.has(i - 1):
+                self.late.append(Receive(n, Overlap(i, k, guidance), source))
+            self.late.append(Receive(n, Velocity(i, k, guidance), source))
 
     def step(self, action: Step) -> None:
         """A step and the messages around it, put off."""
         n, i, k = action.round, action.chunk, action.step
         made = LatentVersion(i, k + 1)
-        self.put_off.add(made)
-        if not self.is_leader:
-            self.late.append(Receive(n, made, self.rank(guidance=0, seq=0)))
-            return
-        is_forecast = (i, k) in self.forecast
-        self.forecast.discard((i, k))
-        for guidance in range(self.topology.guidance):
-            if not is_forecast and (self.topology.stage > 1 or guidance):
-                source = self.rank(stage=self.topology.stage - 1, guidance=guidance)
-                self.late.append(Receive(n, Velocity(i, k, guidance), source))
-        self.late.append(action)
-        self.late += [Send(n, made, peer) for peer in self.peers()]
+        if self.run.has(i):
+            self.put_off.add(made)
+            self.own.add(made)
+            if not self.is_owner:
+                self.late.append(Receive(n, made, self.rank(guidance=0, seq=0)))
+            else:
+                self.late.append(action)
+                self.late += [Send(n, made, peer) for peer in self.peers()]
+        if action.is_left:
+            self.late += self.lend(n, made)
+
+    def finish(self, action: Finish) -> None:
+        """The leader hands chunks out, those of other owners as they come."""
+        n, latents = action.round, action.latents
+        is_own = self.run.has(latents.chunk)
+        if self.is_leader and not is_own:
+            source = self.rank(chunk=self.run.owner(latents.chunk))
+            if latents in self.due:  # the owner sent that before
+                self.late.append(self.take_border(latents))
+            self.late += [Receive(n, latents, source), action, DropLatents(n, latents)]
+        elif self.is_owner and is_own:
+            self.late.append(action)
+            if not self.is_leader:
+                self.late.append(Send(n, latents, self.rank(chunk=0)))
+
+    def drop(self, action: DropLatents) -> None:
+        if action.latents in self.own:
+            self.own.remove(action.latents)
+            self.late.append(action)
+        elif action.latents in self.borders:
+            self.borders.remove(action.latents)
+            self.late.append(DropBorder(action.round, action.latents))
 
     def flush_for(self, *needed: object) -> Iterator[RankAction]:
         while any(value in self.put_off for value in needed):

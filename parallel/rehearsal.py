@@ -108,7 +108,7 @@ def stage_costs(
         match action:
             case Forward(step=step):
                 return forward(topology.coordinate(rank).stage, step)
-            case Finish():
+            case Finish() if rank == 0:
                 return costs.decode * steps
         return 0.0
 

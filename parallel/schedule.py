@@ -20,6 +20,17 @@ K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step
 
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
+In the chunk schedule (VIN, "Generating, Fast and Slow: Video Interface Networks"), all chunks are at one step. Left
+context is recomputed from the last latents of the chunk before, at that step; in the early steps what both chunks
+predict for these latents is fused. Chunks that are more than a group follow in groups, for memory must not grow with
+the film: the first chunk of a group sees the finished latents of the one before. With groups of 2, for 2 steps:
+
+    round  c0  c1  c2
+        0   0   0   .
+        1   1   1   .   finish c0 c1
+        2   .   .   0
+        3   .   .   1   finish c2
+
 A cache may have steps forecast instead of computed: the same steps of every chunk. Their velocity comes of the chunk's
 earlier ones, no layer runs, and whoever would read their K/V reads those of the last step that was computed. Of gated
 steps the first rank decides behind the first layers whether the others run; the schedule is the same either way.
@@ -29,9 +40,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any, Literal
 
+from longvid.parallel.snapshot import LAG, is_remembered, oldest_in_flight, snapshot
 from longvid.plan import Chunk, FilmSpan, Plan
 from longvid.settings import Settings
 
@@ -63,19 +77,65 @@ class KvVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class OverlapVersion:
+    """The velocity that a chunk's forward at `step` predicts for its left context, the last latents of another."""
+
+    chunk: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"v{self.chunk}<@{self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalVersion:
+    """The global tokens that the units of a shot read in a round."""
+
+    round: int
+    shot: int = 0
+
+    def __str__(self) -> str:
+        return f"g{self.shot}@{self.round}"
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
-    """Draw z[chunk]@0 and begin a solver history."""
+    """Draw z[chunk]@0 and begin a solver history.
+
+    In the chunk schedule: with the others of `group`; `is_left` says that the chunk after reads z[chunk]@0.
+    """
 
     round: int
     chunk: int
+    group: range | None = None
+    is_left: bool = False
 
     def __str__(self) -> str:
-        return f"{self.round:5}  admit    c{self.chunk}"
+        return f"{self.round:5}  admit    c{self.chunk}{_left_of(self.chunk, self.is_left)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Make a shot's global tokens for a round, of the key latents in these `latents`."""
+
+    round: int
+    latents: tuple[LatentVersion, ...]
+    shot: int = 0
+
+    @property
+    def tokens(self) -> GlobalVersion:
+        return GlobalVersion(self.round, self.shot)
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  encode   {self.tokens}  of {' '.join(map(str, self.latents))}"
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`."""
+    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`.
+
+    With `overlap`, predict and keep that too. With `tokens`, its layers read global tokens, too.
+    """
 
     round: int
     chunk: int
@@ -83,9 +143,12 @@ class Forward:
     left: LatentVersion | KvVersion | None = None
     right: KvVersion | None = None
     store: tuple[KvVersion, ...] = ()
+    tokens: GlobalVersion | None = None
+    overlap: OverlapVersion | None = None
 
     def __str__(self) -> str:
-        context = [f"  {name} {value}" for name in ("left", "right") if (value := getattr(self, name))]
+        names = ("left", "right", "tokens", "overlap")
+        context = [f"  {name} {value}" for name in names if (value := getattr(self, name))]
         context += [f"  store {value}" for value in self.store]
         return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
 
@@ -117,15 +180,34 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step, which is used up."""
+class Fuse:
+    """Fuse what the chunk after predicts for the last latents of z[chunk]@step into their velocity, with weights that
+    rise linearly towards that chunk. It is used up.
+    """
 
     round: int
     chunk: int
     step: int
+    overlap: OverlapVersion
 
     def __str__(self) -> str:
-        return f"{self.round:5}  step     c{self.chunk} k{self.step}"
+        return f"{self.round:5}  fuse     c{self.chunk} k{self.step}  with {self.overlap}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Make z[chunk]@step+1 of z[chunk]@step and the velocity of that step, which is used up.
+
+    `is_left`: the chunk after reads what it makes, in a chunk schedule.
+    """
+
+    round: int
+    chunk: int
+    step: int
+    is_left: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  step     c{self.chunk} k{self.step}{_left_of(self.chunk, self.is_left)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +243,22 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Gate | Forward | Forecast | Step | Finish | DropLatents | DropKv
+@dataclass(frozen=True, slots=True)
+class DropGlobals:
+    """Forget global tokens: nothing reads them any more."""
+
+    round: int
+    tokens: GlobalVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  drop     {self.tokens}"
+
+
+Action = Admit | Encode | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv | DropGlobals
+
+
+def _left_of(chunk: int, is_left: bool) -> str:
+    return f"  left of c{chunk + 1}" if is_left else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +266,8 @@ class QueueRules:
     """What the settings say of who reads what; `gap` is how many steps neighbours are apart.
 
     `forecast` are the steps that are not computed, `gated` those of which the first rank decides; never the first or
-    the last.
+    the last. With `tokens`, units read global tokens, for which a shot's finished chunks are kept as far back as
+    `memory` says (`snapshot.is_remembered`).
     """
 
     left: Literal["recompute", "cached"] = "recompute"
@@ -177,6 +275,8 @@ class QueueRules:
     gap: int = 1
     forecast: frozenset[int] = frozenset()
     gated: frozenset[int] = frozenset()
+    tokens: bool = False
+    memory: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
@@ -185,7 +285,8 @@ class QueueRules:
         forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
         if settings.schedule == "sequential":
             return cls(gap=steps, forecast=forecast, gated=gated)
-        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast, gated)
+        queue, vin = settings.queue, settings.vin
+        return cls(queue.left, queue.left_level, queue.gap, forecast, gated, vin.policy == "on", vin.memory)
 
     def computed(self, step: int) -> int:
         """The last step up to this one that is computed."""
@@ -196,22 +297,96 @@ class QueueRules:
     def num_rounds(self, num_chunks: int, steps: int) -> int:
         return (num_chunks - 1) * self.gap + steps
 
+    def num_units(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Units of the first so many rounds."""
+        full = self.num_finished(num_chunks, steps, rounds)
+        entered = min(num_chunks, -(-rounds // self.gap))
+        begun = range(rounds - self.gap * full, rounds - self.gap * entered, -self.gap)
+        return steps * full + len(begun) * (begun[0] + begun[-1]) // 2 if begun else steps * full
+
+    def num_finished(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Chunks that are finished after so many rounds."""
+        return min(max((rounds - steps) // self.gap + 1, 0), num_chunks)
+
+    def in_flight(self, steps: int) -> int:
+        """Chunks that are denoised at once, at most."""
+        return -(-steps // self.gap)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRules:
+    """What the settings say of the chunk schedule: chunks of a group at most, and the steps whose overlaps are fused.
+
+    `forecast` and `gated` are as in QueueRules. With `tokens`, each step but the first, of pure noise, reads global
+    tokens of the shot's chunks in the group, as they stand before it.
+    """
+
+    group: int = 64
+    fused_steps: int = 0
+    forecast: frozenset[int] = frozenset()
+    gated: frozenset[int] = frozenset()
+    tokens: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> ChunkRules:
+        steps, chosen = settings.sampler.steps, settings.chunks
+        forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
+        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated, settings.vin.policy == "on")
+
+    def groups(self, num_chunks: int) -> tuple[range, ...]:
+        """As few groups as there can be, as even as they can be: ranks share each of them."""
+        count = -(-num_chunks // self.group)
+        edges = [-(-num_chunks * g // count) for g in range(count + 1)]
+        return tuple(range(*pair) for pair in pairwise(edges))
+
+    def num_rounds(self, num_chunks: int, steps: int) -> int:
+        return len(self.groups(num_chunks)) * steps
+
+    def num_units(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Units of the first so many rounds."""
+        groups = self.groups(num_chunks)
+        return sum(len(group) * min(max(rounds - steps * g, 0), steps) for g, group in enumerate(groups))
+
+    def num_finished(self, num_chunks: int, steps: int, rounds: int) -> int:
+        """Chunks that are finished after so many rounds."""
+        return sum(map(len, self.groups(num_chunks)[: rounds // steps]))
+
+    def in_flight(self, steps: int) -> int:
+        """Chunks that are denoised at once, at most."""
+        return self.group
+
+
+Rules = QueueRules | ChunkRules
+
+
+def rules_of(settings: Settings) -> Rules:
+    """The rules that the settings ask for."""
+    return ChunkRules.of(settings) if settings.schedule == "chunks" else QueueRules.of(settings)
+
 
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for; of several films, each round by round beside the others."""
-    make = sequential_schedule if settings.schedule == "sequential" else queue_schedule
-    rules, steps = QueueRules.of(settings), settings.sampler.steps
 
     def of_film(film: FilmSpan) -> Iterator[Action]:
-        alone = make(plan.chunks[film.chunks.start : film.chunks.stop], steps, rules)
+        alone = _schedule(plan.chunks[film.chunks.start : film.chunks.stop], settings)
         return (shift(action, film.chunks.start, film.first_round) for action in alone)
 
     return heapq.merge(*map(of_film, plan.films), key=lambda action: action.round)
 
 
+def _schedule(chunks: Sequence[Chunk], settings: Settings) -> Iterator[Action]:
+    """That of one film's chunks."""
+    steps = settings.sampler.steps
+    if settings.schedule == "chunks":
+        return chunk_schedule(chunks, steps, ChunkRules.of(settings))
+    if settings.schedule == "sequential":
+        return sequential_schedule(chunks, steps, QueueRules.of(settings))
+    return queue_schedule(chunks, steps, QueueRules.of(settings))
+
+
 def last_round(film: FilmSpan, settings: Settings) -> int:
     """The round in which a film's last chunk takes its last step."""
-    return film.first_round + QueueRules.of(settings).num_rounds(len(film.chunks), settings.sampler.steps) - 1
+    return film.first_round + rules_of(settings).num_rounds(len(film.chunks), settings.sampler.steps) - 1
 
 
 def num_rounds(plan: Plan, settings: Settings) -> int:
@@ -221,54 +396,42 @@ def num_rounds(plan: Plan, settings: Settings) -> int:
 
 def num_units(plan: Plan, settings: Settings, done: int) -> int:
     """Units of the rounds up to `done`."""
-    steps = settings.sampler.steps
-    return sum(min(max(done + 1 - n, 0), steps) for film in plan.films for n in _entries(film, settings))
+    rules, steps = rules_of(settings), settings.sampler.steps
+    return sum(rules.num_units(len(film.chunks), steps, max(0, done + 1 - film.first_round)) for film in plan.films)
 
 
 def num_finished(plan: Plan, settings: Settings, done: int) -> list[int]:
     """Chunks of each film that are finished when round `done` is over."""
-    steps = settings.sampler.steps
-    return [sum(n + steps <= done + 1 for n in _entries(film, settings)) for film in plan.films]
-
-
-def _entries(film: FilmSpan, settings: Settings) -> range:
-    """The rounds in which a film's chunks enter."""
-    gap = QueueRules.of(settings).gap
-    return range(film.first_round, film.first_round + gap * len(film.chunks), gap)
+    rules, steps = rules_of(settings), settings.sampler.steps
+    return [rules.num_finished(len(film.chunks), steps, max(0, done + 1 - film.first_round)) for film in plan.films]
 
 
 def shift(action: Action, chunks: int, rounds: int) -> Action:
-    """The same action, with chunks and rounds that are so many further."""
+    """The same action, with chunks and rounds that are so many further. Shots are those of the plan already."""
     if not chunks and not rounds:
         return action
+    if isinstance(action, Gate):
+        forward = shift(action.forward, chunks, rounds)
+        assert isinstance(forward, Forward)
+        return Gate(forward)
+    moved = {item.name: _shifted(getattr(action, item.name), chunks, rounds) for item in fields(action)}
+    if "chunk" in moved:
+        moved["chunk"] += chunks
+    return replace(action, **{**moved, "round": action.round + rounds})
 
-    def latents(version: LatentVersion) -> LatentVersion:
-        return LatentVersion(version.chunk + chunks, version.version)
 
-    def kv(version: KvVersion) -> KvVersion:
-        return KvVersion(version.chunk + chunks, version.round + rounds, version.edge)
-
-    n = action.round + rounds
-    match action:
-        case Forward(left=left, right=right):
-            return Forward(
-                n,
-                action.chunk + chunks,
-                action.step,
-                left=kv(left) if isinstance(left, KvVersion) else latents(left) if left else None,
-                right=kv(right) if right else None,
-                store=tuple(map(kv, action.store)),
-            )
-        case Gate(forward=forward):
-            shifted = shift(forward, chunks, rounds)
-            assert isinstance(shifted, Forward)
-            return Gate(shifted)
-        case Finish() | DropLatents():
-            return replace(action, round=n, latents=latents(action.latents))
-        case DropKv():
-            return DropKv(n, kv(action.kv))
-        case Admit() | Forecast() | Step():
-            return replace(action, round=n, chunk=action.chunk + chunks)
+def _shifted(value: Any, chunks: int, rounds: int) -> Any:
+    """A value that an action names; or several."""
+    match value:
+        case LatentVersion():
+            return LatentVersion(value.chunk + chunks, value.version)
+        case KvVersion():
+            return KvVersion(value.chunk + chunks, value.round + rounds, value.edge)
+        case GlobalVersion():
+            return GlobalVersion(value.round + rounds, value.shot)
+        case tuple():
+            return tuple(_shifted(item, chunks, rounds) for item in value)
+    return value
 
 
 def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:
@@ -281,8 +444,8 @@ def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> It
     gap = rules.gap
     for n in range(rules.num_rounds(len(chunks), steps)):
         newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), 0)
-        for i in range(newest, oldest - 1, -1):
-            yield from queue.unit(i, n - gap * i)
+        for shot, members in groupby(range(newest, oldest - 1, -1), key=lambda i: chunks[i].shot):
+            yield from queue.of_shot(n, shot, list(members))
 
 
 def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None) -> Iterator[Action]:
@@ -294,6 +457,94 @@ def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules |
     return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps))
 
 
+def chunk_schedule(chunks: Sequence[Chunk], steps: int, rules: ChunkRules) -> Iterator[Action]:
+    """All chunks of a group at the same step, in the order of the film; one group after the other."""
+    for g, group in enumerate(rules.groups(len(chunks))):
+        together = _Group(chunks, steps, rules, group)
+        for k in range(steps):
+            yield from together.round(g * steps + k, k)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Chunks that are denoised side by side."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    rules: ChunkRules
+    group: range
+
+    def round(self, n: int, k: int) -> Iterator[Action]:
+        """One step of every chunk. A chunk steps when the one after has read its latents, so few values live twice."""
+        if k == 0:
+            for i in self.group:
+                yield Admit(n, i, self.group, self.is_left(LatentVersion(i, 0)))
+        encodes = list(self.encodes(n, k))
+        yield from encodes
+        for i in self.group:
+            if k in self.rules.forecast:
+                yield Forecast(n, i, k)
+            else:
+                yield from self.forward(n, i, k)
+            if i > self.group.start:
+                yield from self.settle(n, i - 1, k)
+        yield from self.settle(n, self.group[-1], k)
+        for encode in encodes:
+            yield DropGlobals(n, encode.tokens)
+
+    def has_tokens(self, k: int) -> bool:
+        return self.rules.tokens and k > 0 and k not in self.rules.forecast
+
+    def encodes(self, n: int, k: int) -> Iterator[Encode]:
+        """The global tokens of every shot in the group."""
+        if self.has_tokens(k):
+            for shot, members in groupby(self.group, key=lambda i: self.chunks[i].shot):
+                yield Encode(n, tuple(LatentVersion(i, k) for i in members), shot)
+
+    def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
+        left = self.left(i, k)
+        tokens = GlobalVersion(n, self.chunks[i].shot) if self.has_tokens(k) else None
+        forward = Forward(n, i, k, left, tokens=tokens, overlap=self.overlap(i, k))
+        if k in self.rules.gated:
+            yield Gate(forward)
+        yield forward
+        if left and left.chunk < self.group.start and k + 1 == self.steps:
+            yield DropLatents(n, left)
+
+    def settle(self, n: int, i: int, k: int) -> Iterator[Action]:
+        """What follows a chunk's forward."""
+        fused = self.overlap(i + 1, k) if i + 1 in self.group else None
+        if fused:
+            yield Fuse(n, i, k, fused)
+        made = LatentVersion(i, k + 1)
+        yield Step(n, i, k, self.is_left(made))
+        yield DropLatents(n, LatentVersion(i, k))
+        if made.version == self.steps:
+            yield Finish(n, made)
+            if not self.is_left(made):
+                yield DropLatents(n, made)
+
+    def left(self, i: int, k: int) -> LatentVersion | None:
+        if not self.chunks[i].num_left:
+            return None
+        return LatentVersion(i - 1, k if i > self.group.start else self.steps)
+
+    def is_left(self, latents: LatentVersion) -> bool:
+        """Whether the chunk after reads this: in its step of the same number; if of another group, when finished."""
+        i, v = latents.chunk + 1, latents.version
+        if i == len(self.chunks) or not self.chunks[i].num_left:
+            return False
+        if i not in self.group:
+            return v == self.steps
+        return v < self.steps and v not in self.rules.forecast
+
+    def overlap(self, i: int, k: int) -> OverlapVersion | None:
+        """What the chunk predicts for the chunk before; none for a finished one, and none of a forecast."""
+        has_left = self.chunks[i].num_left > 0 and i > self.group.start
+        is_fused = k < self.rules.fused_steps and k not in self.rules.forecast
+        return OverlapVersion(i, k) if has_left and is_fused else None
+
+
 @dataclass(frozen=True)
 class _Queue:
     """The rules of the queue, one a method: what forward(i, k) reads and keeps, and who reads a value last."""
@@ -301,6 +552,37 @@ class _Queue:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    kept: dict[LatentVersion, None] = field(default_factory=dict)
+    """Latents that global tokens alone are still to be made of."""
+
+    def of_shot(self, n: int, shot: int, members: Sequence[int]) -> Iterator[Action]:
+        """The units of a shot in a round; members newest first."""
+        if not self.has_tokens(n, shot):
+            for i in members:
+                yield from self.unit(i, n - self.rules.gap * i)
+            return
+        versions = snapshot(self.shots[shot], n, self.steps, self.rules.gap, self.rules.memory)
+        encode = Encode(n, tuple(LatentVersion(*version) for version in versions), shot)
+        yield encode
+        yield from self.forget(n, shot)
+        for i in members:
+            yield from self.unit(i, n - self.rules.gap * i)
+        yield DropGlobals(n, encode.tokens)
+
+    @cached_property
+    def shots(self) -> dict[int, range]:
+        """The chunks of every shot."""
+        members = ((shot, list(chunks)) for shot, chunks in groupby(self.chunks, key=lambda chunk: chunk.shot))
+        return {shot: range(chunks[0].index, chunks[-1].index + 1) for shot, chunks in members}
+
+    def has_tokens(self, n: int, shot: int) -> bool:
+        """Whether a shot has tokens in a round: when there are forwards to read them, and latents to make them of."""
+        if not self.rules.tokens:
+            return False
+        members, gap = self.shots[shot], self.rules.gap
+        oldest, newest = oldest_in_flight(members, n, self.steps, gap), min(n // gap, members[-1])
+        is_read = any(n - gap * i not in self.rules.forecast for i in range(oldest, newest + 1))
+        return is_read and bool(snapshot(members, n, self.steps, gap, self.rules.memory))
 
     def unit(self, i: int, k: int) -> Iterator[Action]:
         """The actions of one unit. Every value is dropped right after its last reader."""
@@ -319,7 +601,9 @@ class _Queue:
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left, right = self.left(i, k), self.right(i, k)
-        forward = Forward(n, i, k, left, right, self.store(i, k))
+        shot = self.chunks[i].shot
+        tokens = GlobalVersion(n, shot) if self.has_tokens(n, shot) else None
+        forward = Forward(n, i, k, left, right, self.store(i, k), tokens)
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward
@@ -328,7 +612,7 @@ class _Queue:
         if isinstance(left, KvVersion):
             yield DropKv(n, left)
         elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
-            yield DropLatents(n, left)
+            yield from self.release(n, left)
 
     def computed_after(self, k: int) -> Iterator[int]:
         return (later for later in range(k + 1, self.steps) if later not in self.rules.forecast)
@@ -363,7 +647,39 @@ class _Queue:
 
     def drop_own(self, n: int, latents: LatentVersion) -> Iterator[Action]:
         if not self.neighbour_reads_last(latents):
+            yield from self.release(n, latents)
+
+    def release(self, n: int, latents: LatentVersion) -> Iterator[Action]:
+        """No forward reads these latents any more; global tokens may still be made of them."""
+        if self.is_encoded_after(n, latents):
+            self.kept[latents] = None
+        else:
             yield DropLatents(n, latents)
+
+    def forget(self, n: int, shot: int) -> Iterator[Action]:
+        """Behind a shot's Encode of round n: what was kept for no other."""
+        for latents in [z for z in self.kept if self.chunks[z.chunk].shot == shot]:
+            if not self.is_encoded_after(n, latents):
+                del self.kept[latents]
+                yield DropLatents(n, latents)
+
+    def is_encoded_after(self, n: int, latents: LatentVersion) -> bool:
+        """Whether an Encode of a later round reads these latents."""
+        i, v, gap = latents.chunk, latents.version, self.rules.gap
+        if not self.rules.tokens or v == 0:
+            return False
+        shot = self.chunks[i].shot
+        members = self.shots[shot]
+        first = gap * i + v + LAG  # the round whose snapshot shows them first
+        if v < self.steps:
+            return first > n and self.has_tokens(first, shot)
+        last = gap * members[-1] + self.steps - 1
+        then = next((m for m in range(max(first, n + 1), last + 1) if self.has_tokens(m, shot)), None)
+        if then is None:
+            return False
+        # One that is left out once is left out for good.
+        oldest = oldest_in_flight(members, then - LAG, self.steps, gap)
+        return is_remembered(i, members.start, oldest, self.rules.memory)
 
     def neighbour_reads_last(self, latents: LatentVersion) -> bool:
         """Whether chunk i+1 reads z[i]@v as left context after chunk i itself is done with it.

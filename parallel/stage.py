@@ -26,7 +26,8 @@ class Unit:
 
     With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
     earlier step returned for each of `store`, for the layers that do not run. The first `num_branches` of the stage's
-    branches run.
+    branches run. `tokens` [branches, G, D] are the global tokens that its layers read, if any. The velocity of the last
+    `num_overlap` latents of the left context is asked for, too.
     """
 
     chunk: Chunk
@@ -41,6 +42,26 @@ class Unit:
     is_left_out: bool = False
     kept: tuple[KvSpan, ...] = ()
     num_branches: int = 2
+    tokens: Tensor | None = None
+    num_overlap: int = 0
+
+    @property
+    def num_predicted(self) -> int:
+        """Latents whose velocity is asked for: the last of F."""
+        return self.num_overlap + self.chunk.num_latents
+
+
+@dataclass(frozen=True)
+class KeyLatents:
+    """What global tokens are made of: K key latents fp32 [C, K, h, w] of a shot, each with its noise level.
+
+    `timesteps` fp32 [K]; `places` fp32 [K], latents before the newest; `prompts` are those that they follow.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    places: Tensor
+    prompts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_latents, h, w] of the own latents on the last
+    """What a stage makes of a unit: `velocity` fp32 [branches, C, num_predicted, h, w] of the own latents on the last
     stage, and `hidden` [branches, tokens, E] on the others; `kv` for each span of `Unit.store`.
 
     A branch is a prompt's or its negative's; with guidance over two ranks each has one of them. Inside a span of layers
@@ -91,4 +112,36 @@ class GatedStage(Stage, Protocol):
 
     def go_on(self, begun: Begun, *, is_left_out: bool) -> Output:
         """The layers behind the gate, without the step's span if that is left out."""
+        ...
+
+
+@runtime_checkable
+class GlobalStage(Stage, Protocol):
+    """A stage whose layers read global tokens (VIN), and which makes them, if it is the first."""
+
+    @property
+    def num_globals(self) -> int:
+        """G; 0 where no layer reads any."""
+        ...
+
+    @property
+    def key_spacing(self) -> int:
+        """One latent in so many is a key latent."""
+        ...
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        """[H, G, d] of what the tokens see of some key latents, in so many heads."""
+        ...
+
+    def encode(self, keys: KeyLatents) -> Tensor:
+        """Global tokens [branches, G, D], in the dtype of activations."""
+        ...
+
+    def look(self, keys: KeyLatents) -> tuple[Tensor, Tensor]:
+        """What the tokens see of some of the key latents: output [H, G, d] and natural LSE [H, G]."""
+        ...
+
+    def conclude(self, seen: tuple[Tensor, Tensor], prompts: Sequence[int]) -> Tensor:
+        """Global tokens, as `encode` gives them, of what they see of all key latents."""
         ...

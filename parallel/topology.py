@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from longvid.errors import InputError
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.schedule import rules_of
 from longvid.plan import ModelFacts
 from longvid.settings import MeshSettings, Settings
 
@@ -95,15 +95,18 @@ class Workload:
     num_heads: int
     branches: int
     splits_tokens: bool = True
+    at_one_step: int = 1
+    """Chunks that ranks of the `chunk` axis can share."""
 
 
 def workload(settings: Settings, facts: ModelFacts) -> Workload:
     """What a long film with these settings asks of a mesh."""
     steps = settings.sampler.steps
-    in_flight = -(-steps // QueueRules.of(settings).gap)
+    in_flight = rules_of(settings).in_flight(steps)
+    at_one_step = in_flight if settings.schedule == "chunks" else 1
     branches, heads = settings.sampler.num_branches, facts.num_heads
     splits_tokens = facts.splits_tokens and settings.cache.splits_tokens
-    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, splits_tokens)
+    return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, splits_tokens, at_one_step)
 
 
 def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
@@ -147,15 +150,17 @@ def predicted_time(topology: Topology, work: Workload) -> float:
     stages than there are units in flight; splitting tokens is taken to cost a tenth at every doubling.
     """
     stages = topology.stage
-    per_unit = max(1 / stages, 1 / work.in_flight) / topology.guidance * work.branches
+    # Of a group the largest run counts.
+    run = -(-work.at_one_step // topology.chunk) / work.at_one_step
+    per_unit = max(1 / stages, 1 / work.in_flight) / topology.guidance * work.branches * run
     fill = stages**2 - 1
     split: float = 0.9 ** math.log2(topology.seq) * topology.seq
     return (work.num_units + fill) * per_unit / split
 
 
 def _topologies(num_ranks: int, fixed: dict[str, int]) -> Iterator[Topology]:
-    """Every way to spread the ranks over the axes. Auto leaves `replica` and `chunk` at 1."""
-    fixed = {"replica": 1, "chunk": 1, **fixed}
+    """Every way to spread the ranks over the axes. Auto leaves `replica` at 1."""
+    fixed = {"replica": 1, **fixed}
     free = [axis for axis in AXES if axis not in fixed]
     rest, remainder = divmod(num_ranks, math.prod(fixed.values()))
     if remainder or rest < 1 or (not free and rest != 1):
@@ -179,8 +184,10 @@ def _with_ring(topology: Topology, ring: int, work: Workload) -> tuple[Topology,
     """The topology with its ring, and what is wrong with it, if anything."""
     if topology.replica > 1:
         return topology, f"replica {topology.replica}: a render is one film, so replica is 1"
-    if topology.chunk > 1:
-        return topology, f"chunk {topology.chunk}: the queue has no chunk axis, so chunk is 1"
+    if topology.chunk > 1 and work.at_one_step == 1:
+        return topology, f"chunk {topology.chunk}: one chunk is at a step (schedule, chunks.group), so chunk is 1"
+    if topology.chunk > work.at_one_step:
+        return topology, f"chunk {topology.chunk}: a group has {work.at_one_step} chunks, one a rank (chunks.group)"
     if topology.stage > work.num_layers:
         return topology, f"stage {topology.stage}: the model has {work.num_layers} layers, one a stage at least"
     if topology.guidance > work.branches:

@@ -13,15 +13,22 @@ from dataclasses import dataclass, field
 from longvid.parallel.schedule import (
     Action,
     Admit,
+    ChunkRules,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
+    Fuse,
     Gate,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
+    OverlapVersion,
     QueueRules,
+    Rules,
     Step,
 )
 from longvid.plan import Chunk
@@ -42,9 +49,13 @@ class Report:
     max_live_kv: int
 
 
-def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Report:
+def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: Rules) -> Report:
     """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
-    simulation = _Simulation(chunks, steps, rules)
+    simulation: _Simulation | _ChunkSimulation
+    if isinstance(rules, ChunkRules):
+        simulation = _ChunkSimulation(chunks, steps, rules)
+    else:
+        simulation = _Simulation(chunks, steps, rules)
     action: Action | str = "empty schedule"
     try:
         for action in actions:
@@ -99,6 +110,9 @@ class _Simulation:
     velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
     computed: dict[int, int] = field(default_factory=dict)  # the last step of each chunk that was computed
     gated: Forward | None = None  # what the gate that was passed last leads to
+    tokens: dict[GlobalVersion, bool] = field(default_factory=dict)  # whether they were read
+
+    shots: dict[int, list[Chunk]] = field(default_factory=dict)
 
     num_admitted: int = 0
     num_finished: int = 0
@@ -109,7 +123,7 @@ class _Simulation:
     max_live_latents: int = 0
     max_live_kv: int = 0
 
-    def apply(self, action: Action) -> None:
+    def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
         _require(action.round >= self.round, f"comes after round {self.round}")
         _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
         if action.round > self.round:
@@ -118,6 +132,8 @@ class _Simulation:
         match action:
             case Admit():
                 self.admit(action)
+            case Encode():
+                self.encode(action)
             case Gate(forward=forward):
                 _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
                 self.gated = forward
@@ -136,6 +152,10 @@ class _Simulation:
                 _require(kv in self.kv, f"{kv} is not live")
                 _require(kv not in self.unread_kv, f"{kv} was stored and never read")
                 del self.kv[kv]
+            case Fuse():
+                _require(False, "neighbours in a queue are never at the same step")
+            case DropGlobals(tokens=tokens):
+                _require(self.tokens.pop(tokens, False), f"{tokens} are not live, or were never read")
         self.max_live_latents = max(self.max_live_latents, len(self.latents))
         self.max_live_kv = max(self.max_live_kv, len(self.kv))
 
@@ -146,6 +166,47 @@ class _Simulation:
         self.num_admitted += 1
         self.entered[i], self.taken[i] = action.round, 0
         self.latents.add(LatentVersion(i, 0))
+
+    def encode(self, action: Encode) -> None:
+        found = tuple((latents.chunk, latents.version) for latents in action.latents)
+        _require(self.rules.tokens, "no unit reads global tokens")
+        _require(bool(self.members(action.shot)), f"there is no shot {action.shot}")
+        _require(found == self.snapshot(action.shot, action.round), "these are not the latents of a round before")
+        for latents in action.latents:
+            self.require_latents(latents)
+        _require(action.tokens not in self.tokens, f"{action.tokens} are made twice")
+        self.tokens[action.tokens] = False
+
+    def snapshot(self, shot: int, n: int) -> tuple[tuple[int, int], ...]:
+        """How a shot stood as the round before n began: its long memory, then the chunks in flight."""
+        members = [chunk.index for chunk in self.members(shot)]
+        stood = {i: min(n - 1 - self.rules.gap * i, self.steps) for i in members}
+        waiting = [i for i in members if stood[i] < self.steps]
+        done, oldest = [i for i in members if stood[i] == self.steps], min(waiting, default=members[-1] + 1)
+        memory = set(done[:1]) if self.rules.memory else set()
+        for octave in range(self.rules.memory):
+            nearer, farther = oldest - 2**octave, oldest - 2 ** (octave + 1)
+            memory |= {i for i in done if farther < i <= nearer and (i - members[0]) % 2**octave == 0}
+        return (*((i, self.steps) for i in sorted(memory)), *((i, stood[i]) for i in waiting if stood[i] > 0))
+
+    def members(self, shot: int) -> list[Chunk]:
+        if shot not in self.shots:
+            self.shots[shot] = [chunk for chunk in self.chunks if chunk.shot == shot]
+        return self.shots[shot]
+
+    def has_tokens(self, shot: int, n: int) -> bool:
+        """Whether anybody is to read a shot's tokens in a round, and there is what to make them of."""
+        taken = [n - self.rules.gap * chunk.index for chunk in self.members(shot)]
+        is_read = any(0 <= k < self.steps and k not in self.rules.forecast for k in taken)
+        return self.rules.tokens and is_read and bool(self.snapshot(shot, n))
+
+    def require_tokens(self, action: Forward) -> None:
+        shot = self.chunks[action.chunk].shot
+        expected = GlobalVersion(action.round, shot) if self.has_tokens(shot, action.round) else None
+        _require(action.tokens == expected, f"its global tokens are {expected}")
+        if expected:
+            _require(expected in self.tokens, f"{expected} are not live")
+            self.tokens[expected] = True
 
     def begin(self, i: int, k: int, n: int) -> None:
         self.require_turn(i, k, n)
@@ -171,6 +232,7 @@ class _Simulation:
         self.computed[i] = k
         self.require_left(action)
         self.require_right(action)
+        self.require_tokens(action)
         for kv in action.store:
             _require((kv.chunk, kv.round) == (i, action.round), f"stores its own K/V of round {action.round}")
             _require(kv not in self.kv, f"{kv} is stored twice")
@@ -236,7 +298,8 @@ class _Simulation:
         _require(latents in self.latents, f"{latents} is not live")
 
     def end_round(self) -> None:
-        """Between rounds only those values live that are still to be read."""
+        """Between rounds only those values live that are still to be read; of global tokens none."""
+        _require(not self.tokens, f"{', '.join(map(str, self.tokens))} should have been dropped in round {self.round}")
         idle = [str(kv) for kv, unit in self.kv.items() if not self.kv_will_be_read(kv, unit)]
         idle += [str(latents) for latents in self.latents if not self.will_be_read(latents)]
         _require(not idle, f"{', '.join(sorted(idle))} should have been dropped in round {self.round}")
@@ -254,15 +317,26 @@ class _Simulation:
         return skipped <= self.rules.forecast
 
     def will_be_read(self, latents: LatentVersion) -> bool:
-        """By its own chunk, which stands at it, or by the right neighbour, which has not come to that step."""
+        """By its own chunk, which stands at it, by the neighbour, which has not come to that step, or for tokens."""
         neighbour, v, gap = latents.chunk + 1, latents.version, self.rules.gap
-        if self.taken.get(latents.chunk) == v:
+        if self.taken.get(latents.chunk) == v or self.will_be_encoded(latents):
             return True
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
         ahead = gap if self.rules.left_level == "fresher" else 0
         to_come = range(self.steps_taken(neighbour), self.steps)
         return any(min(k + ahead, self.steps) == v and k not in self.rules.forecast for k in to_come)
+
+    def will_be_encoded(self, latents: LatentVersion) -> bool:
+        """Whether a later round's tokens are made of them: soon, for what is forgotten once stays so."""
+        if not self.rules.tokens:
+            return False
+        i, v, shot = latents.chunk, latents.version, self.chunks[latents.chunk].shot
+        first = self.rules.gap * i + v + 1
+        last = self.rules.gap * self.members(shot)[-1].index + self.steps - 1
+        rounds = range(max(first, self.round + 1), (first if v < self.steps else last) + 1)
+        then = next((n for n in rounds if self.has_tokens(shot, n)), None)
+        return then is not None and (i, v) in self.snapshot(shot, then)
 
     def steps_taken(self, i: int) -> int:
         return self.taken.get(i, 0 if i >= self.num_admitted else self.steps)
@@ -274,3 +348,210 @@ class _Simulation:
 
     def report(self) -> Report:
         return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, self.max_live_kv)
+
+
+@dataclass
+class _ChunkSimulation:
+    """The state of a chunk schedule: live values, and how far the chunks of the group at hand have come."""
+
+    chunks: Sequence[Chunk]
+    steps: int
+    rules: ChunkRules
+
+    latents: set[LatentVersion] = field(default_factory=set)
+    overlaps: set[OverlapVersion] = field(default_factory=set)
+    taken: dict[int, int] = field(default_factory=dict)  # steps taken by each chunk of the group
+    velocity: set[int] = field(default_factory=set)  # chunks whose forward or forecast waits for its step
+    fused: set[int] = field(default_factory=set)  # those of them whose velocity is fused
+    gated: Forward | None = None
+    tokens: set[GlobalVersion] = field(default_factory=set)
+
+    group: range = range(0)
+    num_admitted: int = 0
+    num_finished: int = 0
+    num_units: int = 0
+    num_forecasts: int = 0
+    round: int = -1
+    turn: int = 0  # chunks before this one had their turn in this round
+    max_live_latents: int = 0
+
+    @property
+    def step_at_hand(self) -> int:
+        return self.round % self.steps
+
+    @property
+    def is_computed(self) -> bool:
+        return self.step_at_hand not in self.rules.forecast
+
+    def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
+        _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
+        if action.round != self.round:
+            self.begin_round(action.round)
+        match action:
+            case Admit():
+                self.admit(action)
+            case Encode():
+                self.encode(action)
+            case DropGlobals(tokens=tokens):
+                _require(tokens in self.tokens, f"{tokens} are not live")
+                self.tokens.remove(tokens)
+            case Gate(forward=forward):
+                _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
+                self.gated = forward
+            case Forward():
+                self.forward(action)
+            case Forecast(chunk=i, step=k):
+                self.take_turn(i, k)
+                _require(not self.is_computed, f"step {k} is to be computed")
+                self.num_forecasts += 1
+            case Fuse():
+                self.fuse(action)
+            case Step():
+                self.step(action)
+            case Finish():
+                self.finish(action)
+            case DropLatents(latents=latents):
+                self.require_latents(latents)
+                self.latents.remove(latents)
+            case DropKv():
+                _require(False, "no K/V are kept")
+        self.max_live_latents = max(self.max_live_latents, len(self.latents))
+
+    def begin_round(self, n: int) -> None:
+        _require(n == self.round + 1, f"comes after round {self.round}")
+        self.end_round()
+        self.round = n
+        if self.step_at_hand == 0:
+            groups = self.rules.groups(len(self.chunks))
+            _require(n // self.steps < len(groups), "all chunks are finished")
+            self.group = groups[n // self.steps]
+            self.taken = {}
+        self.turn = self.group.start
+
+    def admit(self, action: Admit) -> None:
+        i = action.chunk
+        _require(i == self.num_admitted and i in self.group, f"chunk {self.num_admitted} of {self.group} is next")
+        _require(self.step_at_hand == 0, "chunks enter with their group")
+        _require(action.group == self.group, f"the group is {self.group}")
+        self.require_note(LatentVersion(i, 0), is_left=action.is_left)
+        self.num_admitted += 1
+        self.taken[i] = 0
+        self.latents.add(LatentVersion(i, 0))
+
+    def encode(self, action: Encode) -> None:
+        k = self.step_at_hand
+        _require(self.has_tokens, "no unit of this round reads global tokens")
+        members = (i for i in self.group if self.chunks[i].shot == action.shot)
+        expected = tuple(LatentVersion(i, k) for i in members)
+        _require(bool(expected) and action.latents == expected, f"they are made of {expected}")
+        for latents in action.latents:
+            self.require_latents(latents)
+        _require(action.tokens not in self.tokens, f"{action.tokens} are made twice")
+        self.tokens.add(action.tokens)
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.rules.tokens and self.is_computed and self.step_at_hand > 0
+
+    def take_turn(self, i: int, k: int) -> None:
+        _require(k == self.step_at_hand, f"step {self.step_at_hand} belongs to round {self.round}")
+        _require(i == self.turn and i in self.taken, f"chunk {self.turn} is next: the order is that of the film")
+        _require(self.taken[i] == k, f"chunk {i} has taken {self.taken[i]} steps")
+        self.require_latents(LatentVersion(i, k))
+        self.turn = i + 1
+        self.velocity.add(i)
+
+    def forward(self, action: Forward) -> None:
+        i, k = action.chunk, action.step
+        self.take_turn(i, k)
+        _require(self.is_computed, f"step {k} is to be forecast")
+        _require(self.gated == (action if k in self.rules.gated else None), f"the gate before is of {self.gated}")
+        self.gated = None
+        _require(action.right is None and not action.store, "a chunk sees no K/V, and keeps none")
+        before = LatentVersion(i - 1, k if i > self.group.start else self.steps)
+        expected = before if self.chunks[i].num_left else None
+        _require(action.left == expected, f"the left context is {expected}")
+        if expected:
+            self.require_latents(expected)
+        tokens = GlobalVersion(self.round, self.chunks[i].shot) if self.has_tokens else None
+        _require(action.tokens == tokens, f"its global tokens are {tokens}")
+        _require(tokens is None or tokens in self.tokens, f"{tokens} are not live")
+        overlap = OverlapVersion(i, k) if self.is_fused(i - 1) else None
+        _require(action.overlap == overlap, f"the overlap is {overlap}")
+        if overlap:
+            self.overlaps.add(overlap)
+        self.num_units += 1
+
+    def is_fused(self, i: int) -> bool:
+        """Whether what chunk i+1 predicts for chunk i counts in this round."""
+        both = i in self.group and i + 1 in self.group and self.chunks[i + 1].num_left > 0
+        return both and self.is_computed and self.step_at_hand < self.rules.fused_steps
+
+    def fuse(self, action: Fuse) -> None:
+        i, k = action.chunk, action.step
+        _require(k == self.step_at_hand and i in self.velocity, f"chunk {i} has no velocity of step {k}")
+        _require(action.overlap == OverlapVersion(i + 1, k), f"fuses with what chunk {i + 1} predicts at step {k}")
+        _require(action.overlap in self.overlaps, f"{action.overlap} is not live")
+        self.overlaps.remove(action.overlap)
+        self.fused.add(i)
+
+    def step(self, action: Step) -> None:
+        i, k = action.chunk, action.step
+        _require(k == self.step_at_hand and i in self.velocity, f"neither forward nor forecast of step {k} was done")
+        _require((i in self.fused) == self.is_fused(i), "what the chunk after predicts is to be fused before")
+        self.require_latents(LatentVersion(i, k))
+        self.require_note(LatentVersion(i, k + 1), is_left=action.is_left)
+        self.velocity.remove(i)
+        self.fused.discard(i)
+        self.taken[i] = k + 1
+        self.latents.add(LatentVersion(i, k + 1))
+
+    def finish(self, action: Finish) -> None:
+        i = action.latents.chunk
+        _require(i == self.num_finished, f"chunk {self.num_finished} finishes next")
+        _require(action.latents.version == self.steps == self.taken.get(i), f"finishes after {self.steps} steps")
+        self.require_latents(action.latents)
+        self.num_finished += 1
+
+    def require_note(self, latents: LatentVersion, *, is_left: bool) -> None:
+        """Whether the chunk after reads them is said where they are made."""
+        expected = self.reader_to_come(latents)
+        _require(is_left == expected, f"{latents} is {'' if expected else 'not '}left context")
+
+    def reader_to_come(self, latents: LatentVersion) -> bool:
+        i, v = latents.chunk + 1, latents.version
+        if i == len(self.chunks) or self.chunks[i].num_left == 0:
+            return False
+        return v < self.steps and v not in self.rules.forecast if i in self.group else v == self.steps
+
+    def require_latents(self, latents: LatentVersion) -> None:
+        _require(latents in self.latents, f"{latents} is not live")
+
+    def end_round(self) -> None:
+        """Every chunk of the group took its step, and only those latents live that are still to be read."""
+        if self.round < 0:
+            return
+        behind = [i for i in self.group if self.taken.get(i) != self.step_at_hand + 1]
+        _require(not behind, f"chunks {behind} did not take the step of round {self.round}")
+        _require(not self.overlaps, f"{', '.join(map(str, self.overlaps))} are not used")
+        _require(not self.tokens, f"{', '.join(map(str, self.tokens))} should have been dropped in round {self.round}")
+        idle = self.latents - self.to_be_read()
+        _require(not idle, f"{', '.join(sorted(map(str, idle)))} should have been dropped in round {self.round}")
+
+    def to_be_read(self) -> set[LatentVersion]:
+        """At the end of a round: each chunk's newest latents, and those that the next group's first chunk has left
+        of it; when the group is finished, only what is left of it for the next.
+        """
+        is_last = self.step_at_hand + 1 == self.steps
+        border = self.group.stop if is_last else self.group.start
+        is_read = 0 < border < len(self.chunks) and self.chunks[border].num_left > 0
+        newest = set() if is_last else {LatentVersion(i, k) for i, k in self.taken.items()}
+        return newest | ({LatentVersion(border - 1, self.steps)} if is_read else set())
+
+    def close(self) -> None:
+        _require(self.gated is None, "the forward of the last gate is missing")
+        _require(self.num_finished == len(self.chunks), f"{self.num_finished} of {len(self.chunks)} chunks finished")
+        self.end_round()
+
+    def report(self) -> Report:
+        return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, max_live_kv=0)

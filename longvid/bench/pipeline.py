@@ -50,7 +50,7 @@ def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str
         sides = []
         for ranks in (1, bench.ranks):
             say(f"{ranks} rank{'s' * (ranks > 1)}: {bench.seconds:g} s of film")
-            sides.append(_render(bench, ranks, Path(folder)))
+            sides.append(render(bench, ranks, Path(folder)))
     one, many = sides
     if one["digest"] != many["digest"]:
         raise RuntimeFailure("bench pipeline: the films differ")
@@ -65,7 +65,7 @@ def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str
         "ranks": many["ranks"],
         "costs": many["costs"],
         "sim": [simulate_mesh(costs, bench.steps, topology, left) for topology in MESHES for left in LEFT],
-        "machine": {**{key: cpu_facts()[key] for key in ("name", "cores")}, "torch": package_version("torch")},
+        "machine": machine(),
         "settings": list(bench.overrides),
         "steps": bench.steps,
         "film_s": bench.seconds,
@@ -105,7 +105,7 @@ def _efficiency(costs: Costs, decode: float, topology: Topology, left: Left) -> 
     return alone * SIM_CHUNKS * SIM_STEPS / (topology.num_ranks * found.makespan)
 
 
-def _render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
+def render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
     """Render in processes of their own; what their trace says, and the film's digest."""
     story, film, trace = folder / "story.yaml", folder / f"film{ranks}.mp4", folder / f"trace{ranks}.json"
     story.write_text(f'scenes:\n  - {{prompt: "{PROMPT}", for: {bench.seconds}s}}\n')
@@ -117,9 +117,14 @@ def _render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         kind = InputError if done.returncode == InputError.exit_code else RuntimeFailure
-        raise kind(f"bench pipeline: {ranks} ranks failed:\n{done.stderr.strip()}")
+        raise kind(f"bench: {ranks} ranks failed:\n{done.stderr.strip()}")
     found: dict[str, Any] = json.loads(trace.read_text())["otherData"]
     return {**found, "digest": hashlib.sha256(film.read_bytes()).hexdigest()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    return {**{key: cpu_facts()[key] for key in ("name", "cores")}, "torch": package_version("torch")}
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -115,6 +115,7 @@ class StageOptions:
 
     `loading` says what becomes of its weights; a pipeline that is in memory has its own.
     ``embedded_guidance`` is what a guidance-distilled model is told; None: what its pipeline tells it.
+    `vin` is the directory of an adapter whose global tokens its layers read.
     """
 
     branches: Sequence[int] = (0,)
@@ -134,6 +135,8 @@ class StageOptions:
             "attention": self.attention,
             "cache": self.cache,
         }
+
+    vin: Path | None = None
 
     @property
     def spread(self) -> SequenceAttention:

@@ -84,7 +84,7 @@ class CogVideoXStage(JointStage):
 
     def unpatch(self, own: Tensor, temb: Tensor, unit: Unit) -> Tensor:
         height, width = self.token_grid(unit.latent_size)
-        count, patch = unit.chunk.num_latents, self.dit.config.patch_size
+        count, patch = unit.num_predicted, self.dit.config.patch_size
         patches = self.dit.proj_out(self.dit.norm_out(self.dit.norm_final(own), temb=temb))
         cells = patches.view(count, height, width, -1, self._together, patch, patch)  # [F, h, w, C, T, p, p]
         latents: Tensor = cells.permute(4, 3, 0, 1, 5, 2, 6).reshape(-1, count, height * patch, width * patch)

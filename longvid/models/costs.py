@@ -55,7 +55,7 @@ def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device, size
     """A unit as most of a film's are: with left context, at two noise levels."""
     facts, queue = checkpoint.facts, settings.queue
     width, height = facts.grid.latent_size(*(size or (facts.width, facts.height)))
-    left = queue.context_latents if queue.left == "recompute" else 0
+    left = queue.context_latents if settings.recomputes_left else 0
     count = left + queue.chunk_latents
     latents = torch.zeros(facts.latent_channels, count, height, width, device=device)
     chunk = Chunk(0, 0, left, queue.chunk_latents, left, 0, (PromptBlend(0, 0),) * count, (), (0, 0))

@@ -116,7 +116,7 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         _require_regions(facts, settings)
     if settings.memory.vae_rows and facts.family != "wan":
         raise InputError(f"memory.vae_rows must be 0: the VAE of {facts.family} models does not work row by row")
-    if settings.queue.left == "cached" and not facts.relative_positions:
+    if not settings.recomputes_left and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
     if settings.sampler.embedded_guidance is not None and not facts.embedded_guidance:
@@ -136,6 +136,8 @@ def _require_regions(facts: ModelFacts, settings: Settings) -> None:
     """Refuse a cache that leaves tokens out where they cannot be."""
     if facts.family != "wan":
         raise InputError(f"cache.policy ras is for Wan models, and {facts.name} is of the family {facts.family}")
+    if settings.schedule == "chunks":
+        raise InputError("cache.policy ras is for the queue and for whole shots, not for schedule=chunks")
     if not isinstance(settings.attention, Dense):
         raise InputError(
             f"cache.policy ras leaves tokens out: use attention.policy=dense, not {settings.attention.policy}"

@@ -101,7 +101,7 @@ class HunyuanStage(JointStage):
 
     def unpatch(self, own: Tensor, temb: Tensor, unit: Unit) -> Tensor:
         height, width = self.token_grid(unit.latent_size)
-        count, patch = unit.chunk.num_latents, self.dit.config.patch_size
+        count, patch = unit.num_predicted, self.dit.config.patch_size
         patches = self.dit.proj_out(self.dit.norm_out(own, temb))
         cells = patches.view(count, height, width, -1, patch, patch)  # [F, h, w, C, p, p]
         latents: Tensor = cells.permute(3, 0, 1, 4, 2, 5).reshape(-1, count, height * patch, width * patch)

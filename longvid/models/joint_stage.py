@@ -63,7 +63,7 @@ class JointStage(LayerStage):
 
     @abstractmethod
     def unpatch(self, own: Tensor, temb: Tensor, unit: Unit) -> Tensor:
-        """The output layers on the own latents' tokens: fp32 [C, num_latents, h, w]."""
+        """The output layers on the tokens of `num_predicted` latents: fp32 [C, F, h, w]."""
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """[branches, text_places + S, E] for F latents."""
@@ -120,7 +120,7 @@ class JointStage(LayerStage):
         return torch.cat([text, video], 1)
 
     def _head(self, temb: Tensor, unit: Unit, hidden: Tensor) -> Tensor:
-        own = unit.chunk.num_latents * math.prod(self.token_grid(unit.latent_size))
+        own = unit.num_predicted * math.prod(self.token_grid(unit.latent_size))
         return self.unpatch(hidden[:, -own:], temb, unit)
 
 

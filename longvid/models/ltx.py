@@ -120,8 +120,8 @@ class LtxStage(LayerStage):
         )
 
     def _head(self, temb: Tensor, unit: Unit, hidden: Tensor) -> Tensor:
-        """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w]."""
-        count, (height, width) = unit.chunk.num_latents, unit.latent_size
+        """The output layer on the tokens of `num_predicted` latents: fp32 [C, F, h, w]."""
+        count, (height, width) = unit.num_predicted, unit.latent_size
         own = count * height * width
         shift, scale = (self.dit.scale_shift_table[None, None] + temb[:, -own:, None]).unbind(2)
         tokens = self.dit.proj_out(self.dit.norm_out(hidden[:, -own:]) * (1 + scale) + shift)

@@ -27,10 +27,12 @@ from longvid.models.layer_stage import (
     neighbours,
     token_map,
 )
+from longvid.models.vin import Vin
 from longvid.models.wan_attention import (
     CompleteKv,
     LayerKv,
     QueueSelfAttention,
+    ReadTokens,
     SceneTextAttention,
     SelfContext,
     TextContext,
@@ -39,7 +41,7 @@ from longvid.models.wan_attention import (
     text_kv,
 )
 from longvid.parallel.sequence import Rope, SequenceAttention, WholeSequence
-from longvid.parallel.stage import Unit
+from longvid.parallel.stage import KeyLatents, Unit
 from longvid.plan import PromptBlend
 from longvid.sparsity.runtime import SparseRuntime
 
@@ -50,7 +52,8 @@ TEXT_COLUMNS = 512
 class WanStage(LayerStage):
     """Some layers of a ``WanTransformer3DModel``: ``dit.blocks`` are this stage's alone.
 
-    Takes the transformer over: its attention processors are replaced, its layers are not.
+    ``vin`` makes global tokens and has the layers read them. Takes the transformer over: its attention processors are
+    replaced, its layers are not.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class WanStage(LayerStage):
         sequence: SequenceAttention | None = None,
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
+        vin: Vin | None = None,
     ) -> None:
         super().__init__(
             branches=branches,
@@ -81,7 +85,9 @@ class WanStage(LayerStage):
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
                 block.ffn = CachedFeedForward(index, block.ffn)
+        self._vin = vin
         self._texts: list[list[TextKv]] = []
+        self._states: list[list[Tensor]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
@@ -104,6 +110,7 @@ class WanStage(LayerStage):
         self._texts = [
             [self._text(states, known) for states in (prompts, negatives)[branch]] for branch in self.branches
         ]
+        self._states = [list((prompts, negatives)[branch]) for branch in self.branches]
 
     def _text(self, states: Tensor, known: dict[int, TextKv]) -> TextKv:
         if id(states) not in known:
@@ -111,6 +118,39 @@ class WanStage(LayerStage):
             embedded = self.dit.condition_embedder.text_embedder(padded)
             known[id(states)] = text_kv(self.dit.blocks, embedded, TEXT_COLUMNS)
         return known[id(states)]
+
+    @property
+    def num_globals(self) -> int:
+        return self._vin.config.tokens if self._vin else 0
+
+    @property
+    def key_spacing(self) -> int:
+        assert self._vin
+        return self._vin.config.spacing
+
+    @torch.no_grad()
+    def encode(self, keys: KeyLatents) -> Tensor:
+        """Global tokens [branches, G, D]: all branches see the same, each beside its own texts."""
+        return self.conclude(self.look(keys), keys.prompts)
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        assert self._vin
+        config = self._vin.config
+        return config.heads, config.tokens, config.hidden_size // config.heads
+
+    @torch.no_grad()
+    def look(self, keys: KeyLatents) -> tuple[Tensor, Tensor]:
+        assert self._vin
+        device = keys.latents.device
+        return self._vin.partial(keys.latents.to(self.dtype), keys.timesteps.to(device), keys.places.to(device))
+
+    @torch.no_grad()
+    def conclude(self, seen: tuple[Tensor, Tensor], prompts: Sequence[int]) -> Tensor:
+        assert self._vin
+        embed = self.dit.condition_embedder.text_embedder
+        texts = (embed(torch.cat([states[i] for i in prompts]).to(self.dtype)) for states in self._states)
+        return torch.stack([self._vin.finish(*seen, text) for text in texts])
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """[branches, l, E] for this rank's part of the tokens of F latents."""
@@ -190,7 +230,21 @@ class WanStage(LayerStage):
             run=run,
             queries=active.tokens if active is not None else None,
             complete=self._complete(unit, self.branches[index], active),
+            read_tokens=self._read_tokens(unit, index),
         )
+
+    def _read_tokens(self, unit: Unit, index: int) -> ReadTokens | None:
+        """How layers get at the unit's global tokens."""
+        if unit.tokens is None:
+            return None
+        tokens, vin = unit.tokens[index : index + 1], self._vin
+        assert vin
+
+        def read(layer: int, query: Tensor) -> Tensor:
+            found: Tensor = vin.layers[str(self.first_layer + layer)](query, tokens)
+            return found
+
+        return read
 
     def _complete(self, unit: Unit, branch: int, active: Active | None) -> CompleteKv | None:
         """How layers come by the K/V of tokens that are left out."""
@@ -209,8 +263,8 @@ class WanStage(LayerStage):
     def _head(
         self, temb: Tensor, unit: Unit, grid: tuple[int, int], branch: int, active: Active | None, hidden: Tensor
     ) -> Tensor:
-        """The output layer on the own latents' tokens: fp32 [C, num_latents, h, w], on every rank of the sequence."""
-        own, num_tokens = unit.chunk.num_latents * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
+        """The output layer on the last `num_predicted` latents: fp32 [C, F, h, w], on every rank of the sequence."""
+        own, num_tokens = unit.num_predicted * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
         if active is not None:
             count = len(active.own)
             hidden, temb, num_tokens = hidden[:, -count:], temb[:, -count:], own
@@ -225,7 +279,7 @@ class WanStage(LayerStage):
             patches = self.cache.regions.velocity((unit.chunk.index, branch, last), patches, active)
         elif num_tokens != own or patches.shape[1] != own:
             patches = self._sequence.gather(patches, num_tokens)[:, -own:]
-        out = patches.reshape(unit.chunk.num_latents, *grid, 2, 2, -1)
+        out = patches.reshape(unit.num_predicted, *grid, 2, 2, -1)
         channels = out.shape[-1]
         velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
         return velocity

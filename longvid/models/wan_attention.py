@@ -22,6 +22,9 @@ LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
 
 
+ReadTokens = Callable[[int, Tensor], Tensor]
+"""What a layer (an index in the stage) gets of global tokens, [1, l, H, D], by its queries, normed and not rotated."""
+
 CompleteKv = Callable[[int, Tensor, Tensor], LayerKv]
 """K/V of all of a unit's tokens in a layer (an index in the stage), by those of the tokens in the pass."""
 
@@ -32,7 +35,7 @@ class SelfContext(LayerContext):
 
     ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``head_costs`` gives
     those of a layer of the stage. Where only ``queries`` of the unit's tokens are in the pass, ``complete`` gives a
-    layer's K/V of all.
+    layer's K/V of all. What ``read_tokens`` gives is added to a layer's own attention.
     """
 
     rope: Rope
@@ -40,6 +43,7 @@ class SelfContext(LayerContext):
     run: RunModule = run_module
     queries: Tensor | None = None
     complete: CompleteKv | None = None
+    read_tokens: ReadTokens | None = None
 
 
 class QueueSelfAttention:
@@ -75,6 +79,8 @@ class QueueSelfAttention:
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)
+        if context.read_tokens:
+            out = out + context.read_tokens(self.index, query)
         return _project_out(attn, out)
 
 

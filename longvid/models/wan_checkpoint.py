@@ -17,6 +17,7 @@ from longvid.models.configs import Configs
 from longvid.models.parts import ModelPart
 from longvid.models.prompts import encode_prompts
 from longvid.models.solvers import make_sampler
+from longvid.models.vin import Vin
 from longvid.models.wan import WanStage
 from longvid.models.wan_experts import WanExpertsStage
 from longvid.models.wan_facts import WAN_PARTS
@@ -131,10 +132,13 @@ class WanCheckpoint:
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions
     ) -> FamilyStage:
+        vin = Vin.load(options.vin, part.layers, encodes=part.is_first) if options.vin else None
+
         def stage(name: str) -> WanStage:
             dit = self.load_layers(part, dtype, device, name, options.loading)
             kind = WanStage if self.facts.image == "none" else WanImageStage
-            return kind(dit, sequence=options.sequence, **options.of(part))
+            adapter = vin.to(device, dtype) if vin else None
+            return kind(dit, sequence=options.sequence, vin=adapter, **options.of(part))
 
         if self.facts.boundary_ratio is None:
             return stage("transformer")

@@ -55,6 +55,6 @@ def largest_tokens(plan: Plan, settings: Settings, facts: ModelFacts) -> TokenMa
     width, height = facts.grid.latent_size(plan.width, plan.height)
     _, rows, columns = facts.grid.patch
     stop, first = chunk.start + chunk.num_latents, chunk.start - chunk.num_left
-    queries = range(first if settings.queue.left == "recompute" else chunk.start, stop)
+    queries = range(first if settings.recomputes_left else chunk.start, stop)
     own = range(chunk.start, stop)
     return TokenMap(queries, range(first, stop + chunk.num_right), own, height // rows, width // columns)

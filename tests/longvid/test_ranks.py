@@ -25,6 +25,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longvid.models.vin import Vin
+from longvid.models.vin_config import VinConfig
+
 STORY = """
 seed: 5
 scenes:
@@ -338,6 +341,46 @@ def test_caches_over_ranks_give_the_same_bytes(
     assert warm.render(story, tmp_path / "whole.mp4", settings=common) != one
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Global tokens for the embedded model: random ones, its gates half open."""
+    torch.manual_seed(2)
+    vin = Vin(VinConfig(hidden_size=256, latent_channels=8, num_layers=8, num_heads=4, tokens=5, processors=1))
+    for layer in vin.layers.values():
+        torch.nn.init.constant_(layer.gate, 0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    vin.save(folder)
+    return folder
+
+
+def test_global_tokens_over_ranks_and_after_a_kill_give_the_same_bytes(
+    story: Path, alone: str, adapter: Path, warm: Warm, tmp_path: Path
+) -> None:
+    tokens = ["vin.policy=on", f"vin.path={adapter}"]
+    one = warm.render(story, tmp_path / "one.mp4", settings=tokens)
+    assert one != alone
+    film = tmp_path / "film.mp4"
+    ranks = warm.start(arguments(story, film, settings=tokens), num_ranks=3)
+    wait_for((tmp_path / MANIFEST).exists)
+    os.kill(ranks.pids[-1], signal.SIGKILL)
+    assert ranks.wait() == [3, 3, -signal.SIGKILL], ranks.said()
+    assert warm.render(story, film, "--resume", num_ranks=2, settings=tokens) == one
+
+
+def test_global_tokens_travel_with_both_branches_and_with_what_a_cache_remembers(
+    adapter: Path, warm: Warm, tmp_path: Path
+) -> None:
+    story = tmp_path / "short.yaml"
+    story.write_text(SHORT)
+    settings = ["sampler.steps=6", "sampler.guidance=2", "vin.policy=on", f"vin.path={adapter}"]
+    settings += ["cache.policy=delta_dit", "cache.negative_every=2"]
+    one = warm.render(story, tmp_path / "one.mp4", settings=settings)
+    assert warm.render(story, tmp_path / "three.mp4", num_ranks=3, settings=settings) == one
+    axes = ["mesh.guidance=2", "mesh.stage=2"]
+    alone = warm.render(story, tmp_path / "plain.mp4", settings=settings[:4])
+    assert warm.render(story, tmp_path / "four.mp4", num_ranks=4, settings=[*settings[:4], *axes]) == alone
+
+
 def test_a_gate_over_a_sequence_is_passed_by_all_ranks(warm: Warm, tmp_path: Path) -> None:
     """Every rank sees a part of the tokens, and the leader decides by all of them."""
     story = tmp_path / "short.yaml"
@@ -351,6 +394,36 @@ def test_a_gate_over_a_sequence_is_passed_by_all_ranks(warm: Warm, tmp_path: Pat
     warm.run([str(program), str(story), str(latents[1]), *FAST, *settings, *axes], num_ranks=4)
     one, four = ([chunk.double() for chunk in torch.load(path)] for path in latents)
     assert all((a - b).abs().max() < 1e-3 for a, b in zip(one, four, strict=True))
+
+
+CHUNKS = ["schedule=chunks", "chunks.group=5", "sampler.solver=unipc"]
+
+
+@pytest.fixture(scope="module")
+def chunks_alone(story: Path, warm: Warm) -> str:
+    """The film by the chunk schedule, in two groups, on one rank."""
+    return warm.render(story, story.with_name("chunks.mp4"), settings=CHUNKS)
+
+
+@pytest.mark.parametrize("axes", [["mesh.chunk=4"], ["mesh.chunk=2", "mesh.stage=2"]])
+def test_chunks_over_ranks_give_the_same_bytes(
+    story: Path, chunks_alone: str, alone: str, warm: Warm, axes: list[str], tmp_path: Path
+) -> None:
+    assert warm.render(story, tmp_path / "film.mp4", num_ranks=4, settings=[*CHUNKS, *axes]) == chunks_alone != alone
+
+
+def test_chunks_and_branches_over_ranks_give_the_same_bytes_after_a_kill(
+    story: Path, adapter: Path, warm: Warm, tmp_path: Path
+) -> None:
+    """With global tokens, of which every rank makes all. Each owner saved its own chunks; others go on with them."""
+    settings = [*CHUNKS, "sampler.guidance=2", "sampler.steps=6", "vin.policy=on", f"vin.path={adapter}"]
+    one = warm.render(story, tmp_path / "one.mp4", settings=settings)
+    film = tmp_path / "film.mp4"
+    ranks = warm.start(arguments(story, film, settings=[*settings, "mesh.chunk=2", "mesh.guidance=2"]), num_ranks=4)
+    wait_for((tmp_path / MANIFEST).exists)
+    os.kill(ranks.pids[2], signal.SIGKILL)
+    assert ranks.wait() == [3, 3, -signal.SIGKILL, 3], ranks.said()
+    assert warm.render(story, film, "--resume", num_ranks=3, settings=[*settings, "mesh.chunk=3"]) == one
 
 
 def test_a_resume_of_another_film_is_refused(story: Path, warm: Warm, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(
 FORECASTS = st.sampled_from([(), (1, 2, 4), (1,), (2, 3, 4)])
 
 
+WITH_TOKENS = replace(FRESHER, tokens=True, memory=3)
+
+
 def with_forecasts(rules, forecast, steps):
     return replace(rules, forecast=frozenset(forecast) & frozenset(range(1, steps - 1)))
 
@@ -37,7 +40,8 @@ def slots(rank, action):
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_a_full_pipe_wastes_what_theory_says(make_film, num_stages, buffers):
     chunks = make_film([62], 6, 2).chunks
-    for rules, wasted in ((SAME, (num_stages - 1) ** 2), (CACHED, (num_stages - 1) ** 2), (FRESHER, num_stages**2 - 1)):
+    best, usual = (num_stages - 1) ** 2, num_stages**2 - 1
+    for rules, wasted in ((SAME, best), (CACHED, best), (FRESHER, usual), (WITH_TOKENS, usual)):
         found = rehearse_schedule(
             lambda r=rules: queue_schedule(chunks, 10, r), Topology(stage=num_stages), buffers, slots
         )
@@ -48,7 +52,7 @@ def test_a_full_pipe_wastes_what_theory_says(make_film, num_stages, buffers):
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=3),
     st.integers(1, 6),
-    st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3)]),
+    st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3), WITH_TOKENS]),
     st.builds(Topology, stage=st.integers(1, 4), guidance=st.integers(1, 2), seq=st.integers(1, 3)),
     FORECASTS,
 )
@@ -62,7 +66,7 @@ def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, shots, steps, ru
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=3),
     st.integers(1, 6),
-    st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3)]),
+    st.sampled_from([SAME, FRESHER, CACHED, QueueRules(gap=3), WITH_TOKENS]),
     FORECASTS,
 )
 def test_one_rank_does_the_schedule_as_it_is(make_film, shots, steps, rules, forecast):

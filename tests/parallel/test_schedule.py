@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from longvid.parallel.schedule import (
     Admit,
     DropLatents,
+    Encode,
     Finish,
     Forward,
     KvVersion,
@@ -20,6 +21,8 @@ from longvid.parallel.schedule import (
     queue_schedule,
     sequential_schedule,
 )
+from longvid.parallel.snapshot import is_remembered, key_latents, snapshot
+from longvid.plan import Chunk
 
 SHOTS = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 CONTEXT = st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, b)))
@@ -204,3 +207,62 @@ def test_a_gap_keeps_fewer_chunks_in_flight(make_film):
     chunks = make_film([12], 3, 1).chunks
     per_round = Counter(a.round for a in forwards(queue_schedule(chunks, 6, replace(FRESHER, gap=3))))
     assert max(per_round.values()) == 2
+
+
+TOKENS = QueueRules(tokens=True, memory=2)
+
+
+def test_global_tokens_are_made_of_a_shots_latents_as_they_stood_a_round_before(make_film):
+    """Of five chunks and two steps: what is in flight, the chunk before, one of the two before that, and the first."""
+    chunks = make_film([7, 13], 3, 1).chunks
+    encodes = [a for a in queue_schedule(chunks, 2, TOKENS) if isinstance(a, Encode)]
+    assert [str(action)[5:].strip() for action in encodes] == [
+        "encode   g0@2  of z0@1",
+        "encode   g1@4  of z2@1",
+        "encode   g1@5  of z2@2 z3@1",
+        "encode   g1@6  of z2@2 z3@2 z4@1",
+    ]
+
+
+@given(SHOTS, CONTEXT, STEPS, RULES, st.integers(0, 4))
+def test_all_units_of_a_round_read_the_same_tokens_and_none_of_another_shot(
+    make_film, shots, context, steps, rules, memory
+):
+    chunks = make_film(shots, *context).chunks
+    made = {}
+    for action in queue_schedule(chunks, steps, replace(rules, tokens=True, memory=memory)):
+        if isinstance(action, Encode):
+            made[action.tokens] = action.latents
+            assert {chunks[latents.chunk].shot for latents in action.latents} == {action.shot}
+            assert all(0 < latents.version <= steps for latents in action.latents)
+            assert sum(latents.version == steps for latents in action.latents) <= memory + (memory > 0)
+        if isinstance(action, Forward) and action.tokens:
+            assert action.tokens in made and action.tokens.round == action.round
+            assert action.tokens.shot == chunks[action.chunk].shot
+    assert {action.tokens for action in queue_schedule(chunks, steps, rules) if isinstance(action, Forward)} <= {None}
+
+
+@given(st.integers(0, 300), st.integers(1, 8), st.integers(0, 6))
+def test_a_finished_chunk_that_is_forgotten_once_is_never_remembered_again(first, num_chunks, octaves):
+    seen = [is_remembered(first, first - num_chunks, oldest, octaves) for oldest in range(first + 1, first + 200)]
+    assert seen == sorted(seen, reverse=True)
+
+
+@given(st.integers(0, 50), st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5), st.data())
+def test_a_snapshot_is_bounded_and_has_the_first_chunk_and_all_in_flight(start, count, steps, gap, octaves, data):
+    shot = range(start, start + count)
+    n = data.draw(st.integers(0, gap * shot[-1] + steps + 5))
+    found = dict(snapshot(shot, n, steps, gap, octaves))
+    stood = {i: min(n - 1 - gap * i, steps) for i in shot}
+    assert {i: v for i, v in stood.items() if 0 < v < steps}.items() <= found.items()
+    assert all(stood[i] == version for i, version in found.items())
+    finished = [i for i, version in found.items() if version == steps]
+    assert len(finished) <= octaves + (octaves > 0)
+    assert (start in finished) == (octaves > 0 and stood[start] == steps)
+
+
+@given(st.integers(0, 20), st.integers(1, 12), st.integers(1, 5))
+def test_key_latents_of_neighbouring_chunks_are_evenly_spaced(start, num_latents, spacing):
+    chunk = Chunk(0, 0, start, num_latents, 0, 0, (), (), (0, 0))
+    places = [start + latent for latent in key_latents(chunk, spacing)]
+    assert places == [place for place in range(start, start + num_latents) if place % spacing == 0]

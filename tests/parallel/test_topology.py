@@ -68,7 +68,7 @@ def test_a_deep_queue_is_split_by_layers_and_a_shallow_one_by_branches_and_token
         (2, {"guidance": 2}, "one branch without guidance"),
         (3, {"seq": 3}, r"seq 3 / ring 1 = 3 does not divide the model's 4 heads: raise mesh.ring"),
         (2, {"replica": 2}, "a render is one film"),
-        (2, {"chunk": 2}, "no chunk axis"),
+        (2, {"chunk": 2}, "one chunk is at a step"),
         (2, {"seq": 2, "ring": 4}, "seq 2 is not a multiple of ring 4"),
     ],
 )

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from longvid.geometry import LatentGrid
 from longvid.parallel.schedule import (
     Admit,
+    DropGlobals,
     DropKv,
     DropLatents,
+    Encode,
     Finish,
     Forecast,
     Forward,
+    GlobalVersion,
     KvVersion,
     LatentVersion,
     QueueRules,
@@ -26,6 +29,7 @@ from longvid.plan import ModelFacts, make_plan
 from longvid.script import parse_script
 from longvid.settings import load_settings
 
+DROPS = DropLatents | DropKv | DropGlobals
 SAME, FRESHER = QueueRules(left_level="same"), QueueRules(left_level="fresher")
 CACHED = QueueRules(left="cached")
 RULES = st.sampled_from([replace(rules, gap=gap) for rules in (SAME, FRESHER, CACHED) for gap in (1, 1, 2, 3)])
@@ -39,7 +43,8 @@ def films(draw):
     context_latents = draw(st.integers(0, chunk_latents))
     steps, rules = draw(st.integers(1, 5)), draw(RULES)
     forecast = draw(st.frozensets(st.integers(1, steps - 2))) if steps > 2 else frozenset()
-    return shots, chunk_latents, context_latents, steps, replace(rules, forecast=forecast)
+    tokens, memory = draw(st.booleans()), draw(st.integers(0, 3))
+    return shots, chunk_latents, context_latents, steps, replace(rules, forecast=forecast, tokens=tokens, memory=memory)
 
 
 def schedule(make_film, film):
@@ -59,6 +64,8 @@ def makes(action):
     match action:
         case Admit(chunk=i):
             return {LatentVersion(i, 0)}
+        case Encode(tokens=value) | DropGlobals(tokens=value):
+            return {value}
         case Forward(chunk=i, step=k, store=store):
             return {("velocity", i, k), *store}
         case Forecast(chunk=i, step=k):
@@ -73,8 +80,10 @@ def makes(action):
 def touches(action):
     """What an action makes, ends or reads."""
     match action:
-        case Forward(chunk=i, step=k, left=left, right=right):
-            return makes(action) | {LatentVersion(i, k), left, right} - {None}
+        case Encode(latents=latents):
+            return makes(action) | set(latents)
+        case Forward(chunk=i, step=k, left=left, right=right, tokens=tokens):
+            return makes(action) | {LatentVersion(i, k), left, right, tokens} - {None}
         case Step(chunk=i, step=k) | Forecast(chunk=i, step=k):
             return makes(action) | {LatentVersion(i, k)}
         case Finish(latents=latents):
@@ -120,7 +129,13 @@ def test_every_sequential_schedule_is_accepted(make_film, shots, steps):
 
 @pytest.mark.parametrize(
     ("rules", "max_live_latents", "max_live_kv"),
-    [(FRESHER, 10, 2), (SAME, 16, 2), (CACHED, 9, 11), (replace(CACHED, gap=4), 3, 10)],
+    [
+        (FRESHER, 10, 2),
+        (SAME, 16, 2),
+        (CACHED, 9, 11),
+        (replace(CACHED, gap=4), 3, 10),
+        (replace(FRESHER, tokens=True, memory=3), 19, 2),
+    ],
 )
 def test_live_state_depends_on_the_steps_and_not_on_the_length_of_the_film(
     make_film, rules, max_live_latents, max_live_kv
@@ -201,7 +216,7 @@ def test_kv_that_nobody_reads_is_refused(make_film):
 
 def shifted(value, delta):
     """Another version of latents, or K/V of another round."""
-    if isinstance(value, KvVersion):
+    if isinstance(value, KvVersion | GlobalVersion):
         return replace(value, round=value.round + delta)
     return replace(value, version=value.version + delta)
 
@@ -212,7 +227,16 @@ def wrong(action, delta):
         case Admit(chunk=i):
             yield replace(action, chunk=i + delta)
             yield replace(action, round=action.round + delta)
-        case Forward(round=n, chunk=i, step=k, left=left, right=right, store=store):
+        case Encode(latents=latents, shot=shot):
+            yield replace(action, shot=shot + delta)
+            yield replace(action, round=action.round + delta)
+            yield replace(action, latents=latents[1:])
+            yield replace(action, latents=(*latents[:-1], shifted(latents[-1], delta)))
+        case DropGlobals(tokens=value):
+            yield replace(action, tokens=shifted(value, delta))
+            yield replace(action, round=action.round + delta)
+        case Forward(round=n, chunk=i, step=k, left=left, right=right, store=store, tokens=tokens):
+            yield replace(action, tokens=shifted(tokens, delta) if tokens else GlobalVersion(n, 0))
             yield replace(action, step=k + delta)
             yield replace(action, chunk=i + delta)
             yield replace(action, left=shifted(left, delta) if left else LatentVersion(i - 1, k))
@@ -247,7 +271,9 @@ def test_a_wrong_version_chunk_step_or_round_is_refused(make_film, film, delta, 
     assert_refused(make_film, film, actions)
 
 
-@pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(FRESHER, gap=2)])
+@pytest.mark.parametrize(
+    "rules", [SAME, FRESHER, CACHED, replace(FRESHER, gap=2), replace(SAME, tokens=True, memory=1)]
+)
 def test_every_wrong_value_in_a_small_film_is_refused(make_film, rules):
     film = [9, 3], 2, 1, 3, rules
     _, actions = schedule(make_film, film)
@@ -259,7 +285,7 @@ def test_every_wrong_value_in_a_small_film_is_refused(make_film, rules):
 @given(films(), st.data())
 def test_a_drop_before_the_last_reader_is_refused(make_film, film, data):
     _, actions = schedule(make_film, film)
-    drops = [at for at, action in enumerate(actions) if isinstance(action, DropLatents | DropKv)]
+    drops = [at for at, action in enumerate(actions) if isinstance(action, DROPS)]
     at = data.draw(st.sampled_from(drops))
     drop = actions.pop(at)
     readers = [b for b in range(at) if touches(actions[b]) & touches(drop)]
@@ -272,7 +298,7 @@ def test_a_drop_before_the_last_reader_is_refused(make_film, film, data):
 def test_a_drop_in_a_later_round_is_refused(make_film, film, data):
     _, actions = schedule(make_film, film)
     last_round = actions[-1].round
-    early = [a for a in actions if isinstance(a, DropLatents | DropKv) and a.round < last_round]
+    early = [a for a in actions if isinstance(a, DROPS) and a.round < last_round]
     assume(early)
     drop = data.draw(st.sampled_from(early))
     actions.remove(drop)
@@ -284,7 +310,7 @@ def test_a_drop_in_a_later_round_is_refused(make_film, film, data):
 @given(films(), st.data())
 def test_a_missing_drop_is_refused(make_film, film, data):
     _, actions = schedule(make_film, film)
-    actions.remove(data.draw(st.sampled_from([a for a in actions if isinstance(a, DropLatents | DropKv)])))
+    actions.remove(data.draw(st.sampled_from([a for a in actions if isinstance(a, DROPS)])))
     assert_refused(make_film, film, actions)
 
 
