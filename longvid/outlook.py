@@ -363,12 +363,13 @@ def _remedies(film: Film, machine: Machine, num_ranks: int, replan: Callable[[Se
     def fits(film: Film, machine: Machine, num_ranks: int) -> bool:
         return any(option.reason is None for option in options(film, machine, num_ranks, with_pace=False))
 
-    settings = film.settings
-    for change, text in _changes(settings):
-        other = replan(change)
-        again = replace(machine, itemsize=other.itemsize) if isinstance(machine, ChipMachine) else machine
-        if fits(other, again, num_ranks):
-            yield text
+    for kind in _changes(film.settings):
+        for change, text in kind:
+            other = replan(change)
+            again = replace(machine, itemsize=other.itemsize) if isinstance(machine, ChipMachine) else machine
+            if fits(other, again, num_ranks):
+                yield text
+                break
     more = num_ranks
     while more < MOST_RANKS:
         more *= 2
@@ -383,22 +384,24 @@ def _remedies(film: Film, machine: Machine, num_ranks: int, replan: Callable[[Se
                 break
 
 
-def _changes(settings: Settings) -> Iterator[tuple[Settings, str]]:
-    """Other settings that take less memory, each as `--set` says it."""
+def _changes(settings: Settings) -> Iterator[list[tuple[Settings, str]]]:
+    """Other settings that take less memory, each as `--set` says it; by kind, the least change first."""
     queue = settings.queue
+
+    def of_queue(**values: int | str) -> tuple[Settings, str]:
+        text = " ".join(f"--set queue.{key}={value}" for key, value in values.items())
+        return settings.model_copy(update={"queue": queue.model_copy(update=values)}), text
+
     if settings.runtime.dtype == "float32":
         runtime = settings.runtime.model_copy(update={"dtype": "bfloat16"})
-        yield settings.model_copy(update={"runtime": runtime}), "--set runtime.dtype=bfloat16"
+        yield [(settings.model_copy(update={"runtime": runtime}), "--set runtime.dtype=bfloat16")]
     if settings.schedule == "sequential":
-        yield settings.model_copy(update={"schedule": "queue"}), "--set schedule=queue"
+        yield [(settings.model_copy(update={"schedule": "queue"}), "--set schedule=queue")]
         return
     if queue.left == "cached":
-        other = queue.model_copy(update={"left": "recompute"})
-        yield settings.model_copy(update={"queue": other}), "--set queue.left=recompute"
-    size = queue.chunk_latents // 2
-    while size:
-        context = min(queue.context_latents, size)
-        smaller = queue.model_copy(update={"chunk_latents": size, "context_latents": context})
-        text = f"--set queue.chunk_latents={size} --set queue.context_latents={context}"
-        yield settings.model_copy(update={"queue": smaller}), text
-        size //= 2
+        yield [of_queue(left="recompute")]
+    sizes = [queue.chunk_latents >> halvings for halvings in range(1, queue.chunk_latents.bit_length())]
+    yield [of_queue(chunk_latents=size, context_latents=min(queue.context_latents, size)) for size in sizes]
+    yield [of_queue(context_latents=queue.context_latents >> halvings) for halvings in range(1, 4)]
+    gaps = [queue.gap << doublings for doublings in range(1, 7)]
+    yield [of_queue(gap=gap) for gap in gaps if gap <= settings.sampler.steps]
