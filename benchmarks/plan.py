@@ -3,7 +3,7 @@
 python benchmarks/plan.py --out benchmarks/results/plan.json
 
 Models are Wan models of random weights, made here. Each film is rendered on one rank and on two, a thread each. The
-leader measures a layer and the decoder and predicts, then all render; this is repeated, in turn, and
+ranks measure a layer and the decoder, all at once, and predict, then render; this is repeated, in turn, and
 medians are compared. Time is that of frames as they come, without the writing of a file; memory that of all tensors
 alive at once on the leader, without what libraries take.
 """
@@ -125,8 +125,7 @@ def rank(out: Path, model: str, case: Case, repeats: int) -> None:
     script = parse_script(case.story, "story.yaml")
     planned, measured, memory = [], [], memory_of(engine, script)
     for _ in range(repeats):
-        if engine.mesh.is_leader:
-            planned.append(plan(engine, script))
+        planned.append(plan(engine, script))  # by all ranks at once, as they also render
         measured.append(render(engine, script))
     if engine.mesh.is_leader:
         out.write_text(json.dumps({"planned": planned, "measured": measured, "memory_mb": memory}))

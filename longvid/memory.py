@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from itertools import accumulate
 
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Sizes
+from longvid.parallel.pace import kind_of
 from longvid.parallel.schedule import rules_of
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
@@ -70,18 +72,21 @@ def stage_memory(
 
     recomputed = settings.recomputes_left
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
+    kinds = tuple({kind_of(chunk): chunk for chunk in plan.chunks}.values())
     leader = _leader(sizes, width * height, itemsize) if sizes else (0.0, 0.0)
 
     def of_stage(stage: int, layers: range) -> StageMemory:
         part = ModelPart(layers, stage == 0, stage == len(bounds) - 1)
-        values = [cache.values(count, layers) for count in tokens]
-        remembered = max(sum(values[i : i + in_flight]) for i in range(len(values)))
+        of_count = {count: cache.values(count, layers) for count in set(tokens)}
+        values = [of_count[count] for count in tokens]
+        until = [0, *accumulate(values)]
+        remembered = max(until[min(i + in_flight, len(values))] - until[i] for i in range(len(values)))
         return StageMemory(
             weights(part, itemsize) / MB,
             kv * len(layers) / MB,
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
-            activation_bytes(plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,
+            activation_bytes(kinds, plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,
             *(leader if stage == 0 else ()),
         )
 
@@ -96,9 +101,15 @@ def _leader(sizes: Sizes, cells: int, itemsize: int) -> tuple[float, float]:
 
 
 def activation_bytes(
-    plan: Plan, settings: Settings, facts: ModelFacts, sizes: Sizes, topology: Topology, stage: int
+    chunks: Sequence[Chunk],
+    plan: Plan,
+    settings: Settings,
+    facts: ModelFacts,
+    sizes: Sizes,
+    topology: Topology,
+    stage: int,
 ) -> float:
-    """The most bytes of a unit at hand on a rank, and of its messages from stage to stage.
+    """The most bytes of a unit at hand of any of `chunks` on a rank, and of its messages from stage to stage.
 
     Counted a token and channel, in the layers as diffusers has them: what is alive in attention (while keys are
     rotated, in fp32), in the feed-forward, and where its output is added in fp32.
@@ -127,11 +138,5 @@ def activation_bytes(
             chunk.num_left + chunk.num_latents + chunk.num_right,
             bool(chunk.num_right or (chunk.num_left and not recomputes)),
         )
-        for chunk in kinds_of_chunks(plan)
+        for chunk in chunks
     )
-
-
-def kinds_of_chunks(plan: Plan) -> tuple[Chunk, ...]:
-    """One chunk of every size that the plan has."""
-    sizes = {(chunk.num_latents, chunk.num_left, chunk.num_right): chunk for chunk in plan.chunks}
-    return tuple(sizes.values())

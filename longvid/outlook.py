@@ -5,6 +5,7 @@ From configs, settings and a storyboard alone. A mesh's time is the pace of its 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ from longvid.chips import CHIPS
 from longvid.machines import ChipMachine, Machine
 from longvid.memory import StageMemory, stage_memory
 from longvid.models.sizes import Flops, Sizes, Tokens
-from longvid.parallel.pace import MARGIN, Pace, Times, pace_of
+from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.schedule import QueueRules, make_schedule
 from longvid.parallel.topology import AXES, Topology, all_meshes, workload
@@ -42,7 +43,7 @@ class Film:
     def itemsize(self) -> int:
         return 4 if self.settings.runtime.dtype == "float32" else 2
 
-    @property
+    @cached_property
     def rules(self) -> QueueRules:
         return QueueRules.of(self.settings)
 
@@ -74,22 +75,26 @@ class Film:
         return simulate(make_schedule(beginning, self.settings), chunks, self.steps, self.rules)
 
     @cached_property
+    def kinds(self) -> tuple[tuple[Chunk, int], ...]:
+        """A chunk of every kind, and how many there are."""
+        chunks = {kind_of(chunk): chunk for chunk in self.plan.chunks}
+        return tuple((chunks[kind], count) for kind, count in Counter(map(kind_of, self.plan.chunks)).items())
+
+    @cached_property
     def flops(self) -> Flops:
         """All that the film's units take, of all branches; without decoding."""
-        kinds: dict[tuple[Tokens, int], int] = {}
         plan = plan_cache(self.settings.cache, self.steps, self.facts.num_layers)
-        computed = [step for step in range(self.steps) if step not in self.rules.forecast]
-        for chunk in self.plan.chunks:
-            for step in computed:
-                skips = plan.steps[step].skips_negative
-                key = self.tokens(chunk, step), 1 if skips else self.settings.sampler.num_branches
-                kinds[key] = kinds.get(key, 0) + 1
-        passes = (self.sizes.pass_flops(tokens) * (branches * n) for (tokens, branches), n in kinds.items())
-        return sum(passes, Flops())
+        passes: Counter[Tokens] = Counter()
+        for chunk, count in self.kinds:
+            for step in set(range(self.steps)) - self.rules.forecast:
+                branches = 1 if plan.steps[step].skips_negative else self.settings.sampler.num_branches
+                passes[self.tokens(chunk, step)] += branches * count
+        return sum((self.sizes.pass_flops(tokens) * count for tokens, count in passes.items()), Flops())
 
     @cached_property
     def decode_flops(self) -> float:
-        return sum(self.sizes.vae.flops(self.cells, chunk.num_latents, chunk.start == 0) for chunk in self.plan.chunks)
+        vae = self.sizes.vae
+        return sum(n * vae.flops(self.cells, chunk.num_latents, chunk.start == 0) for chunk, n in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,11 @@ def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[
     share = plan_cache(film.settings.cache, film.steps, film.facts.num_layers)
     branches = film.settings.sampler.num_branches // topology.guidance
     starts, ends = [span.start for span in bounds], [span.stop for span in bounds]
-    kinds = {layer: index for index, layer in enumerate(film.sizes.layers)}
+    layers = set(film.sizes.layers)
 
     @cache
     def of_layers(tokens: Tokens) -> dict[Any, float]:
-        return {layer: machine.layer(layer, tokens, topology) for layer in kinds}
+        return {layer: machine.layer(layer, tokens, topology) for layer in layers}
 
     @cache
     def stages(tokens: Tokens, step: int, num_branches: int) -> tuple[float, ...]:
@@ -132,21 +137,30 @@ def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[
         found[-1] += end
         return tuple(num_branches * value for value in found)
 
+    kinds = [kind_of(chunk) for chunk in film.plan.chunks]
+    examples = dict(zip(kinds, film.plan.chunks, strict=True))
+
     @cache
-    def unit(chunk: int, step: int) -> tuple[float, ...]:
+    def of_kind(kind: Kind, step: int) -> tuple[float, ...]:
         count = 1 if share.steps[step].skips_negative else branches
-        return stages(film.tokens(film.plan.chunks[chunk], step), step, count)
+        return stages(film.tokens(examples[kind], step), step, count)
 
-    def decode(index: int) -> float:
-        chunk = film.plan.chunks[index]
-        return machine.decode(film.cells, chunk.num_latents, chunk.start == 0)
+    @cache
+    def decoding(kind: Kind) -> float:
+        return machine.decode(film.cells, examples[kind].num_latents, examples[kind].start == 0)
 
-    def hop(index: int) -> float:
-        own = film.tokens(film.plan.chunks[index], film.steps - 1).own
+    @cache
+    def hopping(kind: Kind) -> float:
+        own = film.tokens(examples[kind], film.steps - 1).own
         values = own / topology.seq * film.facts.hidden_size * branches
         return machine.hop(values * film.itemsize, topology) if topology.stage > 1 else 0.0
 
-    return Times(unit, decode, hop, 2 * film.settings.mesh.buffers)
+    return Times(
+        unit=lambda chunk, step: of_kind(kinds[chunk], step),
+        decode=lambda chunk: decoding(kinds[chunk]),
+        hop=lambda chunk: hopping(kinds[chunk]),
+        capacity=2 * film.settings.mesh.buffers,
+    )
 
 
 def split(film: Film, machine: Machine, topology: Topology) -> tuple[range, ...]:
@@ -363,12 +377,13 @@ def _remedies(film: Film, machine: Machine, num_ranks: int, replan: Callable[[Se
     def fits(film: Film, machine: Machine, num_ranks: int) -> bool:
         return any(option.reason is None for option in options(film, machine, num_ranks, with_pace=False))
 
-    settings = film.settings
-    for change, text in _changes(settings):
-        other = replan(change)
-        again = replace(machine, itemsize=other.itemsize) if isinstance(machine, ChipMachine) else machine
-        if fits(other, again, num_ranks):
-            yield text
+    for kind in _changes(film.settings):
+        for change, text in kind:
+            other = replan(change)
+            again = replace(machine, itemsize=other.itemsize) if isinstance(machine, ChipMachine) else machine
+            if fits(other, again, num_ranks):
+                yield text
+                break
     more = num_ranks
     while more < MOST_RANKS:
         more *= 2
@@ -383,22 +398,24 @@ def _remedies(film: Film, machine: Machine, num_ranks: int, replan: Callable[[Se
                 break
 
 
-def _changes(settings: Settings) -> Iterator[tuple[Settings, str]]:
-    """Other settings that take less memory, each as `--set` says it."""
+def _changes(settings: Settings) -> Iterator[list[tuple[Settings, str]]]:
+    """Other settings that take less memory, each as `--set` says it; by kind, the least change first."""
     queue = settings.queue
+
+    def of_queue(**values: int | str) -> tuple[Settings, str]:
+        text = " ".join(f"--set queue.{key}={value}" for key, value in values.items())
+        return settings.model_copy(update={"queue": queue.model_copy(update=values)}), text
+
     if settings.runtime.dtype == "float32":
         runtime = settings.runtime.model_copy(update={"dtype": "bfloat16"})
-        yield settings.model_copy(update={"runtime": runtime}), "--set runtime.dtype=bfloat16"
+        yield [(settings.model_copy(update={"runtime": runtime}), "--set runtime.dtype=bfloat16")]
     if settings.schedule == "sequential":
-        yield settings.model_copy(update={"schedule": "queue"}), "--set schedule=queue"
+        yield [(settings.model_copy(update={"schedule": "queue"}), "--set schedule=queue")]
         return
     if queue.left == "cached":
-        other = queue.model_copy(update={"left": "recompute"})
-        yield settings.model_copy(update={"queue": other}), "--set queue.left=recompute"
-    size = queue.chunk_latents // 2
-    while size:
-        context = min(queue.context_latents, size)
-        smaller = queue.model_copy(update={"chunk_latents": size, "context_latents": context})
-        text = f"--set queue.chunk_latents={size} --set queue.context_latents={context}"
-        yield settings.model_copy(update={"queue": smaller}), text
-        size //= 2
+        yield [of_queue(left="recompute")]
+    sizes = [queue.chunk_latents >> halvings for halvings in range(1, queue.chunk_latents.bit_length())]
+    yield [of_queue(chunk_latents=size, context_latents=min(queue.context_latents, size)) for size in sizes]
+    yield [of_queue(context_latents=queue.context_latents >> halvings) for halvings in range(1, 4)]
+    gaps = [queue.gap << doublings for doublings in range(1, 7)]
+    yield [of_queue(gap=gap) for gap in gaps if gap <= settings.sampler.steps]

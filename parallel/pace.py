@@ -6,7 +6,7 @@ can be compared in a second. A test holds the two to the same times.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +49,8 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
     """The pace of a film.
 
     Once the queue is full, every pair of chunks adds the same time (what is put off is so for two rounds): of a long
-    film the beginning is run, and the rest counted by the work that its chunks are.
+    film the beginning is run, and the rest counted by the work that its chunks are. Chunks of one kind must take equal
+    times.
     """
     in_flight, num_stages = -(-steps // rules.gap), len(times.unit(0, 0))
     prefix = min(len(chunks), max(in_flight, num_stages) + MARGIN)
@@ -64,12 +65,23 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
         total[0] += times.decode(chunk)
         return total
 
-    works = {chunk: work(chunk) for chunk in range(prefix - 2, len(chunks))}
-    scale = last / (max(works[prefix - 2]) + max(works[prefix - 1]))
-    rest = range(prefix, len(chunks))
-    busy = [before + sum(works[i][stage] for i in rest) for stage, before in enumerate(beginning.busy)]
-    makespan = beginning.makespan + scale * sum(max(works[i]) for i in rest)
+    works = {kind: work(i) for kind, i in {kind_of(chunk): chunk.index for chunk in chunks}.items()}
+    scale = last / sum(max(works[kind_of(chunk)]) for chunk in chunks[prefix - 2 : prefix])
+    rest = Counter(map(kind_of, chunks[prefix:]))
+    busy = [
+        before + sum(count * works[kind][stage] for kind, count in rest.items())
+        for stage, before in enumerate(beginning.busy)
+    ]
+    makespan = beginning.makespan + scale * sum(count * max(works[kind]) for kind, count in rest.items())
     return Pace(makespan, beginning.first, tuple(busy))
+
+
+Kind = tuple[int, int, int, bool]
+
+
+def kind_of(chunk: Chunk) -> Kind:
+    """What the times of a chunk depend on."""
+    return chunk.num_latents, chunk.num_left, chunk.num_right, chunk.start == 0
 
 
 def run(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:

@@ -37,7 +37,9 @@ def ltx_sizes(configs: Configs) -> Sizes:
 
 
 def ltx_vae(config: Config) -> Vae:
-    """``AutoencoderKLLTXVideo`` of 0.9.0, without noise levels."""
+    """``AutoencoderKLLTXVideo`` of 0.9.0. Raises ValueError for a later one, whose decoder reads a noise level."""
+    if config.get("timestep_conditioning") or any(config.get("upsample_residual") or ()):
+        raise ValueError("sizes of a VAE later than that of 0.9.0 are not known")
     patch, z = int(config["patch_size"]) ** 2, int(config["latent_channels"])
     encoder = _encoder(config, patch * int(config.get("in_channels", 3)), z)
     decoder = _decoder(config, patch * int(config.get("out_channels", 3)), z)

@@ -6,6 +6,7 @@ rotary positions are not counted. W is the width of a token, S the tokens of a p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
@@ -266,7 +267,8 @@ class Sizes:
 
     def pass_flops(self, tokens: Tokens) -> Flops:
         """One pass of the whole transformer."""
-        return sum((layer.flops(tokens) for layer in self.layers), self.ends_flops(tokens))
+        layers = Counter(self.layers)
+        return sum((layer.flops(tokens) * count for layer, count in layers.items()), self.ends_flops(tokens))
 
 
 def t5_params(config: Config, *, own_positions: bool) -> int:
