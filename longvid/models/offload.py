@@ -44,8 +44,7 @@ class FromDisk:
     def get(self, index: int) -> Weights:
         layer = copy.deepcopy(self._blank)
         self._fill(index, layer, HOST)
-        # A tensor of the file's own dtype is a view of the mapped file: read it now, and let go of the file.
-        return {name: _parameter(value.detach().clone()) for name, value in layer.named_parameters()}
+        return dict(layer.named_parameters())
 
 
 class FromHost:

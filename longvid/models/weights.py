@@ -56,7 +56,7 @@ def load_part(
         dit = kind.from_config(config)
     names = names.of(config)
     wanted = {name: list(value.shape) for name, value in dit.state_dict().items() if part.owns(name, names)}
-    files = _WeightFiles(folder, wanted, dtype, set(dit._keep_in_fp32_modules or ()), loading.loras)
+    files = _WeightFiles(folder, wanted, dtype, set(dit._keep_in_fp32_modules or ()), loading)
     num_layers = sum(len(getattr(dit, layers)) for layers in names.lists)
     prefixes = _take_part(dit, part, names)
     for name, value in files.read(lambda name: name.partition(".")[0] not in names.lists):
@@ -109,16 +109,14 @@ class _WeightFiles:
     """The weights of a part in the files of ``folder``, in the dtype in which they are used."""
 
     def __init__(
-        self,
-        folder: Path,
-        wanted: Mapping[str, list[int]],
-        dtype: torch.dtype,
-        in_fp32: set[str],
-        loras: Sequence[Lora],
+        self, folder: Path, wanted: Mapping[str, list[int]], dtype: torch.dtype, in_fp32: set[str], loading: Loading
     ) -> None:
         """``wanted`` gives names and shapes. Raises InputError where they are not what the files have."""
         self._dtype, self._in_fp32 = dtype, in_fp32
-        self._loras = [lora for lora in loras if folder.name in lora.folders]
+        self._loras = [lora for lora in loading.loras if folder.name in lora.folders]
+        # What is of the file's dtype is a view of the mapped file. A single one that stays would keep all of a layer's
+        # pages in memory, which were read to be quantized or to go again.
+        self._copies = loading.memory.quantize != "none" or loading.memory.offload != "none"
         self._names: dict[Path, list[str]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             shapes = read_shapes(path)
@@ -141,7 +139,8 @@ class _WeightFiles:
                     value = file.get_tensor(name)
                     for lora in self._loras:
                         value = lora.changed(name, value)
-                    yield name, value.to(torch.float32 if self._in_fp32 & set(name.split(".")) else self._dtype)
+                    kept = torch.float32 if self._in_fp32 & set(name.split(".")) else self._dtype
+                    yield name, value.to(kept, copy=self._copies)
 
 
 def load_whole(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
