@@ -12,15 +12,15 @@ from longvid.errors import InputError, RuntimeFailure
 from longvid.models.configs import FACTS_FILE, read_json
 
 SHORT_NAMES = {
-    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    "wan2.2-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "hunyuanvideo": "hunyuanvideo-community/HunyuanVideo",
-    "cogvideox-2b": "zai-org/CogVideoX-2b",
-    "cogvideox-5b": "zai-org/CogVideoX-5b",
-    "cogvideox1.5-5b": "zai-org/CogVideoX1.5-5B",
-    "ltx-video": "Lightricks/LTX-Video",
+    "Wan2.1-T2V-1.3B": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "Wan2.1-T2V-14B": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "Wan2.2-T2V-A14B": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "Wan2.2-TI2V-5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "HunyuanVideo": "hunyuanvideo-community/HunyuanVideo",
+    "CogVideoX-2b": "zai-org/CogVideoX-2b",
+    "CogVideoX-5b": "zai-org/CogVideoX-5b",
+    "CogVideoX1.5-5B": "zai-org/CogVideoX1.5-5B",
+    "LTX-Video": "Lightricks/LTX-Video",
 }
 PUBLISHED = {repo.rpartition("/")[2].removesuffix("-Diffusers"): repo for repo in SHORT_NAMES.values()}
 """The names under which they were published, such as Wan2.1-T2V-14B."""

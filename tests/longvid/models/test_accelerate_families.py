@@ -111,6 +111,24 @@ def test_a_stock_pipeline_gives_what_the_engine_gives_and_stock_again(checkpoint
     assert not film.pipe.transformer._forward_pre_hooks and "forward" not in vars(film.pipe.transformer)
 
 
+def test_two_experts_are_accelerated_each_with_a_memory_of_its_own(checkpoint_of: CheckpointOf) -> None:
+    pipe: Any = diffusers.WanPipeline.from_pretrained(checkpoint_of("a14b"))
+    pipe.set_progress_bar_config(disable=True)
+    size = {"width": 32, "height": 48, "num_frames": 21, "num_inference_steps": STEPS, "output_type": "latent"}
+
+    def film() -> torch.Tensor:
+        latents: torch.Tensor = pipe("a red cat", generator=torch.Generator().manual_seed(1), **size).frames
+        return latents
+
+    stock = film()
+    longvid.accelerate(pipe, ADASPA, LAST_LAYER)
+    changed = film()
+    assert torch.equal(film(), changed) and (changed - stock).abs().max() > 1e-4
+    longvid.accelerate(pipe, ALL_KEPT)
+    assert (film() - stock).abs().max() <= 1e-5
+    assert torch.equal((longvid.restore(pipe), film())[1], stock)
+
+
 @pytest.mark.parametrize("kind", ["cogvideox 5b", "hunyuan"])
 def test_what_cannot_be_is_refused_and_leaves_the_pipeline_as_it_was(checkpoint_of: CheckpointOf, kind: str) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint_of(kind))

@@ -93,10 +93,11 @@ def on_ranks(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if rank < int(count):
                 os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
                 one = denoise(job["model"], job["settings"], job["story"])
-                engine = one.pop("engine")
-                film = engine.render(job["story"], film_of(job, count), resume=True)
+                engine, film = one.pop("engine"), None
+                if job["resumes"]:
+                    film = engine.render(job["story"], film_of(job, count), resume=True)
                 engine.leave()
-                said[f"{name} on {count}"] = {**one, "film": digest_of(film) if rank == 0 else ""}
+                said[f"{name} on {count}"] = {**one, "film": digest_of(film) if film and rank == 0 else ""}
     return said
 
 
@@ -115,12 +116,13 @@ def films(
         story.write_text(f"{image}\nsize: [64, 64]\nnegative: moving left\nscenes:\n{scenes}\n")
         ports = {str(count): free_port() for count in RANKS[name]}
         job = {"model": str(checkpoint_of(name)), "story": str(story), "film": str(folder / name), "ports": ports}
-        jobs[name] = {**job, "settings": [*SETTINGS, *settings]}
+        jobs[name] = {**job, "settings": [*SETTINGS, *settings], "resumes": name in SPARSE_AND_CACHED}
     threads = torch.get_num_threads()
     alone: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
         alone[name] = denoise(job["model"], job["settings"], job["story"])
-        alone[name]["film"] = stop_and_whole(alone[name].pop("engine"), job)
+        engine = alone[name].pop("engine")
+        alone[name]["film"] = stop_and_whole(engine, job) if job["resumes"] else ""
     torch.set_num_threads(threads)
     ranks = [_start(rank, jobs) for rank in range(3)]
     try:

@@ -16,6 +16,7 @@ from longvid.checkpoint import read_tensors, write_tensors
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.models.checkpoint import FilmInputs, StageOptions
+from longvid.models.costs import measure_costs
 from longvid.models.facts import facts_of, weight_bytes
 from longvid.models.hunyuan import HunyuanPrompt, HunyuanStage
 from longvid.models.hunyuan_vae import HunyuanStreamDecoder
@@ -25,6 +26,7 @@ from longvid.models.parts import ModelPart
 from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
+from longvid.settings import load_settings
 
 CheckpointOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -139,6 +141,15 @@ def test_parts_hold_the_tensors_of_their_layers_alone(root: Path) -> None:
     assert sum(weight_bytes(str(root), part, 4) for part in parts) == whole + shared
     assert "context_embedder.proj_in.weight" in held[0] and "proj_out.weight" in held[1]
     assert not held[0] & {"proj_out.weight"} and not any(name.startswith("context_embedder") for name in held[1])
+
+
+def test_layers_of_both_kinds_are_measured(root: Path) -> None:
+    checkpoint = open_checkpoint(str(root))
+    settings = load_settings(overrides=["queue.chunk_latents=2", "queue.context_latents=1"])
+    costs = measure_costs(checkpoint, checkpoint.load_decoder(torch.float32, CPU), settings, CPU)
+    dual, *single = costs.layers
+    assert len(single) == 2 and len(set(single)) == 1 and min(dual, *single) > 0
+    assert dual != single[0]
 
 
 def test_a_units_vector_of_all_prompts_is_their_mean(root: Path) -> None:
