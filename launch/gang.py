@@ -46,6 +46,8 @@ class _Sitter:
     end: Ended | None = None
     loss: str | None = None
     """Why Ray says that the seat itself is gone."""
+    is_dead: bool = False
+    """Its process is known to have ended, and was not only out of reach."""
 
     @property
     def has_ended(self) -> bool:
@@ -107,6 +109,7 @@ class Gang:
         try:
             value = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
+            sitter.is_dead = isinstance(error, self._ray.exceptions.ActorDiedError)
             if sitter.loss is None:
                 sitter.loss = _first_line(error)
         else:
@@ -143,7 +146,11 @@ class Gang:
         On a machine that answers, the kernel has ended a rank with its seat.
         """
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        cut_off = [sitter.heard for sitter in self._sitters if sitter.place and sitter.place.node not in alive]
+        cut_off = [
+            sitter.heard
+            for sitter in self._sitters
+            if sitter.place and not sitter.end and not (sitter.is_dead and sitter.place.node in alive)
+        ]
         # The seat may have heard one call more than its answers tell.
         return max(cut_off) + 2 * LISTEN_S + FENCE_S if cut_off else 0.0
 
