@@ -376,9 +376,6 @@ def test_global_tokens_travel_with_both_branches_and_with_what_a_cache_remembers
     settings += ["cache.policy=delta_dit", "cache.negative_every=2"]
     one = warm.render(story, tmp_path / "one.mp4", settings=settings)
     assert warm.render(story, tmp_path / "three.mp4", num_ranks=3, settings=settings) == one
-    axes = ["mesh.guidance=2", "mesh.stage=2"]
-    alone = warm.render(story, tmp_path / "plain.mp4", settings=settings[:4])
-    assert warm.render(story, tmp_path / "four.mp4", num_ranks=4, settings=[*settings[:4], *axes]) == alone
 
 
 def test_a_gate_over_a_sequence_is_passed_by_all_ranks(warm: Warm, tmp_path: Path) -> None:
