@@ -22,8 +22,6 @@ SHORT_NAMES = {
     "CogVideoX1.5-5B": "zai-org/CogVideoX1.5-5B",
     "LTX-Video": "Lightricks/LTX-Video",
 }
-PUBLISHED = {repo.rpartition("/")[2].removesuffix("-Diffusers"): repo for repo in SHORT_NAMES.values()}
-"""The names under which they were published, such as Wan2.1-T2V-14B."""
 CONFIGS = ("model_index.json", FACTS_FILE, "*/config.json", "*/*.index.json")
 SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 """Files of a part that are of use: configs, weights, vocabularies, templates. Pickles are never fetched."""
@@ -44,13 +42,13 @@ class HubModel:
     def of(cls, name: str) -> HubModel | None:
         """What a name means: OWNER/NAME, or one of SHORT_NAMES, and maybe @REVISION. None if it cannot mean that."""
         short, at, revision = name.partition("@")
-        match = _ID.fullmatch((SHORT_NAMES | PUBLISHED).get(short, short) + at + revision)
+        match = _ID.fullmatch(SHORT_NAMES.get(short, short) + at + revision)
         return cls(match["repo"], match["revision"] or "main") if match else None
 
     @property
     def published_name(self) -> str:
         """Such as Wan2.1-T2V-14B; "" for a revision, which may have other configs."""
-        return next((name for name, repo in PUBLISHED.items() if repo == str(self)), "")
+        return next((name for name, repo in SHORT_NAMES.items() if repo == str(self)), "")
 
     def __str__(self) -> str:
         return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"

@@ -204,9 +204,7 @@ def _leader_first(zero: Zero | None) -> Iterator[bool]:
         return
     deepspeed, environment = _deepspeed(), rank_of(os.environ)
     if environment is None:
-        raise InputError(
-            f"--deepspeed {zero}: start ranks with torchrun or deepspeed: torchrun ... -m longvid train vin"
-        )
+        raise InputError(f"--deepspeed {zero}: no launcher started ranks: use torchrun ... -m longvid train vin ...")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     if environment.rank:
         deepspeed.comm.barrier()

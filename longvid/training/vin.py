@@ -23,7 +23,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longvid.models.vin import Vin, VinConfig, VinLayer
+from longvid.models.vin import Vin
+from longvid.models.vin_config import VinConfig, VinLayer
 from longvid.parallel.sequence import Rope, rotate
 from longvid.training.dit import SelfAttention, TextAttention, attend, block_forward, window_velocity
 from longvid.training.latents import LatentSet, draw_windows

@@ -39,7 +39,7 @@ def make_adapter(folder: Path, gate: float, config: VinConfig = CONFIG) -> Path:
     return folder
 
 
-def frames(model: Path, story: Path, overrides: Sequence[str]) -> np.ndarray:
+def frames(model: Path | str, story: Path, overrides: Sequence[str]) -> np.ndarray:
     engine = Engine.load(model, overrides=[*SMALL, *overrides])
     return np.concatenate(list(engine.stream(story)))
 
@@ -161,3 +161,9 @@ def test_tokens_are_refused_where_nothing_is_far(tiny_model: Path, tmp_path: Pat
     settings = ["schedule=sequential", "queue.context_latents=0", "vin.policy=on", f"vin.path={folder}"]
     with pytest.raises(InputError, match=r"vin.policy must be none with schedule: sequential"):
         Engine.load(tiny_model, overrides=settings)
+
+
+def test_the_embedded_models_own_adapter_fits_it_and_is_at_work(long_story: Path) -> None:
+    plain, tied = (frames("mini", long_story, vin) for vin in ([], ["vin.policy=on"]))
+    difference = np.abs(plain.astype(int) - tied.astype(int)).mean()
+    assert 0.01 < difference < 40

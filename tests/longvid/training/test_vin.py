@@ -16,6 +16,8 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longvid.engine import Engine
+from longvid.errors import InputError
 from longvid.models.vin import Vin
 from longvid.training import world
 from longvid.training.latents import LatentSet
@@ -27,9 +29,11 @@ from longvid.training.train_vin import (
     Zero,
     _leader_first,
     make_optimizers,
+    run_vin,
     train_batch,
     train_vin,
     train_vin_sharded,
+    vin_settings,
 )
 from longvid.training.vin import FilmLayout, VinTrainee, config_for, draw_batch, draw_moment
 
@@ -168,6 +172,19 @@ def test_two_ranks_of_deepspeed_train_what_one_process_would_and_go_on(tmp_path:
         found = torch.cat([p.detach().flatten() for p in Vin.load(tmp_path / zero / "vin").parameters()])
         # Adam's first steps are as large as the learning rate, whatever the gradient's size: some signs may differ.
         assert (found - expected).norm() < 0.1 * (expected - start).norm(), zero
+
+
+def test_the_recipe_makes_an_adapter_that_its_model_runs_with(tiny_model: Path, story: Path, tmp_path: Path) -> None:
+    layout = FilmLayout(chunks=2, chunk_latents=1, context_latents=1, spacing=1)
+    settings = vin_settings(steps=2, batch=1, lr=1e-2, seed=0, threads=1, tokens=3, guidance=2.0, clips=66)
+    settings = replace(settings, layout=layout, side=32, compile_blocks=False)
+    logged: list[dict[str, float | str]] = []
+    folder = run_vin(tmp_path, str(tiny_model), settings, None, logged.append)
+    assert logged[0]["stage"] == "encode" and "memory gain" in logged[-1]
+    engine = Engine.load(tiny_model, overrides=["sampler.steps=3", "vin.policy=on", f"vin.path={folder}"])
+    assert sum(len(frames) for frames in engine.stream(story)) == 29
+    with pytest.raises(InputError, match="no launcher started ranks"):
+        run_vin(tmp_path, str(tiny_model), settings, "zero2", logged.append)
 
 
 if __name__ == "__main__":
