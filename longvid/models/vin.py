@@ -87,6 +87,7 @@ class Vin(nn.Module):
         self.encodes.patch.bias.copy_(dit.patch_embedding.bias)
         for index, layer in self.layers.items():
             attn = dit.blocks[int(index)].attn1
+            assert isinstance(layer, VinLayer)
             layer.to_k.load_state_dict(attn.to_k.state_dict())
             layer.to_v.load_state_dict(attn.to_v.state_dict())
             layer.norm_k.weight.copy_(attn.norm_k.weight)
@@ -169,7 +170,9 @@ class VinEncoder(nn.Module):
         )
         waves = torch.cat([_waves(number) for number in numbers], dim=-1)
         embedded = (embedded + self.where(waves.to(embedded.dtype))).flatten(1, 3)
-        return embedded + self.mlp(embedded)
+        thought: Tensor = self.mlp(embedded)
+        found: Tensor = embedded + thought
+        return found
 
     def finish(self, out: Tensor, lse: Tensor, text: Tensor) -> Tensor:
         if out.dim() == 3:
@@ -183,7 +186,8 @@ class VinEncoder(nn.Module):
         return normed
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        split: Tensor = x.unflatten(-1, (self.heads, -1))
+        return split
 
 
 class _Processor(nn.Module):
@@ -202,7 +206,8 @@ class _Processor(nn.Module):
         seen = torch.cat([normed, text], dim=1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.to_q(normed), self.to_k(seen), self.to_v(seen)))
         tokens = tokens + self.to_out(attend(q, k, v).flatten(2))
-        return tokens + self.mlp(tokens)
+        thought: Tensor = self.mlp(tokens)
+        return tokens + thought
 
 
 class VinLayer(nn.Module):
