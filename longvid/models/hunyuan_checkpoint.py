@@ -110,7 +110,7 @@ class HunyuanCheckpoint:
         assert self.root is not None
         with errors_name(self.root, "HunyuanVideo"):
             folder = self.root / "transformer"
-            dit = load_part(HunyuanVideoTransformer3DModel, folder, part, HUNYUAN_PARTS, dtype, device)
+            dit = load_part(HunyuanVideoTransformer3DModel, folder, part, HUNYUAN_PARTS, dtype, device, options.loading)
             return HunyuanStage(dit, guidance=guidance, **options.of(part))
 
     def blank_inputs(self, device: torch.device) -> FilmInputs:
