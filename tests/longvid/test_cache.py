@@ -94,7 +94,7 @@ def test_forecasts_of_velocities_are_in_the_schedule(tiny_model: Path) -> None:
     assert kinds.count(Forecast) > (kinds.count(Forecast) + kinds.count(Forward)) / 3
 
 
-@pytest.mark.parametrize("cache", CACHES.keys() - {"velocities", "negatives", "negatives and layers"})
+@pytest.mark.parametrize("cache", sorted(CACHES.keys() - {"velocities", "negatives", "negatives and layers"}))
 def test_a_cache_remembers_as_much_as_is_planned(tiny_model: Path, cache: str) -> None:
     engine = Engine.load(tiny_model, overrides=[*QUEUE, *CACHES[cache]])
     plan = engine.plan(parse_script(STORY, "story.yaml"))
