@@ -310,7 +310,7 @@ class WanStage:
         assert vin
 
         def read(index: int, query: Tensor) -> Tensor:
-            found: Tensor = vin.layers[str(self._first_layer + index)](query, tokens)
+            found: Tensor = vin.layer(self._first_layer + index)(query, tokens)
             return found
 
         return read

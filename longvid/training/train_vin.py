@@ -53,7 +53,7 @@ class VinSettings:
 def make_optimizers(vin: Vin, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for the rest; gates open faster than the rest learns."""
     matrices, others = split_parameters(vin, lambda name, p: p.ndim == 2 and not name.endswith(".start"))
-    gates = [layer.gate for layer in vin.layers.values()]
+    gates = [vin.layer(int(index)).gate for index in vin.layers]
     rest = [p for p in others if all(p is not gate for gate in gates)]
     groups = [{"params": rest, "lr": lr}, {"params": gates, "lr": 5 * lr}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)

@@ -23,7 +23,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longvid.models.vin import Vin, VinConfig, VinLayer
+from longvid.models.vin import Vin, VinLayer
+from longvid.models.vin_config import VinConfig
 from longvid.parallel.sequence import Rope, rotate
 from longvid.training.dit import SelfAttention, TextAttention, attend, block_forward, window_velocity
 from longvid.training.latents import LatentSet, draw_windows
@@ -211,7 +212,7 @@ class VinTrainee(nn.Module):
         self._world, self._layout, self._shift, self._run_block = world, layout, shift, run_block
         self._held = HeldTokens()
         for index, block in enumerate(dit.blocks):
-            block.attn1.set_processor(TokenSelfAttention(vin.layers[str(index)], self._held))
+            block.attn1.set_processor(TokenSelfAttention(vin.layer(index), self._held))
             block.attn2.set_processor(TextAttention())
 
     def forward(self, batch: FilmBatch, pull: float = 0.5) -> tuple[Tensor, Tensor]:
