@@ -2,6 +2,7 @@
 
 python benchmarks/vin.py --seconds 24 --films 5
 python benchmarks/vin.py --seconds 60 --films 4 --first 5
+python benchmarks/vin.py --seconds 300 --films 1 --first 9
 """
 
 from __future__ import annotations
