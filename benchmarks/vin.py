@@ -1,6 +1,8 @@
 """Films of one scene with and without global tokens, on the embedded model: seams, drift and adherence of each.
 
-python benchmarks/vin.py --seconds 24 --films 5 > benchmarks/results/vin-cpu.json
+python benchmarks/vin.py --seconds 24 --films 5
+python benchmarks/vin.py --seconds 60 --films 4 --first 5
+python benchmarks/vin.py --seconds 300 --films 1 --first 9
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first film")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"seconds": options.seconds}
+    result: dict[str, Any] = {"seconds": options.seconds, "first": options.first}
     for kind, overrides in KINDS.items():
         engine = Engine.load("mini", overrides=["runtime.threads=1", *overrides])
         films = []

@@ -61,6 +61,12 @@ class Vin(nn.Module):
         assert self.encoder is not None, "this rank's part of the adapter makes no tokens"
         return self.encoder
 
+    def layer(self, index: int) -> VinLayer:
+        """What the transformer's layer of this place in the model reads tokens with."""
+        layer = self.layers[str(index)]
+        assert isinstance(layer, VinLayer)
+        return layer
+
     def partial(self, latents: Tensor, timesteps: Tensor, places: Tensor) -> Partial:
         """What the tokens see of some key latents [C, K, h, w], to be merged with what they see of others.
 
@@ -85,9 +91,8 @@ class Vin(nn.Module):
         """Start from a Wan transformer's own patch embedding, keys and values. The gates stay closed."""
         self.encodes.patch.weight.copy_(dit.patch_embedding.weight.flatten(1)[:, : self.encodes.patch.in_features])
         self.encodes.patch.bias.copy_(dit.patch_embedding.bias)
-        for index, layer in self.layers.items():
-            attn = dit.blocks[int(index)].attn1
-            assert isinstance(layer, VinLayer)
+        for index in map(int, self.layers):
+            layer, attn = self.layer(index), dit.blocks[index].attn1
             layer.to_k.load_state_dict(attn.to_k.state_dict())
             layer.to_v.load_state_dict(attn.to_v.state_dict())
             layer.norm_k.weight.copy_(attn.norm_k.weight)
@@ -170,9 +175,8 @@ class VinEncoder(nn.Module):
         )
         waves = torch.cat([_waves(number) for number in numbers], dim=-1)
         embedded = (embedded + self.where(waves.to(embedded.dtype))).flatten(1, 3)
-        thought: Tensor = self.mlp(embedded)
-        found: Tensor = embedded + thought
-        return found
+        thought: Tensor = embedded + self.mlp(embedded)
+        return thought
 
     def finish(self, out: Tensor, lse: Tensor, text: Tensor) -> Tensor:
         if out.dim() == 3:
@@ -206,8 +210,8 @@ class _Processor(nn.Module):
         seen = torch.cat([normed, text], dim=1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.to_q(normed), self.to_k(seen), self.to_v(seen)))
         tokens = tokens + self.to_out(attend(q, k, v).flatten(2))
-        thought: Tensor = self.mlp(tokens)
-        return tokens + thought
+        thought: Tensor = tokens + self.mlp(tokens)
+        return thought
 
 
 class VinLayer(nn.Module):

@@ -241,7 +241,7 @@ class WanStage(LayerStage):
         assert vin
 
         def read(layer: int, query: Tensor) -> Tensor:
-            found: Tensor = vin.layers[str(self.first_layer + layer)](query, tokens)
+            found: Tensor = vin.layer(self.first_layer + layer)(query, tokens)
             return found
 
         return read

@@ -53,7 +53,7 @@ class VinSettings:
 def make_optimizers(vin: Vin, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for the rest; gates open faster than the rest learns."""
     matrices, others = split_parameters(vin, lambda name, p: p.ndim == 2 and not name.endswith(".start"))
-    gates = [layer.gate for layer in vin.layers.values()]
+    gates = [vin.layer(int(index)).gate for index in vin.layers]
     rest = [p for p in others if all(p is not gate for gate in gates)]
     groups = [{"params": rest, "lr": lr}, {"params": gates, "lr": 5 * lr}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -136,7 +136,7 @@ def run_vin(folder: Path, model: str, settings: VinSettings, zero: Zero | None, 
         raise InputError(f"train vin: {facts.name}: adapters are of Wan's text-to-video models of one expert")
     if zero and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    with _leader_first(zero) as is_leader:
+    with leader_first(zero) as is_leader:
         data = _films(folder / "latents", checkpoint, settings, on_log if is_leader else lambda _: None)
     tokenizer, encoder = checkpoint.load_text(torch.float32, device)
     dit = checkpoint.load_layers(ModelPart(range(facts.num_layers)), torch.float32, device)
@@ -197,7 +197,7 @@ def deepspeed_config(zero: Zero, settings: VinSettings, num_ranks: int) -> dict[
 
 
 @contextmanager
-def _leader_first(zero: Zero | None) -> Iterator[bool]:
+def leader_first(zero: Zero | None) -> Iterator[bool]:
     """Whether this rank is the first; the others begin when it is through. Raises InputError without a launcher."""
     if zero is None:
         yield True

@@ -212,9 +212,7 @@ class VinTrainee(nn.Module):
         self._world, self._layout, self._shift, self._run_block = world, layout, shift, run_block
         self._held = HeldTokens()
         for index, block in enumerate(dit.blocks):
-            layer = vin.layers[str(index)]
-            assert isinstance(layer, VinLayer)
-            block.attn1.set_processor(TokenSelfAttention(layer, self._held))
+            block.attn1.set_processor(TokenSelfAttention(vin.layer(index), self._held))
             block.attn2.set_processor(TextAttention())
 
     def forward(self, batch: FilmBatch, pull: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from longvid.training.train_dit import World
 from longvid.training.train_vin import (
     VinSettings,
     Zero,
-    _leader_first,
+    leader_first,
     make_optimizers,
     run_vin,
     train_batch,
@@ -146,7 +146,7 @@ def main(folder: Path) -> None:
         place = folder / zero
         place.mkdir(exist_ok=True)
         for steps in (2, 3):
-            with _leader_first(zero) as is_leader:
+            with leader_first(zero) as is_leader:
                 trainee, data = make_trainee()
             settings = replace(SETTINGS, loop=replace(LOOP, steps=steps, final_lr_share=1.0))
             vin = train_vin_sharded(place, settings, trainee, data, lambda _: None, zero)
