@@ -50,7 +50,7 @@ from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, Step, make_schedule
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
-from longvid.plan import Chunk, ModelFacts, Plan, make_plan
+from longvid.plan import Chunk, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler
 from longvid.script import Script, load_script
@@ -361,6 +361,7 @@ class Engine:
             guidance=self._guidance(),
             mesh=self.mesh,
             buffers=buffers,
+            sharing=self._sharing(),
             cache=self.cache,
             saver=tools.saver,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
@@ -417,6 +418,11 @@ class Engine:
     def _encode_image(self, file: Path, plan: Plan) -> Condition:
         assert self._images is not None, "a plan for a model without images has none"
         return self._images.encode(file, plan.width, plan.height)
+
+    def _sharing(self) -> range:
+        """The layers of this rank's stage that share how a scene ended."""
+        shared, first = sharing_layers(self.facts.num_layers), self.layers.start
+        return range(max(shared.start - first, 0), max(shared.stop - first, 0))
 
     def _guidance(self) -> tuple[float, ...]:
         """The guidance of every step: with two experts each has its own."""

@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     round: Count
     files: dict[FileName, Count]
     latents: list[tuple[Count, Count]]
-    kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last"]]]
+    kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last", "scene"]]]
     solvers: list[Count]
     segments: Count
     fingerprint: dict[str, Any]

@@ -13,7 +13,7 @@ from longvid.models.parts import ModelPart
 from longvid.parallel.schedule import QueueRules
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
-from longvid.plan import ModelFacts, Plan
+from longvid.plan import ModelFacts, Plan, sharing_layers
 from longvid.settings import Settings
 
 MB = 1e6
@@ -58,13 +58,16 @@ def stage_memory(
     recomputed = settings.queue.left == "recompute"
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
 
+    scenes = 2 * report.max_live_scenes * settings.queue.context_latents * per_latent * token
+    late = sharing_layers(facts.num_layers)
+
     def of_stage(stage: int, layers: range) -> StageMemory:
         part = ModelPart(layers, stage == 0, stage == len(bounds) - 1)
         values = [cache.values(count, layers) for count in tokens]
         remembered = max(sum(values[i : i + in_flight]) for i in range(len(values)))
         return StageMemory(
             weights(part, itemsize) / MB,
-            kv * len(layers) / MB,
+            (kv * len(layers) + scenes * len(range(max(late.start, layers.start), layers.stop))) / MB,
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
         )

@@ -6,6 +6,7 @@ and nothing crosses a cut: frames and latents count within a shot, unless a comm
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,12 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
+from longvid.cache.settings import plan_cache
 from longvid.errors import InputError
 from longvid.geometry import LatentGrid
-from longvid.script import MAX_HOURS, Scene, Script, blend_frames
+from longvid.script import MAX_HOURS, Scene, Script, transition_frames
 from longvid.settings import QueueSettings, Settings
+from longvid.sparsity.settings import Dense
 
 INDEPENDENT_NOISE = 1_000_000_007
 """Noise keys above this are those of single chunks; those below are shots."""
@@ -64,12 +67,32 @@ class PromptBlend:
     weight: float = 0.0
 
 
+def sharing_steps(num_steps: int) -> range:
+    """The steps in which a `share` shares: DiTCtrl's 2 to 24 of 50. Fewer than 3 steps have none."""
+    return range(math.ceil(num_steps / 25), math.ceil(num_steps / 2))
+
+
+def sharing_layers(num_layers: int) -> range:
+    """The layers in which a `share` shares: the last sixth, as in DiTCtrl."""
+    return range(num_layers * 5 // 6, num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class SceneEnd:
+    """Own latents [first, stop) of a chunk, with which a scene ends; chunks up to `last_reader` read their K/V."""
+
+    first: int
+    stop: int
+    last_reader: int
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A span of latents that is denoised as one unit.
 
     `index` is its place in the film and its order of admission; `start` is its first own latent. `prompts` covers the
     left context, then its own latents. Own latent f starts from draw `noise[f]` of the base that `noise_key` names.
+    With `share` it reads the K/V of the `scene_end` of the chunk that `shares` names.
     """
 
     index: int
@@ -81,6 +104,8 @@ class Chunk:
     prompts: tuple[PromptBlend, ...]
     noise: tuple[int, ...]
     noise_key: tuple[int, int]
+    shares: int | None = None
+    scene_end: SceneEnd | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +159,7 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
     if facts.max_size and (width > facts.max_size[0] or height > facts.max_size[1]):
         limit = f"{facts.name} takes at most {facts.max_size[0]} x {facts.max_size[1]}"
         raise InputError(f"{script.place(script.size_line)}: size {width} x {height}: {limit}")
+    _check_share(script, settings, facts)
     prompts = {pair: i for i, pair in enumerate(dict.fromkeys((s.prompt, s.negative) for s in script.scenes))}
     spans = _scene_spans(script, fps, prompts)
     num_frames = spans[-1].first_frame + spans[-1].num_frames
@@ -180,6 +206,14 @@ def _scene_spans(script: Script, fps: float, prompts: dict[tuple[str, str], int]
     return spans
 
 
+@dataclass(frozen=True)
+class _Share:
+    """Latents of a shot: those of a scene that see how the one before ended, and where that one began."""
+
+    latents: range
+    scene_before: int
+
+
 @dataclass
 class _Timeline:
     """The latents of one shot while its scenes are laid out: each latent's prompt and seed."""
@@ -190,6 +224,8 @@ class _Timeline:
     spans: list[SceneSpan] = field(default_factory=list)
     prompts: list[PromptBlend] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    shares: list[_Share] = field(default_factory=list)
+    scene_start: int = 0
     image: Path | None = None
 
     def add(self, span: SceneSpan, scene: Scene) -> None:
@@ -206,10 +242,15 @@ class _Timeline:
                 f" latent holds {self.grid.temporal}: make it longer, or cut"
             )
         plain = PromptBlend(span.prompt, span.prompt)
-        if scene.transition.kind == "blend":
-            blend_end = first_frame + blend_frames(self.script, scene, self.fps)
-            num_blended = max(1, self.grid.num_latents(blend_end) - len(self.prompts))
-            self.prompts += _blend(self.prompts[-1].b, span.prompt, num_blended)
+        if scene.transition.kind != "cut":
+            change_end = first_frame + transition_frames(self.script, scene, self.fps)
+            num_changing = max(1, self.grid.num_latents(change_end) - len(self.prompts))
+            if scene.transition.kind == "blend":
+                self.prompts += _blend(self.prompts[-1].b, span.prompt, num_changing)
+            else:
+                first = len(self.prompts)
+                self.shares.append(_Share(range(first, first + num_changing), self.scene_start))
+        self.scene_start = end - count
         self.prompts += [plain] * (end - len(self.prompts))
         # A scene without a seed goes on with the one before it: only a cut or a new seed changes the noise.
         inherited = self.seeds[-1] if self.seeds else self.script.seed
@@ -250,7 +291,27 @@ def _shot_chunks(timeline: _Timeline, shot: int, first_chunk: int, settings: Set
         num_right = min(context, sizes[k + 1]) if k + 1 < len(sizes) else 0
         prompts = tuple(timeline.prompts[start - num_left : start + size])
         chunks.append(Chunk(first_chunk + k, shot, start, size, num_left, num_right, prompts, noise, noise_key))
+    for share in timeline.shares:
+        _share(chunks, share, context)
     return chunks
+
+
+def _share(chunks: list[Chunk], share: _Share, context: int) -> None:
+    """Have every chunk whose first latent is of the new scene see the last latents of the scene before.
+
+    Those are in the chunk that the new scene finds, `context` latents at the most: as many as any chunk has as left
+    context, in whose place they are seen. What else of the new scene that chunk holds sees them anyway.
+    """
+    readers = [k for k, chunk in enumerate(chunks) if chunk.start in share.latents]
+    if not readers:
+        return
+    source = next(k for k, chunk in enumerate(chunks) if share.latents.start - 1 < chunk.start + chunk.num_latents)
+    chunk = chunks[source]
+    stop = share.latents.start - chunk.start
+    first = max(0, stop - context, share.scene_before - chunk.start)
+    chunks[source] = replace(chunk, scene_end=SceneEnd(first, stop, chunks[readers[-1]].index))
+    for k in readers:
+        chunks[k] = replace(chunks[k], shares=chunk.index)
 
 
 def _chunk_sizes(num_latents: int, settings: Settings) -> list[int]:
@@ -271,6 +332,30 @@ def _check_image(timeline: _Timeline, facts: ModelFacts) -> None:
         raise InputError(f"{place}: {facts.name} takes no image: leave `image` out, or use an image-to-video model")
     if image is not None and not image.is_file():
         raise InputError(f"{place}: image {image}: no such file")
+
+
+def _check_share(script: Script, settings: Settings, facts: ModelFacts) -> None:
+    """Refuse `share` where K/V of one chunk cannot be read by others. At once, every latent sees every other."""
+    sharing = next((scene for scene in script.scenes if scene.transition.kind == "share"), None)
+    if sharing is None or settings.schedule == "sequential":
+        return
+    steps, reason = settings.sampler.steps, ""
+    if not facts.relative_positions:
+        reason = f"{facts.name} adds positions to its tokens, so K/V fit no other place"
+    elif settings.queue.context_latents == 0:
+        reason = "what is shared stands in the place of left context: set queue.context_latents to 1 or more"
+    elif not sharing_steps(steps):
+        reason = f"it needs sampler.steps of 3 or more, not {steps}"
+    elif not isinstance(settings.attention, Dense):
+        reason = (
+            f"attention.policy must be dense, not {settings.attention.policy}, whose layouts hold one chunk's tokens"
+        )
+    elif plan_cache(settings.cache, steps, facts.num_layers).is_inside:
+        reason = (
+            f"cache.policy {settings.cache.policy} leaves out layers whose K/V are to be shared; whole steps may be"
+        )
+    if reason:
+        raise InputError(f"{script.place(sharing.line)}: the transition `share` cannot be: {reason}; or use blend")
 
 
 def _check_limit(chunks: list[Chunk], settings: Settings, facts: ModelFacts, place: str) -> None:

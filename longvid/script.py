@@ -17,6 +17,7 @@ MAX_HOURS = 24
 MAX_FPS = 240
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
+TRANSITIONS = ("cut", "blend", "share")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Duration:
 
 @dataclass(frozen=True)
 class Transition:
-    """How a scene begins: at once (`cut`, a new shot), or from the scene before (`blend`, over 1 s unless said)."""
+    """How a scene begins: at once (`cut`, a new shot), or from the scene before, in the same shot.
 
-    kind: Literal["cut", "blend"] = "cut"
+    A `blend` goes from prompt to prompt over 1 s unless said. With `share` the prompt changes at once, but for `over`
+    (None: the whole scene) what is new still sees how the scene before ended: its identity is kept.
+    """
+
+    kind: Literal["cut", "blend", "share"] = "cut"
     over: Duration | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +82,8 @@ class Script:
             raise InputError(f"{self.path}: a storyboard needs at least one scene")
         if self.scenes[0].transition.kind != "cut":
             place = self.place(self.scenes[0].line)
-            raise InputError(f"{place}: the first scene has none before it to blend from; leave its transition out")
+            kind = self.scenes[0].transition.kind
+            raise InputError(f"{place}: the first scene has none before it to {kind} from; leave its transition out")
 
     def place(self, line: int) -> str:
         """`story.yaml:12`, or the file alone where there is no line."""
@@ -94,12 +100,12 @@ def parse_script(text: str | bytes, name: str) -> Script:
     return script_of(parse_document(text, name))
 
 
-def blend_frames(script: Script, scene: Scene, fps: float) -> int:
-    """Frames of the blend that a scene begins with. Raises InputError where it is longer than its scene."""
-    over, whole = scene.transition.over, scene.duration
-    assert over is not None, "only a blend has a length"
+def transition_frames(script: Script, scene: Scene, fps: float) -> int:
+    """Frames of the blend or share that a scene begins with. Raises InputError where it is longer than its scene."""
+    kind, over, whole = scene.transition.kind, scene.transition.over or scene.duration, scene.duration
+    assert kind != "cut", "a cut takes no time"
     if over.frames(fps) > whole.frames(fps):
-        raise InputError(f"{script.place(scene.line)}: the blend over {over} is longer than its scene of {whole}")
+        raise InputError(f"{script.place(scene.line)}: the {kind} over {over} is longer than its scene of {whole}")
     return over.frames(fps)
 
 
@@ -127,12 +133,9 @@ def _parse_duration(value: Any) -> Any:
 
 
 def _parse_transition(value: Any) -> Any:
-    kind = value.get("kind") if isinstance(value, dict) else value
-    if kind == "share":
-        raise ValueError("`share` is not there yet; use cut or blend")
     if isinstance(value, str):
-        if value not in ("cut", "blend"):
-            raise ValueError(f"unknown kind {show(value)}: {nearest(value, ('cut', 'blend'))}")
+        if value not in TRANSITIONS:
+            raise ValueError(f"unknown kind {show(value)}: {nearest(value, TRANSITIONS)}")
         return {"kind": value}
     return value
 
@@ -149,14 +152,14 @@ _File = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _TransitionYaml(Section):
-    kind: Literal["cut", "blend"]
+    kind: Literal["cut", "blend", "share"]
     over: _Length | None = None
 
     @field_validator("over")
     @classmethod
-    def _only_blends_take_time(cls, over: Duration | None, info: Any) -> Duration | None:
+    def _a_cut_takes_no_time(cls, over: Duration | None, info: Any) -> Duration | None:
         if over is not None and info.data.get("kind") == "cut":
-            raise ValueError("a cut takes no time; only a blend has `over`")
+            raise ValueError("a cut takes no time; only blend and share have `over`")
         return over
 
 
@@ -198,7 +201,7 @@ def script_of(document: Document) -> Script:
         over = scene.transition.over
         # Seconds against frames needs a frame rate; where only the model knows it, the plan checks.
         if over and (script.fps or over.unit == scene.duration.unit):
-            blend_frames(script, scene, script.fps or float(MAX_FPS))
+            transition_frames(script, scene, script.fps or float(MAX_FPS))
     return script
 
 

@@ -121,6 +121,8 @@ class Executor:
     guidance: float | Sequence[float] = 1.0
     mesh: Mesh = field(default_factory=lone_mesh)
     buffers: int = 2
+    sharing: range = range(0)
+    """Layers of the stage, counted in it, that read how the scene before ended."""
     cache: CacheRuntime | None = None
     saver: Saver | None = None
     on_action: OnAction | None = None
@@ -277,7 +279,8 @@ class Executor:
     def _keep(self, action: Forward, live: Live) -> None:
         """Keep the K/V of a unit for those after it, until the chunk's last step."""
         for version in action.store:
-            live.kept[action.chunk, version.edge] = live.kv[version]
+            if version.edge != "scene":  # those are not shared under a cache that leaves layers out
+                live.kept[action.chunk, version.edge] = live.kv[version]
         if action.step == self.sampler.num_steps - 1:
             for edge in ("first", "last"):
                 live.kept.pop((action.chunk, edge), None)
@@ -297,6 +300,8 @@ class Executor:
         def span(kv: KvVersion) -> slice:
             if kv.edge == "first":
                 return slice(before, before + chunks[i - 1].num_right)
+            if kv.edge == "scene" and chunk.scene_end:
+                return slice(before + chunk.scene_end.first, before + chunk.scene_end.stop)
             return slice(len(levels) - chunks[i + 1].num_left, len(levels))
 
         return Unit(
@@ -312,6 +317,9 @@ class Executor:
             is_left_out=(i, k) in live.left_out,
             kept=tuple(live.kept[i, kv.edge] for kv in action.store if (i, kv.edge) in live.kept),
             num_branches=1 if self._skips_negative(k) else self.stage.num_branches,
+            shared=live.kv[action.shared] if action.shared else None,
+            stores_scene=any(kv.edge == "scene" for kv in action.store),
+            sharing=self.sharing,
         )
 
     @torch.no_grad()

@@ -18,6 +18,9 @@ forward(i, k) reads its own z[i]@k; as right context the K/V that forward(i+1, k
 round; and as left context either the last latents of z[i-1], recomputed through all layers (`left: recompute`), or the
 K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step (`left: cached`).
 
+After a transition `share`, the chunks of the new scene also read the K/V of how the scene before ended, as its chunk
+stored them at the same step. They live until the last of these chunks was at that step.
+
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
 A cache may have steps forecast instead of computed: the same steps of every chunk. Their velocity comes of the chunk's
@@ -31,11 +34,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from longvid.plan import Chunk, Plan
+from longvid.plan import Chunk, Plan, sharing_steps
 from longvid.settings import Settings
 
 LeftLevel = Literal["same", "fresher"]
-Edge = Literal["first", "last"]
+Edge = Literal["first", "last", "scene"]
+_EDGES: dict[Edge, str] = {"first": "<", "last": ">", "scene": "|"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +55,17 @@ class LatentVersion:
 
 @dataclass(frozen=True, slots=True)
 class KvVersion:
-    """K/V of every layer for a chunk's first or last own latents, as its forward of `round` computed them."""
+    """K/V of every layer for a chunk's first or last own latents, as its forward of `round` computed them.
+
+    Those of a `scene`'s end are of late layers alone.
+    """
 
     chunk: int
     round: int
     edge: Edge = "first"
 
     def __str__(self) -> str:
-        return f"kv{self.chunk}{'<' if self.edge == 'first' else '>'}@{self.round}"
+        return f"kv{self.chunk}{_EDGES[self.edge]}@{self.round}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,10 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`."""
+    """Predict the velocity at z[chunk]@step, with context `left` and `right`, and in late layers `shared`.
+
+    Keep K/V as each of `store`.
+    """
 
     round: int
     chunk: int
@@ -82,9 +92,10 @@ class Forward:
     left: LatentVersion | KvVersion | None = None
     right: KvVersion | None = None
     store: tuple[KvVersion, ...] = ()
+    shared: KvVersion | None = None
 
     def __str__(self) -> str:
-        context = [f"  {name} {value}" for name in ("left", "right") if (value := getattr(self, name))]
+        context = [f"  {name} {value}" for name in ("left", "right", "shared") if (value := getattr(self, name))]
         context += [f"  store {value}" for value in self.store]
         return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
 
@@ -168,7 +179,7 @@ class QueueRules:
     """What the settings say of who reads what; `gap` is how many steps neighbours are apart.
 
     `forecast` are the steps that are not computed, `gated` those of which the first rank decides; never the first or
-    the last.
+    the last. In the steps of `sharing`, chunks read the K/V of how the scene before ended, where the plan says so.
     """
 
     left: Literal["recompute", "cached"] = "recompute"
@@ -176,6 +187,7 @@ class QueueRules:
     gap: int = 1
     forecast: frozenset[int] = frozenset()
     gated: frozenset[int] = frozenset()
+    sharing: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
@@ -184,7 +196,8 @@ class QueueRules:
         forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
         if settings.schedule == "sequential":
             return cls(gap=steps, forecast=forecast, gated=gated)
-        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast, gated)
+        sharing = frozenset(sharing_steps(steps)) - forecast
+        return cls(settings.queue.left, settings.queue.left_level, settings.queue.gap, forecast, gated, sharing)
 
     def computed(self, step: int) -> int:
         """The last step up to this one that is computed."""
@@ -251,7 +264,8 @@ class _Queue:
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left, right = self.left(i, k), self.right(i, k)
-        forward = Forward(n, i, k, left, right, self.store(i, k))
+        shared = self.shared(i, k)
+        forward = Forward(n, i, k, left, right, self.store(i, k), shared)
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward
@@ -261,6 +275,8 @@ class _Queue:
             yield DropKv(n, left)
         elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
             yield DropLatents(n, left)
+        if shared and self.is_last_reader(i, shared):
+            yield DropKv(n, shared)
 
     def computed_after(self, k: int) -> Iterator[int]:
         return (later for later in range(k + 1, self.steps) if later not in self.rules.forecast)
@@ -284,13 +300,29 @@ class _Queue:
             return None
         return KvVersion(i + 1, self.rules.gap * (i + 1) + self.rules.computed(behind))
 
+    def shared(self, i: int, k: int) -> KvVersion | None:
+        """How the scene before ended, when its chunk was at this step."""
+        source = self.chunks[i].shares
+        if source is None or k not in self.rules.sharing:
+            return None
+        return KvVersion(source, self.rules.gap * source + k, "scene")
+
+    def is_last_reader(self, i: int, shared: KvVersion) -> bool:
+        end = self.chunks[shared.chunk].scene_end
+        return end is not None and end.last_reader == i
+
     def store(self, i: int, k: int) -> tuple[KvVersion, ...]:
-        """First edge: wanted by forward(i-1, k + gap), or the next that comes. Last: by forward(i+1, k), if cached."""
+        """First edge: wanted by forward(i-1, k + gap), or the next that comes. Last: by forward(i+1, k), if cached.
+
+        The end of a scene: by forward(j, k) of the chunks that share it.
+        """
         n, first, kept = self.rules.gap * i + k, KvVersion(i, self.rules.gap * i + k), []
         if i > 0 and any(self.right(i - 1, reader) == first for reader in self.computed_after(k)):
             kept.append(first)
         if self.rules.left == "cached" and i + 1 < len(self.chunks) and self.chunks[i + 1].num_left:
             kept.append(KvVersion(i, n, "last"))
+        if self.chunks[i].scene_end and k in self.rules.sharing:
+            kept.append(KvVersion(i, n, "scene"))
         return tuple(kept)
 
     def drop_own(self, n: int, latents: LatentVersion) -> Iterator[Action]:

@@ -40,6 +40,8 @@ class Report:
     num_rounds: int
     max_live_latents: int
     max_live_kv: int
+    """But for those of scenes' ends."""
+    max_live_scenes: int = 0
 
 
 def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Report:
@@ -108,6 +110,10 @@ class _Simulation:
     turn: int = 0  # chunks from this one on had their turn in this round
     max_live_latents: int = 0
     max_live_kv: int = 0
+    max_live_scenes: int = 0
+
+    def __post_init__(self) -> None:
+        self.last_to_share = {chunk.shares: i for i, chunk in enumerate(self.chunks) if chunk.shares is not None}
 
     def apply(self, action: Action) -> None:
         _require(action.round >= self.round, f"comes after round {self.round}")
@@ -137,7 +143,9 @@ class _Simulation:
                 _require(kv not in self.unread_kv, f"{kv} was stored and never read")
                 del self.kv[kv]
         self.max_live_latents = max(self.max_live_latents, len(self.latents))
-        self.max_live_kv = max(self.max_live_kv, len(self.kv))
+        num_scenes = sum(kv.edge == "scene" for kv in self.kv)
+        self.max_live_scenes = max(self.max_live_scenes, num_scenes)
+        self.max_live_kv = max(self.max_live_kv, len(self.kv) - num_scenes)
 
     def admit(self, action: Admit) -> None:
         i = action.chunk
@@ -171,6 +179,7 @@ class _Simulation:
         self.computed[i] = k
         self.require_left(action)
         self.require_right(action)
+        self.require_shared(action)
         for kv in action.store:
             _require((kv.chunk, kv.round) == (i, action.round), f"stores its own K/V of round {action.round}")
             _require(kv not in self.kv, f"{kv} is stored twice")
@@ -199,6 +208,14 @@ class _Simulation:
             step = self.computed.get(i + 1, -1)
             expected = KvVersion(i + 1, action.round - (k - self.rules.gap - step))
             self.require_kv("right", action.right, expected, (i + 1, step))
+
+    def require_shared(self, action: Forward) -> None:
+        source = self.chunks[action.chunk].shares
+        if source is None or action.step not in self.rules.sharing:
+            _require(action.shared is None, "shares nothing")
+        else:
+            expected = KvVersion(source, action.round - self.rules.gap * (action.chunk - source), "scene")
+            self.require_kv("shared", action.shared, expected, (source, action.step))
 
     def require_kv(self, side: str, found: object, expected: KvVersion, unit: tuple[int, int]) -> None:
         _require(found == expected, f"the {side} context is {expected}")
@@ -243,8 +260,11 @@ class _Simulation:
 
     def kv_will_be_read(self, kv: KvVersion, unit: tuple[int, int]) -> bool:
         """As left context, by the same step of the chunk after. As right context, by a later step of the chunk before,
-        as long as no later step of its own is computed.
+        as long as no later step of its own is computed. As the end of a scene, by the same step of those that share it.
         """
+        if kv.edge == "scene":  # of those the newest comes last to every step
+            newest = self.last_to_share.get(unit[0])
+            return newest is not None and self.steps_taken(newest) <= unit[1]
         if kv.edge == "last":
             return self.rules.left == "cached" and self.steps_taken(unit[0] + 1) <= unit[1]
         before = unit[0] - 1
@@ -273,4 +293,5 @@ class _Simulation:
         self.end_round()
 
     def report(self) -> Report:
-        return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, self.max_live_kv)
+        live = self.max_live_latents, self.max_live_kv, self.max_live_scenes
+        return Report(self.num_units, self.num_forecasts, self.round + 1, *live)

@@ -121,6 +121,9 @@ class CogVideoXStage:
             right=_of_branch(unit.right, branch),
             num_left=before * per_latent,
             store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
+            shared=_of_branch(unit.shared, branch),
+            shared_stop=unit.chunk.num_left * per_latent,
+            sharing=unit.sharing,
         )
 
     def _head(self, video: Tensor, temb: Tensor, unit: Unit) -> Tensor:

@@ -33,7 +33,8 @@ class JointContext:
     """What joint attention needs besides its input: one a forward pass and guidance branch.
 
     ``rope`` covers the left neighbour's tokens, the unit's S, and the right neighbour's; None: positions are in the
-    tokens. ``left`` and ``right`` hold K/V a layer. K/V of the spans in ``store`` are appended to ``stored``.
+    tokens. ``left`` and ``right`` hold K/V a layer. K/V of the spans in ``store`` are appended to ``stored``. Layers in
+    ``sharing`` also read ``shared``, how the scene before ended, in the place before token ``shared_stop`` of ``rope``.
     """
 
     rope: Rope | None
@@ -44,6 +45,9 @@ class JointContext:
     num_left: int = 0
     store: tuple[slice, ...] = ()
     stored: list[list[KvPart]] = field(default_factory=list)
+    shared: list[KvPart] | None = None
+    shared_stop: int = 0
+    sharing: range = range(0)
 
 
 def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor], context: JointContext) -> Tensor:
@@ -61,6 +65,10 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     value = torch.cat([*(kv.value for kv in sides[0]), value, *(kv.value for kv in sides[1])], 1)
     if context.rope is not None:
         key = rotate(key, context.rope)
+        if context.shared and index in context.sharing:
+            kv = context.shared[index]
+            place = rows(context.rope, context.shared_stop - kv.key.shape[1], context.shared_stop)
+            key, value = torch.cat([key, rotate(kv.key, place)], 1), torch.cat([value, kv.value], 1)
     parts = list(zip(*(x.split(context.text_tokens, 1) for x in text), strict=True))
 
     def attend_with(queries: Tensor, prompt: int) -> Tensor:

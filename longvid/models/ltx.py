@@ -122,6 +122,10 @@ class LtxStage:
             right=_of_branch(unit.right, branch),
             num_left=before * per_latent,
             store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
+            shared=_of_branch(unit.shared, branch),
+            shared_stop=unit.chunk.num_left * per_latent,
+            stores_scene=unit.stores_scene,
+            sharing=unit.sharing,
         )
 
     def _head(self, hidden: Tensor, temb: Tensor, unit: Unit) -> Tensor:

@@ -273,6 +273,10 @@ class WanStage:
             head_costs=self._head_costs,
             kept=tuple(layers for span in unit.kept if (layers := _of_branch(span, branch))),
             run=run,
+            shared=_of_branch(unit.shared, branch),
+            shared_stop=unit.chunk.num_left * per_latent,
+            stores_scene=unit.stores_scene,
+            sharing=unit.sharing,
         )
 
     def _head_costs(self, index: int) -> Sequence[float] | None:

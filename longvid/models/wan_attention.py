@@ -38,6 +38,9 @@ class SelfContext:
     hold K/V a layer. K/V of the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each.
     ``attention`` and ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores
     those that an earlier step stored: for each span a layer's, ``kept``.
+
+    Layers of the stage in ``sharing`` also read ``shared``, how the scene before ended, in the place before token
+    ``shared_stop`` of ``rope``; with ``stores_scene`` the last of ``store`` is such an end, kept by them alone.
     """
 
     rope: Rope
@@ -50,10 +53,20 @@ class SelfContext:
     head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
     kept: tuple[list[KvPart], ...] = ()
     run: RunModule = run_module
+    shared: list[KvPart] | None = None
+    shared_stop: int = 0
+    stores_scene: bool = False
+    sharing: range = range(0)
 
     def keep_earlier(self, index: int) -> None:
         """For a layer of which no K/V are computed."""
         self.stored.append([span[index] for span in self.kept])
+
+    def store_of(self, index: int) -> tuple[slice, ...]:
+        """The spans to be stored in a layer: of a scene's end none of the tokens, where nobody reads them."""
+        if not self.stores_scene or index in self.sharing:
+            return self.store
+        return (*self.store[:-1], slice(self.store[-1].start, self.store[-1].start))
 
 
 class QueueSelfAttention:
@@ -80,9 +93,11 @@ class QueueSelfAttention:
             left=context.left[self.index] if context.left else None,
             right=context.right[self.index] if context.right else None,
             num_left=context.num_left,
-            store=context.store,
+            store=context.store_of(self.index),
             attention=context.attention(self.index),
             head_costs=context.head_costs(self.index),
+            shared=context.shared[self.index] if context.shared and self.index in context.sharing else None,
+            shared_stop=context.shared_stop,
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)
