@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -95,6 +95,9 @@ def render(
         int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="Keep what `longvid extend` needs to add scenes.")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
     ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
     log: Annotated[Literal["text", "json"], typer.Option(help="json: one line an event, for machines.")] = "text",
@@ -109,16 +112,14 @@ def render(
     SIGTERM saves the state and ends with 0 within 30 seconds. Under torchrun, mpirun, srun or deepspeed this is one of
     the ranks.
     """
-    from longvid.launch.env import rank_of
     from longvid.manifest import find_manifest
     from longvid.script import load_script
     from longvid.writer import check_file, check_path
 
     # What is wrong is told before torch is loaded, and by the leader alone.
+    keep = ["output.keep_state=true"] if keep_state else []
     _settings(model, preset, overrides)
-    env = rank_of(os.environ)
-    if env and ranks and env.world_size != ranks:
-        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    env = _environment(ranks)
     is_leader = env is None or env.rank == 0
     script = load_script(story) if is_leader else story
     if is_leader:
@@ -128,9 +129,95 @@ def render(
         if resume:
             find_manifest(output)
 
-    from longvid.journal import Journals, report, sayer
+    def load() -> Any:
+        from longvid.engine import Engine
 
-    journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
+        return Engine.load(preset=preset, overrides=[*all_overrides(model, overrides), *keep])
+
+    def work(engine: Any, on_event: Any, preemption: Any) -> None:
+        engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger, preemption=preemption)
+
+    journals = _journals(output, log, log_file, metrics, is_leader=is_leader)
+    _render_on(env, ranks, journals, load, work)
+
+
+@app.command()
+def extend(
+    film: Annotated[Path, typer.Argument(metavar="FILM.mp4", help="A film that was rendered with --keep-state.")],
+    scene: Annotated[str, typer.Option("--scene", metavar="PROMPT", help="What the new scene shows.")],
+    length: Annotated[str, typer.Option("--for", metavar="8s", help="How long.")],
+    transition: Annotated[Literal["blend", "cut"], typer.Option(help="How it begins.")] = "blend",
+    over: Annotated[str | None, typer.Option(metavar="1s", help="Of a blend, how long.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="New noise; else the film's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="LONGER.mp4", help="The longer film; else in its place.")
+    ] = None,
+    model: Model = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an extension that ended early.")] = False,
+    log: Annotated[Literal["text", "json"], typer.Option(help="json: one line an event, for machines.")] = "text",
+    log_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the log to a file, too.")] = None,
+) -> None:
+    """Add a scene to a finished film, which goes on without a seam; its frames stay as they are.
+
+    Model and settings are the film's. Runs under launchers as render does.
+    """
+    from longvid.ending import Ending
+    from longvid.script import parse_scene
+    from longvid.writer import check_file, check_path
+
+    env, target = _environment(ranks), output or film
+    is_leader = env is None or env.rank == 0
+    added = parse_scene(scene, length, transition, over, seed)
+    if is_leader:
+        check_path(target)
+        check_file("--log-file", log_file)
+        Ending.read(film)
+
+    def load() -> Any:
+        from longvid.engine import Engine
+
+        return Engine.load(film=film, overrides=all_overrides(model, overrides))
+
+    def work(engine: Any, on_event: Any, preemption: Any) -> None:
+        engine.extend(film, [added], target, on_event, resume=resume, preemption=preemption)
+
+    _render_on(env, ranks, _journals(target, log, log_file, None, is_leader=is_leader), load, work)
+
+
+def _environment(ranks: int | None) -> Any:
+    """Where a launcher put this process, which must have started as many ranks as the option says; None: none did."""
+    from longvid.launch.env import rank_of
+
+    env = rank_of(os.environ)
+    if env and ranks and env.world_size != ranks:
+        raise InputError(f"--ranks {ranks}, but {env.launcher} started {env.world_size}: leave --ranks out")
+    return env
+
+
+def _journals(film: Path, log: Any, log_file: Path | None, metrics: Path | None, *, is_leader: bool) -> Any:
+    from longvid.journal import Journals
+
+    return Journals(film, log, log_file, metrics) if is_leader else Journals(film)
+
+
+def _render_on(
+    env: Any,
+    ranks: int | None,
+    journals: Any,
+    load: Callable[[], Any],
+    render_film: Callable[[Any, Any, Any], None],
+) -> None:
+    """Render in this process, as one of a launcher's ranks, or on ranks of our own.
+
+    `render_film` takes the engine that `load` gives, a callback for events, and the pre-emption that may come.
+    """
+    from longvid.journal import report, sayer
+
+    is_leader = env is None or env.rank == 0
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
 
@@ -149,13 +236,9 @@ def render(
         _known_errors(),
         preempted_by_sigterm(preemption, sayer(journals)),
     ):
-        from longvid.engine import Engine
 
-        def load() -> Engine:
-            return Engine.load(preset=preset, overrides=all_overrides(model, overrides))
-
-        def work(engine: Engine) -> None:
-            engine.render(script, output, on_event, resume=resume, trace=trace, ledger=ledger, preemption=preemption)
+        def work(engine: Any) -> None:
+            render_film(engine, on_event, preemption)
 
         if env is None or env.world_size == 1:
             work(load())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,17 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import plan_cache
 from longvid.checkpoint import (
     CheckpointSaver,
+    Ended,
     FilmState,
     Holder,
     LocalBulletin,
     Saved,
+    copy_ending,
     load_checkpoint,
+    load_ending,
+    save_ending,
 )
+from longvid.ending import Ending, longer_script
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
 from longvid.fingerprint import Machine, describe_model, fingerprint
@@ -33,8 +38,9 @@ from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
-from longvid.manifest import MANIFEST, Manifest, find_manifest, state_folder
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, StageOptions
+from longvid.live import LivePrompter, Wish, Wishes
+from longvid.manifest import ENDING, MANIFEST, Manifest, find_manifest, state_folder
+from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, Prompt, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint
@@ -53,13 +59,13 @@ from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler
-from longvid.script import Script, load_script
+from longvid.script import Scene, Script, load_script, storyboard_text
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.tokens import largest_tokens
 from longvid.trace import Trace, summary, summary_text, write_trace
-from longvid.writer import FilmWriter, check_path
+from longvid.writer import FilmWriter, WriterState, check_path
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -74,6 +80,8 @@ class _Tools:
     ledger: Ledger | None = None
     saver: CheckpointSaver | None = None
     saved: Saved | None = None
+    ended: Ended | None = None
+    prompter: LivePrompter | None = None
     preemption: Preemption = field(default_factory=Preemption)
 
 
@@ -82,13 +90,40 @@ class _Job:
     """A film to be made, as the leader tells all ranks."""
 
     path: Path
+    script: Script
     plan: Plan
     manifest: Manifest | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    ending: Ending | None = None
+    """Of the film that goes on."""
 
 
 def ignore_event(event: Event) -> None:
     """The default callback."""
+
+
+class FilmStream(Iterator[Frames]):
+    """A film's frames, piece by piece, uint8 [T, height, width, 3]; what is still to come may be changed."""
+
+    def __init__(self, frames: Generator[Frames, None, None], wishes: Wishes) -> None:
+        self._frames, self._wishes = frames, wishes
+
+    def __next__(self) -> Frames:
+        return next(self._frames)
+
+    def prompt(self, text: str, negative: str | None = None) -> None:
+        """Have the scene that is on follow another prompt, from the next chunk that can take it to the scene's end.
+
+        From any thread; on a rank other than the leader it does nothing. The event PromptChanged says from which frame.
+        """
+        text = " ".join(text.split())
+        if not text:
+            raise InputError("a prompt must say something")
+        self._wishes.ask(Wish(text, negative))
+
+    def close(self) -> None:
+        """Stop early."""
+        self._frames.close()
 
 
 class Engine:
@@ -114,6 +149,13 @@ class Engine:
         """What planning needs to know of the model: sizes, native frame rate, limits."""
         self._root = checkpoint.root
         self._executor: Executor | None = None
+        self._inputs = FilmInputs(())
+        """What the stage was given for the film at hand."""
+        self._num_streams = 0
+        self._last: Tensor | None = None
+        """On the leader, of the film at hand: see `_last_of_shot`."""
+        self._behind_the_end: Frames
+        """Of the chunk that was decoded last, frames that its shot does not have."""
         self.costs: Costs | None = None
         """Measured where layers are split over stages."""
         self.cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
@@ -146,17 +188,19 @@ class Engine:
         *,
         preset: str | None = None,
         overrides: Sequence[str] = (),
+        film: str | Path | None = None,
     ) -> Engine:
         """Load a model once, for any number of films.
 
         ``model`` is a known name (``mini``), a directory in diffusers' format, or a loaded
         pipeline of diffusers, whose transformer the engine then takes over; None: what the settings say.
-        ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line.
+        ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line; with ``film``, whose
+        state was kept, settings and model are that film's.
         Raises InputError for an unknown or damaged model, for wrong settings, and for a mesh that does not fit.
         """
         if isinstance(model, str | Path):
             overrides = [*overrides, f"model.path={model}"]
-        settings = load_settings(preset, overrides)
+        settings = load_settings(preset, overrides, Ending.read(Path(film)).settings if film else None)
         set_threads(settings)
         is_pipeline = model is not None and not isinstance(model, str | Path)
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
@@ -211,13 +255,33 @@ class Engine:
         assert result is not None
         return result
 
-    def stream(self, story: str | Path | Script, on_event: OnEvent = ignore_event) -> Iterator[Frames]:
+    def stream(
+        self, story: str | Path | Script, on_event: OnEvent = ignore_event, *, early_steps: int = 0
+    ) -> FilmStream:
         """Render, and yield the film's frames as chunks finish: uint8 [T, height, width, 3], in order.
 
-        Raises InputError for a wrong storyboard before any work, RuntimeFailure for latents that are
-        not finite. Close the iterator to stop early.
+        While it goes on, ``FilmStream.prompt`` changes what comes: chunks that have taken at most ``early_steps``
+        denoising steps take the new prompt, those that are further keep theirs. Raises InputError for a wrong
+        storyboard before any work, RuntimeFailure for latents that are not finite. Close the iterator to stop early.
         """
-        return self._stream(self.plan(story), on_event, _Tools())
+        plan, wishes = self.plan(story), Wishes()
+        if not 0 <= early_steps < self.settings.sampler.steps:
+            raise InputError(f"early_steps must be 0 to {self.settings.sampler.steps - 1}, not {early_steps}")
+        self._num_streams += 1
+        is_alone = self.mesh.topology.num_ranks == 1
+        prompter = LivePrompter(
+            wishes,
+            LocalBulletin() if is_alone else StoreBulletin(),
+            self._encode_prompts,
+            self._add_prompt,
+            QueueRules.of(self.settings),
+            self.facts.grid,
+            early_steps,
+            str(self._num_streams),
+            self.settings.runtime.timeout_s,
+            on_event if self.mesh.is_leader else None,
+        )
+        return FilmStream(self._stream(plan, on_event, _Tools(prompter=prompter)), wishes)
 
     def render(
         self,
@@ -232,14 +296,50 @@ class Engine:
     ) -> Path:
         """Render a storyboard to an H.264 film at ``path`` (.mp4) and return the path.
 
+        With ``output.keep_state`` what ``extend`` needs is kept beside it.
+
         While it runs, ``PATH.longvid/film.m3u8`` plays what is finished, and every ``runtime.checkpoint_s`` seconds
         its state is saved there. With ``resume`` a render that ended early goes on from it, to the same bytes as one
         that never did; InputError says what changed if it cannot. ``trace`` is a file for a Perfetto trace of every
         rank's work, ``ledger`` one for hashes of what this rank makes. Raises Interrupted on Ctrl-C, after saving what
         is finished as a film of its own, and Preempted after saving its state, once ``preemption`` was asked for.
         """
-        started = time.monotonic()
         job = self._on_leader(lambda: self._job(story, Path(path), resume))
+        return self._make(job, on_event, trace, ledger, preemption)
+
+    def extend(
+        self,
+        film: str | Path,
+        scenes: Sequence[Scene],
+        path: str | Path | None = None,
+        on_event: OnEvent = ignore_event,
+        *,
+        resume: bool = False,
+        trace: str | Path | None = None,
+        ledger: str | Path | None = None,
+        preemption: Preemption | None = None,
+    ) -> Path:
+        """Add scenes to a finished film whose state was kept, as a film at ``path`` (None: in its place).
+
+        Its frames keep their bytes. What follows sees its last latents, clean (Mask²DiT's extension), and the decoder
+        goes on where it was. A scene that begins with a cut is a new shot. The engine must have the film's model and
+        settings: ``Engine.load(film=film)``. Raises InputError where the state is missing, or something changed.
+        The rest is as with ``render``; the state is kept again.
+        """
+        target = Path(path or film)
+        job = self._on_leader(lambda: self._longer(Path(film), tuple(scenes), target, resume))
+        return self._make(job, on_event, trace, ledger, preemption)
+
+    def _make(
+        self,
+        job: _Job,
+        on_event: OnEvent,
+        trace: str | Path | None,
+        ledger: str | Path | None,
+        preemption: Preemption | None,
+    ) -> Path:
+        """Render what the leader made a job of."""
+        started = time.monotonic()
         tools = _Tools(preemption=preemption or Preemption())
         if trace:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
@@ -250,6 +350,8 @@ class Engine:
         holder = Holder(self.mesh, self.layers, self._stage.branches, self.attention, self.cache)
         if job.manifest:
             tools.saved = load_checkpoint(job.path, job.manifest, holder, self.device)
+        if job.ending:
+            tools.ended = load_ending(job.path, job.ending, self.device)
         with self._open_film(job, tools) as writer:
             if self._root is not None:
                 tools.saver = CheckpointSaver(
@@ -257,7 +359,7 @@ class Engine:
                     holder,
                     LocalBulletin() if self.mesh.topology.num_ranks == 1 else StoreBulletin(),
                     fingerprint=job.fingerprint,
-                    film_state=lambda: FilmState(self._decoder.state(), _writer(writer).state()),
+                    film_state=lambda: FilmState(self._decoder.state(), _writer(writer).state(), self._last),
                     on_notice=lambda text: on_event(Notice(text)),
                     interval_s=self.settings.runtime.checkpoint_s,
                     timeout_s=self.settings.runtime.timeout_s,
@@ -279,30 +381,60 @@ class Engine:
         if self._root is None:
             if resume:
                 raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
-            return _Job(path, plan)
-        kernels = describe_kernels(self.device, sparse=self.attention is not None)
-        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
-        model = describe_model(self._root)
-        marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
+            return _Job(path, script, plan)
+        marks = self._fingerprint(script, plan)
         manifest = find_manifest(path) if resume else None
         if manifest:
             manifest.require(path, marks)
-        return _Job(path, plan, manifest, marks)
+        return _Job(path, script, plan, manifest, marks)
+
+    def _longer(self, film: Path, scenes: tuple[Scene, ...], path: Path, resume: bool) -> _Job:
+        """What the leader knows of a longer film before it begins; the state is where it will be."""
+        check_path(path)
+        source = path if resume and path != film and (state_folder(path) / ENDING).exists() else film
+        ending = Ending.read(source)
+        script = longer_script(ending.script(), scenes, ending.style, f"{film} and what is added")
+        plan = make_plan(script, self.settings, self.facts, (*ending.ends, ending.frames))
+        marks = self._fingerprint(script, plan)
+        ending.require(film, marks)
+        marks["extends"] = {"frames": ending.frames}
+        if source != path:
+            copy_ending(source, path, ending)
+        manifest = Manifest.read(path) if resume else None
+        if manifest:
+            manifest.require(path, marks)
+        return _Job(path, script, plan, manifest, marks, ending)
+
+    def _fingerprint(self, script: Script, plan: Plan) -> dict[str, Any]:
+        if self._root is None:
+            raise InputError("a model that is not a directory has no mark: films of it cannot go on")
+        kernels = describe_kernels(self.device, sparse=self.attention is not None)
+        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
+        model = describe_model(self._root)
+        return fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
 
     def _open_film(self, job: _Job, tools: _Tools) -> contextlib.AbstractContextManager[FilmWriter | None]:
         """The leader's writer, where the checkpoint says, and its decoder with it; nothing on the others."""
         if not self.mesh.is_leader:
             return contextlib.nullcontext()
-        plan, saved = job.plan, tools.saved
+        plan, saved, ended = job.plan, tools.saved, tools.ended
         shape: dict[str, Any] = {"width": plan.width, "height": plan.height, "fps": plan.fps}
-        if not saved:
-            return FilmWriter(job.path, **shape, output=self.settings.output)
-        assert saved.film is not None
-        self._decoder.load_state(saved.film.decoder)
-        state = saved.film.writer
-        return FilmWriter.resume(
-            job.path, **shape, output=self.settings.output, segments=state.segments, open_frames=state.open_frames
-        )
+        shape["output"] = self.settings.output.model_copy(update={"keep_state": self._keeps_state(job)})
+        if saved:
+            assert saved.film is not None
+            self._decoder.load_state(saved.film.decoder)
+            self._last = saved.film.last
+            return FilmWriter.resume(job.path, **shape, state=saved.film.writer)
+        if not ended or not job.ending:
+            return FilmWriter(job.path, **shape)
+        self._decoder.load_state(ended.decoder)
+        self._last = ended.last
+        nothing = ended.frames[:0].numpy()
+        state = WriterState(job.ending.segments, nothing, tuple(job.ending.short))
+        writer = FilmWriter.resume(job.path, **shape, state=state)
+        if plan.chunks[plan.first_chunk].start:  # the shot goes on, and its last latent held these frames
+            writer.append(ended.frames.numpy())
+        return writer
 
     def _write(self, job: _Job, writer: FilmWriter | None, on_event: OnEvent, tools: _Tools) -> Path:
         try:
@@ -316,13 +448,42 @@ class Engine:
                     _writer(writer).append(frames)
                     if tools.trace:
                         tools.trace.add("write", f"{len(frames)} frames", began, time.monotonic_ns())
-            return writer.finish() if writer else job.path
+            if not writer:
+                return job.path
+            film = writer.finish()
+            if self._keeps_state(job):
+                self._keep_ending(job, writer.state())
+            return film
         except KeyboardInterrupt:
             if tools.preemption.is_asked:
                 raise Preempted(_what_is_saved(job.path, tools)) from None
             raise Interrupted(_what_is_left(writer, job.path)) from None
         except Preempted:
             raise Preempted(_what_is_saved(job.path, tools) if self.mesh.is_leader else "") from None
+
+    def _keeps_state(self, job: _Job) -> bool:
+        return bool(job.fingerprint) and (self.settings.output.keep_state or job.ending is not None)
+
+    def _keep_ending(self, job: _Job, written: WriterState) -> None:
+        """Keep what a film that goes on from here needs, in place of what it went on from itself."""
+        assert self._last is not None
+        before = job.ending
+        settings = self.settings.model_dump(mode="json")
+        if Path(settings["model"]["path"]).is_dir():
+            settings["model"]["path"] = str(Path(settings["model"]["path"]).resolve())
+        script, marks = job.script, {name: value for name, value in job.fingerprint.items() if name != "extends"}
+        save_ending(
+            job.path,
+            Ended(self._last, self._decoder.state(), torch.from_numpy(self._behind_the_end)),
+            frames=job.plan.num_frames,
+            ends=[*before.ends, before.frames] if before else [],
+            segments=written.segments,
+            short=list(written.short),
+            storyboard=storyboard_text(script),
+            style=before.style if before else script.style,
+            settings=settings,
+            fingerprint=marks,
+        )
 
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
@@ -345,7 +506,7 @@ class Engine:
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
         tools = tools or _Tools()
-        images = self._prepare(plan)
+        images = self._prepare(plan, spare_prompts=2 if tools.prompter else 0)
         per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
         self._sampler = self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
@@ -362,8 +523,10 @@ class Engine:
             mesh=self.mesh,
             buffers=buffers,
             sharing=self._sharing(),
+            recalled=tools.ended.last if tools.ended else None,
             cache=self.cache,
             saver=tools.saver,
+            prompter=tools.prompter,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
@@ -377,10 +540,17 @@ class Engine:
         live = tools.saved.live(self._sampler) if tools.saved else None
         try:
             for finished in self._executor.run(actions, plan, rounds.on_unit, live, done):
+                self._last = self._last_of_shot(finished)
                 image = images[finished.chunk.shot]
                 yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
             self._executor = None
+
+    def _last_of_shot(self, finished: Finished) -> Tensor:
+        """The shot's last finished latents, as many as there is left context."""
+        known = [self._last] if finished.chunk.start and self._last is not None else []
+        whole, count = torch.cat([*known, finished.latents], dim=1), max(1, self.settings.queue.context_latents)
+        return whole[:, -count:].clone()
 
     def describe(self, rank: int) -> str:
         """A rank and its place in the mesh, for people."""
@@ -401,8 +571,11 @@ class Engine:
         """Part from the other ranks; the engine is of no use then."""
         disconnect()
 
-    def _prepare(self, plan: Plan) -> Sequence[Condition | None]:
-        """Give the stage prompts and images. Returns every shot's image."""
+    def _prepare(self, plan: Plan, spare_prompts: int) -> Sequence[Condition | None]:
+        """Give the stage prompts and images. Returns every shot's image.
+
+        Prompts that come later are at most so many more in a chunk: its own, and one in its left context.
+        """
         texts = [*plan.prompts, *(plan.negatives if self.settings.sampler.num_branches == 2 else ())]
         prompts = self._on_leader(lambda: self._prompts.encode(texts))
         prompts = [prompt.to(self.device) for prompt in prompts]
@@ -412,8 +585,19 @@ class Engine:
         of_shot = [images[shot.image] if shot.image else None for shot in plan.shots]
         most = max(len({x for blend in chunk.prompts for x in (blend.a, blend.b)}) for chunk in plan.chunks)
         count = len(plan.prompts)
-        self._stage.prepare(FilmInputs(prompts[:count], prompts[count:], of_shot, most, plan.fps))
+        self._inputs = FilmInputs(prompts[:count], prompts[count:], of_shot, most + spare_prompts, plan.fps)
+        self._stage.prepare(self._inputs)
         return of_shot
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        return self._prompts.encode(texts)
+
+    def _add_prompt(self, prompt: Prompt, negative: Prompt) -> None:
+        """Give the stage one more prompt, behind those that it has."""
+        prompts = [*self._inputs.prompts, prompt.to(self.device)]
+        negatives = [*self._inputs.negatives, negative.to(self.device)] if self._inputs.negatives else ()
+        self._inputs = replace(self._inputs, prompts=prompts, negatives=negatives)
+        self._stage.prepare(self._inputs)
 
     def _encode_image(self, file: Path, plan: Plan) -> Condition:
         assert self._images is not None, "a plan for a model without images has none"
@@ -431,11 +615,12 @@ class Engine:
         levels = map(self._sampler.timestep, range(self._sampler.num_steps))
         return tuple(chosen.guidance if level >= boundary else low for level in levels)
 
-    def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Iterator[Frames]:
+    def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Generator[Frames, None, None]:
         if self.mesh.is_leader:
             for text in self._notices(plan):
                 on_event(Notice(text))
-            rounds = QueueRules.of(self.settings).num_rounds(len(plan.chunks), self._sampler.num_steps)
+            to_come = len(plan.chunks) - plan.first_chunk
+            rounds = QueueRules.of(self.settings).num_rounds(to_come, self._sampler.num_steps)
             on_event(Started(plan.num_frames, len(plan.chunks), rounds, plan.width, plan.height, plan.fps))
         for finished in self.denoise(plan, on_event, tools):
             began = time.monotonic_ns()
@@ -458,8 +643,9 @@ class Engine:
             self._decoder.reset()
         is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
         frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
-        left = shot.num_frames - self._decoder.frames_after(chunk.start)
-        return frames[: max(0, left)]
+        left = max(0, shot.num_frames - self._decoder.frames_after(chunk.start))
+        self._behind_the_end = frames[left:]
+        return frames[:left]
 
     def _frames_until(self, chunk: Chunk) -> int:
         return self.facts.grid.num_frames(chunk.start + chunk.num_latents)
@@ -544,12 +730,13 @@ class _RoundCounter:
     """Turns units into one event a round."""
 
     def __init__(self, plan: Plan, steps: int, settings: Settings, on_event: OnEvent, done: int = -1) -> None:
-        rules = QueueRules.of(settings)
-        self._num_rounds = rules.num_rounds(len(plan.chunks), steps)
-        self._num_units = len(plan.chunks) * steps
+        rules, chunks = QueueRules.of(settings), range(plan.first_chunk, len(plan.chunks))
+        self._first = rules.gap * plan.first_chunk
+        self._num_rounds = rules.num_rounds(len(chunks), steps)
+        self._num_units = len(chunks) * steps
         self._on_event = on_event
-        self._round, self._in_round = done + 1, 0
-        self._done = sum(min(max(done + 1 - rules.gap * i, 0), steps) for i in range(len(plan.chunks)))
+        self._round, self._in_round = max(done + 1, self._first), 0
+        self._done = sum(min(max(done + 1 - rules.gap * i, 0), steps) for i in chunks)
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
@@ -561,7 +748,9 @@ class _RoundCounter:
             self._end_round()
 
     def _end_round(self) -> None:
-        self._on_event(RoundDone(self._round + 1, self._num_rounds, self._in_round, self._done, self._num_units))
+        self._on_event(
+            RoundDone(self._round + 1 - self._first, self._num_rounds, self._in_round, self._done, self._num_units)
+        )
         self._in_round = 0
 
 

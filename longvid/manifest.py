@@ -18,6 +18,7 @@ from longvid.errors import InputError
 from longvid.fingerprint import differences
 
 MANIFEST = "manifest.json"
+ENDING = "ending.json"
 ANEW = "leave --resume out to begin anew"
 _MAX_LISTED = 12
 
@@ -45,8 +46,8 @@ class Manifest(BaseModel):
     """A checkpoint after round `round`: its files and their bytes, and the names of the values in them.
 
     Values live on across the round: `latents` as (chunk, version), `kv` as (chunk, round, edge), and the chunks that
-    have `solvers`. Round -1 is that of K/V that a cache keeps. The film has `segments` on the disk. `fingerprint` says
-    of which render it is.
+    have `solvers`. Round -1 is that of K/V that a cache keeps. The film has `segments` on the disk, of which some are
+    `short` (segment, frames). `fingerprint` says of which render it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -58,6 +59,7 @@ class Manifest(BaseModel):
     kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last", "scene"]]]
     solvers: list[Count]
     segments: Count
+    short: list[tuple[Count, Count]] = []
     fingerprint: dict[str, Any]
 
     @classmethod
@@ -102,7 +104,8 @@ def find_manifest(film: Path) -> Manifest | None:
 
     Raises InputError where there is a working folder without a checkpoint, and where the film is complete.
     """
-    if not working_folder(film).exists():
+    is_kept = film.exists() and (state_folder(film) / ENDING).exists() and not (state_folder(film) / MANIFEST).exists()
+    if is_kept or not working_folder(film).exists():
         if film.exists():
             raise InputError(f"{film}: is complete: there is nothing to resume; leave --resume out to render it anew")
         return None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +56,8 @@ class ModelFacts:
     """Whether K/V can be read at another position than they were made at; else a chunk sees left context alone."""
     max_size: tuple[int, int] | None = None
     """Width and height that positions end at."""
+    goes_on: bool = True
+    """Whether a finished shot can go on: its VAE decodes nothing by what follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,10 @@ class SceneSpan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A film as data. `negatives[i]` goes with `prompts[i]`; the pairs are unique."""
+    """A film as data. `negatives[i]` goes with `prompts[i]`; the pairs are unique.
+
+    Of a film that goes on, the chunks before `first_chunk` are finished.
+    """
 
     shots: tuple[Shot, ...]
     chunks: tuple[Chunk, ...]
@@ -146,10 +151,15 @@ class Plan:
     height: int
     num_frames: int
     seed: int
+    first_chunk: int = 0
 
 
-def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
-    """Lay a script out for a model. Raises InputError where the script or the settings ask for what cannot be."""
+def make_plan(script: Script, settings: Settings, facts: ModelFacts, ends: Sequence[int] = ()) -> Plan:
+    """Lay a script out for a model. Raises InputError where the script or the settings ask for what cannot be.
+
+    `ends` are the frames at which the film ended before scenes were added. No chunk reaches over one, and none before
+    it sees what follows; that after it sees what was finished.
+    """
     fps = script.fps or facts.fps
     width, height = script.size or (facts.width, facts.height)
     try:
@@ -175,12 +185,20 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
             timeline.add(span, scene)
         _check_image(timeline, facts)
         timeline.complete()
-        new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings)
+        borders = timeline.borders(ends)
+        if borders and not facts.goes_on:
+            place = script.place(timeline.spans[-1].line)
+            raise InputError(f"{place}: {facts.name} cannot go on with a finished shot: let the scene begin with a cut")
+        new_chunks = _shot_chunks(timeline, len(shots), len(chunks), settings, borders)
         if not facts.relative_positions:
             new_chunks = [replace(chunk, num_right=0) for chunk in new_chunks]
         _check_limit(new_chunks, settings, facts, script.place(timeline.spans[0].line))
         shots.append(timeline.shot(len(shots), len(chunks), len(new_chunks)))
         chunks += new_chunks
+    first_chunk = _num_finished(shots, chunks, facts.grid, ends[-1]) if ends else 0
+    if any(chunk.shares is not None and chunk.shares < first_chunk for chunk in chunks[first_chunk:]):
+        reason = "the scene before is finished, and its K/V are gone: use blend"
+        raise InputError(f"{script.path}: the transition `share` cannot be: {reason}")
     return Plan(
         shots=tuple(shots),
         chunks=tuple(chunks),
@@ -192,7 +210,13 @@ def make_plan(script: Script, settings: Settings, facts: ModelFacts) -> Plan:
         height=height,
         num_frames=num_frames,
         seed=script.seed,
+        first_chunk=first_chunk,
     )
+
+
+def _num_finished(shots: list[Shot], chunks: list[Chunk], grid: LatentGrid, end: int) -> int:
+    """Chunks of a film that ended at a frame."""
+    return sum(chunk.start < grid.num_latents(max(0, end - shots[chunk.shot].first_frame)) for chunk in chunks)
 
 
 def _scene_spans(script: Script, fps: float, prompts: dict[tuple[str, str], int]) -> list[SceneSpan]:
@@ -256,6 +280,11 @@ class _Timeline:
         inherited = self.seeds[-1] if self.seeds else self.script.seed
         self.seeds += [inherited if scene.seed is None else scene.seed] * count
 
+    def borders(self, ends: Sequence[int]) -> list[int]:
+        """The latents inside the shot with which it went on after it had ended."""
+        first, last = self.spans[0].first_frame, self.spans[-1].first_frame + self.spans[-1].num_frames
+        return [self.grid.num_latents(end - first) for end in ends if first < end < last]
+
     def complete(self) -> None:
         """Add what the last scene needs for a whole shot; its frames are cut off again."""
         missing = self.grid.whole_shot(len(self.prompts)) - len(self.prompts)
@@ -274,21 +303,53 @@ class _Timeline:
         )
 
 
+def change_prompt(plan: Plan, first: int, prompt: str, negative: str) -> Plan:
+    """The plan in which the scene that chunk `first` begins in follows another prompt from there to its end.
+
+    What that chunk sees as left context keeps its own. A blend to the next scene goes over from the new prompt.
+    """
+    pairs = [*zip(plan.prompts, plan.negatives, strict=True)]
+    if (prompt, negative) not in pairs:
+        pairs.append((prompt, negative))
+    begin, new = plan.chunks[first], pairs.index((prompt, negative))
+    old = begin.prompts[begin.num_left].b
+    shot = plan.shots[begin.shot]
+    later = plan.chunks[first : shot.first_chunk + shot.num_chunks]
+    blends = [blend for chunk in later for blend in chunk.prompts[chunk.num_left :]]
+    end = next((f for f, blend in enumerate(blends) if old not in (blend.a, blend.b)), len(blends))
+
+    def replaced(prompt: int) -> int:
+        return new if prompt == old else prompt
+
+    changed = [replace(blend, a=replaced(blend.a), b=replaced(blend.b)) for blend in blends[:end]] + blends[end:]
+    chunks = list(plan.chunks)
+    for chunk in later:
+        at = chunk.start - begin.start
+        kept = chunk.prompts[: max(0, chunk.num_left - at)]
+        prompts = (*kept, *changed[max(0, at - chunk.num_left) : at + chunk.num_latents])
+        chunks[chunk.index] = replace(chunk, prompts=prompts)
+    prompts, negatives = zip(*pairs, strict=True)
+    return replace(plan, chunks=tuple(chunks), prompts=prompts, negatives=negatives)
+
+
 def _blend(old: int, new: int, num_latents: int) -> list[PromptBlend]:
     if old == new:
         return [PromptBlend(new, new)] * num_latents
     return [PromptBlend(old, new, (j + 1) / (num_latents + 1)) for j in range(num_latents)]
 
 
-def _shot_chunks(timeline: _Timeline, shot: int, first_chunk: int, settings: Settings) -> list[Chunk]:
-    sizes = _chunk_sizes(len(timeline.prompts), settings)
+def _shot_chunks(
+    timeline: _Timeline, shot: int, first_chunk: int, settings: Settings, borders: list[int]
+) -> list[Chunk]:
+    sizes = _chunk_sizes(len(timeline.prompts), settings, borders)
     starts = list(accumulate(sizes, initial=0))[:-1]
     noises = _noise(sizes, [timeline.seeds[start] for start in starts], (shot, first_chunk), settings)
     context = settings.queue.context_latents
     chunks = []
     for k, (start, size, (noise_key, noise)) in enumerate(zip(starts, sizes, noises, strict=True)):
-        num_left = context if k > 0 else 0  # only a shot's last chunk can be shorter than the context
-        num_right = min(context, sizes[k + 1]) if k + 1 < len(sizes) else 0
+        num_left = min(context, start)  # only before a border, a chunk can be shorter than that
+        goes_on = k + 1 < len(sizes) and start + size not in borders
+        num_right = min(context, sizes[k + 1]) if goes_on else 0
         prompts = tuple(timeline.prompts[start - num_left : start + size])
         chunks.append(Chunk(first_chunk + k, shot, start, size, num_left, num_right, prompts, noise, noise_key))
     for share in timeline.shares:
@@ -314,14 +375,21 @@ def _share(chunks: list[Chunk], share: _Share, context: int) -> None:
         chunks[k] = replace(chunks[k], shares=chunk.index)
 
 
-def _chunk_sizes(num_latents: int, settings: Settings) -> list[int]:
-    """DualParal's spans: the first chunk has no left context, and owns that many latents more."""
-    if settings.schedule == "sequential":
-        return [num_latents]
-    size = settings.queue.chunk_latents
-    first = min(num_latents, size + settings.queue.context_latents)
-    num_full, rest = divmod(num_latents - first, size)
-    return [first] + [size] * num_full + [rest] * (rest > 0)
+def _chunk_sizes(num_latents: int, settings: Settings, borders: list[int]) -> list[int]:
+    """DualParal's spans: the first chunk has no left context, and owns that many latents more. None is over a border.
+
+    `sequential` has one from border to border.
+    """
+    sizes: list[int] = []
+    for start, stop in pairwise([0, *borders, num_latents]):
+        if settings.schedule == "sequential":
+            sizes.append(stop - start)
+            continue
+        size = settings.queue.chunk_latents
+        first = min(stop - start, size + settings.queue.context_latents * (start == 0))
+        num_full, rest = divmod(stop - start - first, size)
+        sizes += [first] + [size] * num_full + [rest] * (rest > 0)
+    return sizes
 
 
 def _check_image(timeline: _Timeline, facts: ModelFacts) -> None:
@@ -382,7 +450,8 @@ def _noise(sizes: list[int], seeds: list[int], where: tuple[int, int], settings:
     """The noise of a shot's chunks, whose seeds are given; `where` is the shot and its first chunk in the film."""
     shot, first_chunk = where
     if settings.schedule == "sequential":
-        yield (seeds[0], shot), tuple(range(sizes[0]))
+        for k, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
+            yield (seed, INDEPENDENT_NOISE + first_chunk + k if k else shot), tuple(range(size))
     elif settings.queue.noise == "coordinated":
         yield from _coordinated_noise(sizes, seeds, shot, settings.queue)
     else:
@@ -394,11 +463,17 @@ def _coordinated_noise(sizes: list[int], seeds: list[int], shot: int, queue: Que
     """DualParal's noise: every chunk reuses the shot's draws, shuffled, but none of its left neighbour's last ones."""
     own, context = queue.chunk_latents, queue.context_latents
     template: tuple[int, ...] = ()
+    used = 0
     for k, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
         if k == 0 or seed != seeds[k - 1]:
             template = tuple(range(own + context))
         else:
-            template = template[own:] + tuple(template[j] for j in _shuffled(own, f"{seed}:{k}"))
+            start = max(0, used - context)
+            last, others = template[start:used], template[:start] + template[used:]
+            shuffled = tuple(others[j] for j in _shuffled(len(others), f"{seed}:{k}"))
+            room = context - len(last)
+            template = shuffled[:room] + last + shuffled[room:]
+        used = size if k == 0 else context + size
         yield (seed, shot), template[:size] if k == 0 else template[context:][:size]
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from longvid.document import Document, Section, nearest, parse_document, read_document, show, validate
+from longvid.document import UNPRINTABLE, Document, Section, nearest, parse_document, read_document, show, validate
 from longvid.errors import InputError
 
 MAX_HOURS = 24
 MAX_FPS = 240
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
-TRANSITIONS = ("cut", "blend", "share")
+TransitionKind = Literal["cut", "blend", "share"]
+TRANSITIONS: tuple[TransitionKind, ...] = ("cut", "blend", "share")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Transition:
     (None: the whole scene) what is new still sees how the scene before ended: its identity is kept.
     """
 
-    kind: Literal["cut", "blend", "share"] = "cut"
+    kind: TransitionKind = "cut"
     over: Duration | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Script:
     size: tuple[int, int] | None = None
     path: str = "storyboard"
     size_line: int = 0
+    style: str = field(default="", compare=False)
+    """What every prompt has at its end, for scenes that are added later."""
 
     def __post_init__(self) -> None:
         if not self.scenes:
@@ -100,6 +105,24 @@ def parse_script(text: str | bytes, name: str) -> Script:
     return script_of(parse_document(text, name))
 
 
+def parse_scene(prompt: str, length: str, kind: TransitionKind, over: str | None, seed: int | None) -> Scene:
+    """One scene of a film, by the options of `longvid extend`. Raises InputError that names the option."""
+    if not prompt.strip():
+        raise InputError("--scene: says nothing")
+    if over and kind == "cut":
+        raise InputError("--over: a cut takes no time")
+    change = Transition(kind, _of_option("--over", over) if over else None)
+    return Scene(_one_line(prompt), _of_option("--for", length), change, seed)
+
+
+def _of_option(option: str, text: str) -> Duration:
+    try:
+        duration: Duration = _parse_duration(text)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from None
+    return duration
+
+
 def transition_frames(script: Script, scene: Scene, fps: float) -> int:
     """Frames of the blend or share that a scene begins with. Raises InputError where it is longer than its scene."""
     kind, over, whole = scene.transition.kind, scene.transition.over or scene.duration, scene.duration
@@ -108,6 +131,48 @@ def transition_frames(script: Script, scene: Scene, fps: float) -> int:
         raise InputError(f"{script.place(scene.line)}: the {kind} over {over} is longer than its scene of {whole}")
     return over.frames(fps)
 
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def storyboard_text(script: Script) -> str:
+    """A storyboard's YAML, a scene a line, that reads as this script; styles are in the prompts already."""
+    top: dict[str, Any] = {"title": script.title, "seed": script.seed, "fps": script.fps}
+    top["size"] = list(script.size) if script.size else None
+    lines = [f"{name}: {_flow(value)}" for name, value in top.items() if value is not None]
+    return "\n".join([*lines, "scenes:", *(f"  - {_scene_text(scene)}" for scene in script.scenes)]) + "\n"
+
+
+def _scene_text(scene: Scene) -> str:
+    change = scene.transition
+    over = {"kind": change.kind, "over": _exact(change.over)} if change.over else change.kind
+    keys = {
+        "prompt": scene.prompt,
+        "for": _exact(scene.duration),
+        "transition": None if change.kind == "cut" else over,
+        "seed": scene.seed,
+        "negative": scene.negative or None,
+        "image": str(scene.image.absolute()) if scene.image else None,
+    }
+    return _flow({name: value for name, value in keys.items() if value is not None})
+
+
+def _flow(value: Any) -> str:
+    """A value in YAML's flow style, every text that is no plain word in quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return UNPRINTABLE.sub(lambda found: f"\\U{ord(found[0]):08x}", json.dumps(value, ensure_ascii=False))
+    return str(value)
+
+
+def _exact(duration: Duration) -> str:
+    return f"{Decimal(repr(duration.value)):f}{duration.unit}" if duration.unit == "s" else f"{duration.value:.0f}f"
+
+
+_PLAIN = re.compile(f"{'|'.join(TRANSITIONS)}|[0-9]+(\\.[0-9]+)?[sf]")
 
 # ----------------------------------------------------------------------------------------------------- the YAML's shape
 
@@ -152,7 +217,7 @@ _File = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _TransitionYaml(Section):
-    kind: Literal["cut", "blend", "share"]
+    kind: TransitionKind
     over: _Length | None = None
 
     @field_validator("over")
@@ -196,6 +261,7 @@ def script_of(document: Document) -> Script:
         size=(story.size[0], story.size[1]) if story.size else None,
         path=document.name,
         size_line=document.line(("size",)),
+        style=story.style,
     )
     for scene in script.scenes:
         over = scene.transition.over

@@ -45,6 +45,7 @@ from longvid.parallel.schedule import (
     Gate,
     KvVersion,
     LatentVersion,
+    Recall,
     Step,
 )
 from longvid.parallel.stage import Begun, GatedStage, KvSpan, Stage, Unit
@@ -100,6 +101,22 @@ class Saver(Protocol):
         ...
 
 
+class Prompter(Protocol):
+    """Changes prompts while a film is made, on every rank."""
+
+    def is_due(self) -> bool:
+        """Asked on the leader at the end of every round: whether there is a new prompt."""
+        ...
+
+    def announce(self, at: int, plan: Plan) -> None:
+        """On the leader: have it ready for all ranks at the end of round `at`."""
+        ...
+
+    def change(self, at: int, plan: Plan) -> Plan:
+        """The plan for the rounds after `at`: none but prompts may differ."""
+        ...
+
+
 OnAction = Callable[[RankAction, int, int], None]
 """Called after an action with the nanoseconds (time.monotonic_ns) at which it began and ended."""
 
@@ -123,8 +140,11 @@ class Executor:
     buffers: int = 2
     sharing: range = range(0)
     """Layers of the stage, counted in it, that read how the scene before ended."""
+    recalled: Tensor | None = None
+    """The last latents of the film that goes on, fp32 [C, as many as left context, h, w]; on ranks of stage 0."""
     cache: CacheRuntime | None = None
     saver: Saver | None = None
+    prompter: Prompter | None = None
     on_action: OnAction | None = None
     on_value: Callable[[RankAction, Tensor], None] | None = None
     """Called with every hidden state, velocity and latents that this rank makes."""
@@ -134,6 +154,7 @@ class Executor:
     live: Live = field(default_factory=Live)
     """The state of the run at hand."""
     _save_at: int = -1
+    _prompt_at: int = -SAVE_NOTICE - 1
 
     def run(
         self,
@@ -150,8 +171,10 @@ class Executor:
         another rank is lost. Closing the iterator early releases everything.
         """
         live = self.live = live or Live()
-        self._save_at = -1
+        self._save_at, self._prompt_at = -1, -SAVE_NOTICE - 1
         for action, incoming in self._with_receives(actions, plan, done):
+            if self.prompter and isinstance(action, Boundary):
+                plan = self._with_new_prompt(action.round, self.prompter, plan)
             self.current = action
             start = time.monotonic_ns()
             finished = self._act(action, incoming, plan, live)
@@ -199,6 +222,9 @@ class Executor:
                 live.latents[LatentVersion(i, 0)] = self.noise(plan.chunks[i])
                 if self.mesh.is_leader:
                     live.solvers[i] = self.sampler.new_solver()
+            case Recall(latents=version):
+                assert self.recalled is not None, f"{action}: there is no film to go on with"
+                live.latents[version] = self.recalled
             case Gate():
                 self._gate(action, plan, live)
             case Forward():
@@ -365,7 +391,8 @@ class Executor:
     def _send(self, action: Send, live: Live) -> None:
         message, comm = action.message, self.mesh.comm
         unit = message.chunk, _step_of(message)
-        header, is_sized = Header(*unit, self._save_at, unit in live.left_out), self._is_sized(message)
+        is_sized = self._is_sized(message)
+        header = Header(*unit, self._save_at, unit in live.left_out, prompt_at=self._prompt_at)
         match message:
             case Hidden():
                 hidden = live.hidden.pop(unit, _NOTHING)
@@ -386,6 +413,7 @@ class Executor:
                 f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
             )
         self._save_at = max(self._save_at, header.save_at)
+        self._prompt_at = max(self._prompt_at, header.prompt_at)
         unit = header.chunk, header.step
         if header.is_left_out and not isinstance(message, LatentVersion):
             live.left_out.add(unit)
@@ -412,7 +440,15 @@ class Executor:
         """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
         return self.cache is not None and not isinstance(message, LatentVersion)
 
-    # ---------------------------------------------------------------------------------------------------------- saving
+    # ------------------------------------------------------------------------------------------------------- decisions
+
+    def _with_new_prompt(self, done: int, prompter: Prompter, plan: Plan) -> Plan:
+        """The plan after a round. The leader decides as it does for checkpoints, and all ranks hear of it in time."""
+        notice = SAVE_NOTICE if self.mesh.topology.num_ranks > 1 else 0
+        if self.mesh.is_leader and self._prompt_at <= done - max(1, notice) and prompter.is_due():
+            self._prompt_at = done + notice
+            prompter.announce(self._prompt_at, plan)
+        return prompter.change(done, plan) if self._prompt_at == done else plan
 
     def _boundary(self, action: Boundary, live: Live) -> None:
         if not self.saver:

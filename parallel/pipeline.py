@@ -29,6 +29,7 @@ from longvid.parallel.schedule import (
     Gate,
     KvVersion,
     LatentVersion,
+    Recall,
     Step,
 )
 from longvid.parallel.topology import Coordinate, Topology
@@ -167,6 +168,8 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
         match action:
             case Admit(chunk=i):
                 latents[LatentVersion(i, 0)] = None
+            case Recall(latents=recalled):
+                latents[recalled] = None
             case Forward(store=store):
                 kv |= dict.fromkeys(store)
             case Step(chunk=i, step=k):
@@ -223,7 +226,7 @@ class _FirstStage:
                 case _End():
                     yield from self.end(action)
                     continue
-                case Admit():
+                case Admit() | Recall():
                     yield action
                 case Gate(forward=Forward(chunk=i, step=k, left=left)):
                     yield from self.flush_for(LatentVersion(i, k), left)

@@ -80,6 +80,17 @@ class Admit:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Take up the last latents of the film that goes on, of as many as there is left context."""
+
+    round: int
+    latents: LatentVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  recall   {self.latents}"
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
     """Predict the velocity at z[chunk]@step, with context `left` and `right`, and in late layers `shared`.
 
@@ -171,7 +182,7 @@ class DropKv:
         return f"{self.round:5}  drop     {self.kv}"
 
 
-Action = Admit | Gate | Forward | Forecast | Step | Finish | DropLatents | DropKv
+Action = Admit | Recall | Gate | Forward | Forecast | Step | Finish | DropLatents | DropKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,32 +222,36 @@ class QueueRules:
 
 def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for."""
-    if settings.schedule == "sequential":
-        return sequential_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
-    return queue_schedule(plan.chunks, settings.sampler.steps, QueueRules.of(settings))
+    make = sequential_schedule if settings.schedule == "sequential" else queue_schedule
+    return make(plan.chunks, settings.sampler.steps, QueueRules.of(settings), plan.first_chunk)
 
 
-def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:
+def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules, first: int = 0) -> Iterator[Action]:
     """The queue. Chunks of different shots follow each other without a pause.
 
     `left_level` is how far denoised forward(i, k) sees latents as left context: "same" reads z[i-1]@k, "fresher"
-    z[i-1] as it stands, `gap` steps further (or finished).
+    z[i-1] as it stands, `gap` steps further (or finished). Chunks before `first` are finished: what the first one reads
+    as left context is clean at all steps, and is recalled.
     """
-    queue = _Queue(chunks, steps, rules)
+    queue = _Queue(chunks, steps, rules, first)
     gap = rules.gap
-    for n in range(rules.num_rounds(len(chunks), steps)):
-        newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), 0)
+    for n in range(gap * first, rules.num_rounds(len(chunks), steps)):
+        newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), first)
         for i in range(newest, oldest - 1, -1):
             yield from queue.unit(i, n - gap * i)
 
 
-def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None) -> Iterator[Action]:
-    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context.
+def sequential_schedule(
+    chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None, first: int = 0
+) -> Iterator[Action]:
+    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context, but for
+    the first one of a film that goes on.
 
     Of the rules only what a cache leaves out counts.
     """
-    assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
-    return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps))
+    alone = [*chunks[:1], *chunks[first + 1 :]]
+    assert all(chunk.num_left == chunk.num_right == 0 for chunk in alone), "a sequential chunk is a whole shot"
+    return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps), first)
 
 
 @dataclass(frozen=True)
@@ -246,11 +261,14 @@ class _Queue:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    first: int = 0
 
     def unit(self, i: int, k: int) -> Iterator[Action]:
         """The actions of one unit. Every value is dropped right after its last reader."""
         n = self.rules.gap * i + k
         if k == 0:
+            if i == self.first and self.chunks[i].num_left:
+                yield Recall(n, LatentVersion(i - 1, self.steps))
             yield Admit(n, i)
         if k in self.rules.forecast:
             yield Forecast(n, i, k)
@@ -273,6 +291,9 @@ class _Queue:
             yield DropKv(n, right)
         if isinstance(left, KvVersion):
             yield DropKv(n, left)
+        elif left and i == self.first:
+            if k + 1 == self.steps:
+                yield DropLatents(n, left)
         elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
             yield DropLatents(n, left)
         if shared and self.is_last_reader(i, shared):
@@ -285,6 +306,8 @@ class _Queue:
         """Chunk i-1 is `gap` steps ahead: take it as it is ("fresher"), or as it was `gap` rounds ago."""
         if not self.chunks[i].num_left:
             return None
+        if i == self.first:
+            return LatentVersion(i - 1, self.steps)
         if self.rules.left == "cached":
             return KvVersion(i - 1, self.rules.gap * (i - 1) + k, "last")
         ahead = self.rules.gap if self.rules.left_level == "fresher" else 0

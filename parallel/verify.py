@@ -22,6 +22,7 @@ from longvid.parallel.schedule import (
     KvVersion,
     LatentVersion,
     QueueRules,
+    Recall,
     Step,
 )
 from longvid.plan import Chunk
@@ -44,9 +45,14 @@ class Report:
     max_live_scenes: int = 0
 
 
-def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Report:
-    """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
-    simulation = _Simulation(chunks, steps, rules)
+def simulate(
+    actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: QueueRules, first: int = 0
+) -> Report:
+    """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong.
+
+    The chunks before `first` are finished.
+    """
+    simulation = _Simulation(chunks, steps, rules, first)
     action: Action | str = "empty schedule"
     try:
         for action in actions:
@@ -92,6 +98,7 @@ class _Simulation:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    first: int = 0
 
     latents: set[LatentVersion] = field(default_factory=set)
     kv: dict[KvVersion, tuple[int, int]] = field(default_factory=dict)  # the unit that stored it
@@ -113,9 +120,10 @@ class _Simulation:
     max_live_scenes: int = 0
 
     def __post_init__(self) -> None:
+        self.num_admitted = self.num_finished = self.first
         self.last_to_share = {chunk.shares: i for i, chunk in enumerate(self.chunks) if chunk.shares is not None}
 
-    def apply(self, action: Action) -> None:
+    def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
         _require(action.round >= self.round, f"comes after round {self.round}")
         _require(self.gated is None or isinstance(action, Forward), "a gate's forward follows at once")
         if action.round > self.round:
@@ -124,6 +132,8 @@ class _Simulation:
         match action:
             case Admit():
                 self.admit(action)
+            case Recall():
+                self.recall(action)
             case Gate(forward=forward):
                 _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
                 self.gated = forward
@@ -154,6 +164,14 @@ class _Simulation:
         self.num_admitted += 1
         self.entered[i], self.taken[i] = action.round, 0
         self.latents.add(LatentVersion(i, 0))
+
+    def recall(self, action: Recall) -> None:
+        first, wanted = self.first, LatentVersion(self.first - 1, self.steps)
+        _require(self.num_admitted == first < len(self.chunks), "comes after the first chunk")
+        _require(action.round == self.rules.gap * first, f"chunk {first} enters in round {self.rules.gap * first}")
+        _require(self.chunks[first].num_left > 0 and action.latents == wanted, f"chunk {first} goes on from {wanted}")
+        _require(wanted not in self.latents, f"{wanted} is live")
+        self.latents.add(wanted)
 
     def begin(self, i: int, k: int, n: int) -> None:
         self.require_turn(i, k, n)
@@ -192,6 +210,9 @@ class _Simulation:
         i, k = action.chunk, action.step
         if self.chunks[i].num_left == 0:
             _require(action.left is None, "has no left context")
+        elif i == self.first:
+            _require(action.left == LatentVersion(i - 1, self.steps), "the left context is what was recalled")
+            self.require_latents(LatentVersion(i - 1, self.steps))
         elif self.rules.left == "cached":
             self.require_kv("left", action.left, KvVersion(i - 1, action.round - self.rules.gap, "last"), (i - 1, k))
         else:
@@ -278,6 +299,8 @@ class _Simulation:
         neighbour, v, gap = latents.chunk + 1, latents.version, self.rules.gap
         if self.taken.get(latents.chunk) == v:
             return True
+        if neighbour == self.first:
+            return v == self.steps and self.steps_taken(neighbour) < self.steps
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
         ahead = gap if self.rules.left_level == "fresher" else 0
@@ -294,4 +317,5 @@ class _Simulation:
 
     def report(self) -> Report:
         live = self.max_live_latents, self.max_live_kv, self.max_live_scenes
-        return Report(self.num_units, self.num_forecasts, self.round + 1, *live)
+        num_rounds = self.round + 1 - self.rules.gap * self.first
+        return Report(self.num_units, self.num_forecasts, num_rounds, *live)

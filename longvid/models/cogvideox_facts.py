@@ -52,6 +52,7 @@ def cogvideox_facts(configs: Configs) -> ModelFacts:
         splits_tokens=False,
         sparse_attention=False,
         layer_caches=False,
+        goes_on=False,
         relative_positions=rotary,
         max_size=size if together > 1 else None,
     )

@@ -44,4 +44,5 @@ def ltx_facts(configs: Configs) -> ModelFacts:
         splits_tokens=False,
         sparse_attention=False,
         layer_caches=False,
+        goes_on=False,
     )

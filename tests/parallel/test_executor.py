@@ -123,12 +123,14 @@ def toy_noise(chunk):
     return torch.randint(PRIME, shape, generator=generator).float()
 
 
-def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each rule
+def recursion(chunks, steps, rules, per_token, first=0, recalled=None):  # noqa: C901 - a value for each rule
     """Finished latents of every chunk, straight from the semantics: a value is defined by the values that it reads."""
     time = ToySampler(steps).timestep
 
     @cache
     def latents(i, k):
+        if i < first:
+            return recalled
         if k == 0:
             return toy_noise(chunks[i]).numpy().astype(np.float64)
         velocity = own(i, k - 1)
@@ -140,11 +142,16 @@ def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each
 
     def times(i, k):
         levels = [k] * chunks[i].num_latents
-        if chunks[i].num_left and rules.left == "recompute":
-            levels = [level_of_left(k) if per_token else k] * chunks[i].num_left + levels
+        if recomputes(i):
+            levels = [level_of_left(i, k) if per_token else k] * chunks[i].num_left + levels
         return np.array([time(level) for level in levels])
 
-    def level_of_left(k):
+    def recomputes(i):
+        return chunks[i].num_left and (rules.left == "recompute" or i == first)
+
+    def level_of_left(i, k):
+        if i == first:
+            return steps
         return k if rules.left_level == "same" else min(k + rules.gap, steps)
 
     @cache
@@ -152,10 +159,12 @@ def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each
         """What the unit's latents are after `depth` layers."""
         chunk, left, right = chunks[i], None, None
         if depth == 0:
-            if chunk.num_left and rules.left == "recompute":
-                return np.concatenate([latents(i - 1, level_of_left(k))[:, -chunk.num_left :], latents(i, k)], axis=1)
+            if recomputes(i):
+                return np.concatenate(
+                    [latents(i - 1, level_of_left(i, k))[:, -chunk.num_left :], latents(i, k)], axis=1
+                )
             return latents(i, k)
-        if chunk.num_left and rules.left == "cached":
+        if chunk.num_left and not recomputes(i):
             left = layer(i - 1, k, depth)[:, -chunk.num_left :]
         if chunk.num_right and k >= rules.gap:
             newer = layer(i + 1, k - rules.gap, depth)[:, -chunks[i + 1].num_latents :]
@@ -167,7 +176,7 @@ def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each
             shared = own_of_source[:, source.scene_end.first : source.scene_end.stop]
         return mix(layer(i, k, depth - 1), times(i, k), left, right, k, shared)
 
-    return [latents(i, steps) for i in range(len(chunks))]
+    return [latents(i, steps) for i in range(first, len(chunks))]
 
 
 def executor(steps, stage=None, sampler=None, noise=toy_noise, per_token=True):
@@ -184,7 +193,7 @@ def run(plan, steps, rules=FRESHER, stage=None, per_token=True):
 
 def assert_equal(finished, plan, oracle):
     finished = list(finished)
-    assert [clip.chunk for clip in finished] == list(plan.chunks)
+    assert [clip.chunk for clip in finished] == list(plan.chunks[plan.first_chunk :])
     for clip, expected in zip(finished, oracle, strict=True):
         assert clip.latents.dtype == torch.float32
         assert np.array_equal(clip.latents.numpy(), expected)
@@ -254,6 +263,36 @@ def test_chunks_of_a_new_scene_read_how_the_one_before_ended(
         finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages])
         assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
         assert not any(value for left in live for value in vars(left).values())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    context=st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(1, b))),
+    steps=st.integers(1, 5),
+    rules=st.sampled_from(RULES),
+    stages=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_film_goes_on_from_its_last_latents_which_are_clean(make_scenes, lengths, context, steps, rules, stages):
+    """Also where it had ended before; its last chunk may be shorter than the context."""
+    ends = tuple(sum(lengths[:count]) for count in range(1, len(lengths)))
+    plan = make_scenes([(length, 0) for length in lengths], *context, ends)
+    first = plan.chunks[plan.first_chunk]
+    assert first.start == ends[-1] and first.num_left == min(context[1], ends[-1])
+    shape = (SHAPE[0], first.num_left, *SHAPE[1:])
+    recalled = torch.randint(PRIME, shape, generator=torch.Generator().manual_seed(9)).float()
+
+    def schedule():
+        return queue_schedule(plan.chunks, steps, rules, plan.first_chunk)
+
+    report = simulate(schedule(), plan.chunks, steps, rules, plan.first_chunk)
+    assert report.num_rounds == rules.num_rounds(len(plan.chunks) - plan.first_chunk, steps)
+    topology = Topology(stage=stages)
+    rehearse_schedule(schedule, topology, 1)
+    finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], recalled=recalled)
+    oracle = recursion(plan.chunks, steps, rules, True, plan.first_chunk, recalled.double().numpy())
+    assert_equal(finished, plan, oracle)
+    assert not any(value for left in live for value in vars(left).values())
 
 
 @pytest.mark.parametrize("rules", [SAME, CACHED, replace(CACHED, gap=2)])
@@ -403,7 +442,7 @@ class ThreadIncoming:
         return header, payload
 
 
-def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None):
+def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None, recalled=None):
     """The leader's finished chunks, and what is still alive on every rank in the end."""
     boxes = defaultdict(queue.SimpleQueue)
     alone = Group((0,), 0)
@@ -415,7 +454,8 @@ def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda
         toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0, cache=make_cache(rank))
         if toy.cache:
             toy.sampler = ForecastingSampler(steps)
-        finished = list(toy.run(queue_schedule(plan.chunks, steps, rules), plan, live=live))
+        toy.recalled = recalled if place.stage == 0 else None
+        finished = list(toy.run(queue_schedule(plan.chunks, steps, rules, plan.first_chunk), plan, live=live))
         return finished, live
 
     with ThreadPoolExecutor(topology.num_ranks) as pool:
