@@ -188,6 +188,37 @@ def extend(
     _render_on(env, ranks, _journals(target, log, log_file, None, is_leader=is_leader), load, work)
 
 
+@app.command("import")
+def import_prompts(
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A frame-keyed map, JSON lines, or a list.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STORY.yaml", help="The storyboard to write.")],
+    length: Annotated[
+        str | None, typer.Option("--for", metavar="8s", help="How long a prompt holds where the file does not say it.")
+    ] = None,
+    transition: Annotated[
+        Literal["blend", "share", "cut"], typer.Option(help="How every scene but the first begins.")
+    ] = "blend",
+    fps: Annotated[
+        float | None, typer.Option(min=1, max=240, help="Of the film; else the file's, or the model's.")
+    ] = None,
+    line: Annotated[int | None, typer.Option(min=1, help="Which film, where the file holds one a line.")] = None,
+) -> None:
+    """Make a storyboard of prompts in another program's format.
+
+    Read are maps from frames to prompts ({"0": "...", "48": "..."}, as Deforum has them), LongLive's JSON lines
+    ({"prompts": [...], "switch_frames": [...]}, or with "durations" in seconds), and plain lists; YAML or JSON.
+    """
+    from longvid.importers import Defaults, import_prompts
+    from longvid.script import option_duration, storyboard_text
+    from longvid.writer import check_file
+
+    check_file("--output", output)
+    defaults = Defaults(option_duration("--for", length) if length else None, transition, line, fps)
+    script = import_prompts(prompts, defaults)
+    output.write_text(storyboard_text(script), encoding="utf-8")
+    typer.echo(f"{output}: {len(script.scenes)} scenes")
+
+
 def _environment(ranks: int | None) -> Any:
     """Where a launcher put this process, which must have started as many ranks as the option says; None: none did."""
     from longvid.launch.env import rank_of

@@ -68,7 +68,7 @@ class Document:
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 
-UNPRINTABLE = re.compile("[^\\t\\n\\r\\x20-\\x7e\\x85\\xa0-\\ud7ff\\ue000-\\ufffd\U00010000-\U0010ffff]")
+_CONTROL = re.compile("[^\\t\\n\\r\\x20-\\x7e\\x85\\xa0-\\ud7ff\\ue000-\\ufffd\U00010000-\U0010ffff]")
 _INT = re.compile(r"[-+]?[0-9]{1,20}")
 _FLOAT = re.compile(r"[-+]?(?:[0-9]{1,20}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?")
 _WORDS: dict[str, Any] = {
@@ -100,7 +100,7 @@ def parse_document(content: str | bytes, name: str) -> Document:
         text = data.decode("utf-8-sig")
     except UnicodeError as error:
         raise InputError(f"{name}: is not UTF-8 text") from error
-    if control := UNPRINTABLE.search(text):
+    if control := _CONTROL.search(text):
         line = text.count("\n", 0, control.start()) + 1
         raise InputError(f"{name}:{line}: control character {control[0]!r}")
     return _Reader(text, name).read()
@@ -181,7 +181,7 @@ class _Reader:
             self.refuse(event, "anchors and aliases are not supported; write the value out")
         if event.tag is not None:
             self.refuse(event, f"tags are not supported: {show(event.tag)}")
-        if isinstance(event, yaml.ScalarEvent) and (control := UNPRINTABLE.search(event.value)):
+        if isinstance(event, yaml.ScalarEvent) and (control := _CONTROL.search(event.value)):
             self.refuse(event, f"control character {control[0]!r}")  # from an escape in double quotes
 
     def refuse(self, event: Any, message: str) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from longvid.document import UNPRINTABLE, Document, Section, nearest, parse_document, read_document, show, validate
+from longvid.document import Document, Section, nearest, parse_document, read_document, show, validate
 from longvid.errors import InputError
 
 MAX_HOURS = 24
@@ -111,13 +111,14 @@ def parse_scene(prompt: str, length: str, kind: TransitionKind, over: str | None
         raise InputError("--scene: says nothing")
     if over and kind == "cut":
         raise InputError("--over: a cut takes no time")
-    change = Transition(kind, _of_option("--over", over) if over else None)
-    return Scene(_one_line(prompt), _of_option("--for", length), change, seed)
+    change = Transition(kind, option_duration("--over", over) if over else None)
+    return Scene(_one_line(prompt), option_duration("--for", length), change, seed)
 
 
-def _of_option(option: str, text: str) -> Duration:
+def option_duration(option: str, text: str) -> Duration:
+    """The duration that an option gives. Raises InputError that names it."""
     try:
-        duration: Duration = _parse_duration(text)
+        duration: Duration = parse_duration(text)
     except ValueError as error:
         raise InputError(f"{option}: {error}") from None
     return duration
@@ -164,7 +165,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_flow, value))}]"
     if isinstance(value, str) and not _PLAIN.fullmatch(value):
-        return UNPRINTABLE.sub(lambda found: f"\\U{ord(found[0]):08x}", json.dumps(value, ensure_ascii=False))
+        return _BREAK.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
     return str(value)
 
 
@@ -172,6 +173,8 @@ def _exact(duration: Duration) -> str:
     return f"{Decimal(repr(duration.value)):f}{duration.unit}" if duration.unit == "s" else f"{duration.value:.0f}f"
 
 
+_BREAK = re.compile("[\x85\u2028\u2029\ufeff]")
+"""What YAML takes for the end of a line, or does not keep, even in quotes."""
 _PLAIN = re.compile(f"{'|'.join(TRANSITIONS)}|[0-9]+(\\.[0-9]+)?[sf]")
 
 # ----------------------------------------------------------------------------------------------------- the YAML's shape
@@ -179,7 +182,8 @@ _PLAIN = re.compile(f"{'|'.join(TRANSITIONS)}|[0-9]+(\\.[0-9]+)?[sf]")
 _DURATION = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?")
 
 
-def _parse_duration(value: Any) -> Any:
+def parse_duration(value: Any) -> Any:
+    """A duration of its text; a Duration stays what it is. Raises ValueError for what is none."""
     if isinstance(value, Duration):
         return value
     text = value if isinstance(value, str) else ""
@@ -212,7 +216,7 @@ def _one_line(value: Any) -> Any:
 _Text = Annotated[str, BeforeValidator(_one_line), Field(max_length=MAX_PROMPT_CHARACTERS)]
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Side = Annotated[int, Field(ge=16, le=8192)]
-_Length = Annotated[Duration, BeforeValidator(_parse_duration)]
+_Length = Annotated[Duration, BeforeValidator(parse_duration)]
 _File = Annotated[str, Field(min_length=1, max_length=4096)]
 
 

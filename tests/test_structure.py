@@ -14,7 +14,7 @@ FOLDERS = {"longvid": "longvid"} | {f"longvid.{name}": name for name in ("config
 
 LEVELS = {
     0: "errors document settings script geometry plan events configs launch.env launch.hosts launch.network"
-    " launch.report preemption fingerprint manifest ending batch.jobs batch.table"
+    " launch.report preemption fingerprint manifest ending importers batch.jobs batch.table"
     " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
     " parallel.schedule parallel.verify",
     1: "kernels",

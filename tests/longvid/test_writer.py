@@ -316,9 +316,8 @@ def test_checkpoints_stay_until_the_film_is_finished_or_begun_anew(tmp_path: Pat
     write(path, numbered(0, 5), keep_state=True)
     assert not state.exists()
     checkpoint()
-    FilmWriter.resume(
-        path, width=SIDE, height=SIDE, fps=16, output=OutputSettings(), segments=0, open_frames=numbered(0, 5)
-    ).finish()
+    left = WriterState(0, numbered(0, 5))
+    FilmWriter.resume(path, width=SIDE, height=SIDE, fps=16, output=OutputSettings(), state=left).finish()
     assert os.listdir(tmp_path) == ["film.mp4"]
 
 

@@ -27,7 +27,7 @@ FAMILIES = {
     "cogvideox 5b": ["queue.context_latents=1", "queue.left=cached"],
     "cogvideox 1.5": ["queue.chunk_latents=1", "queue.context_latents=1"],
 }
-FRAMES = (11, 14)
+FRAMES = (11, 14, 14)
 
 
 def render(job: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,11 @@ def films(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     for name, settings in FAMILIES.items():
         image, story = "image: first.png" if "i2v" in name else "", folder / f"{name}.yaml"
         first, blend = FRAMES[0], f"for: {FRAMES[1]}f, transition: {{kind: blend, over: 6f}}"
-        scenes = f"- {{prompt: a red circle, for: {first}f}}\n- {{prompt: a blue cat, {blend}}}"
+        share = f"for: {FRAMES[2]}f, transition: {{kind: share, over: 9f}}"
+        scenes = (
+            f"- {{prompt: a red circle, for: {first}f}}\n- {{prompt: a blue cat, {blend}}}\n"
+            f"- {{prompt: a blue circle, {share}}}"
+        )
         story.write_text(f"{image}\nsize: [64, 64]\nnegative: moving left\nscenes:\n{scenes}\n")
         model = str(checkpoint_of(name))
         jobs[name] = {"model": model, "settings": [*SETTINGS, *settings], "story": str(story), "port": free_port()}
