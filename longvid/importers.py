@@ -89,14 +89,14 @@ class _Importer:
     defaults: Defaults
 
     def script(self) -> Script:
-        data = self.document.data
+        data: Any = self.document.data
+        loc: Loc = ()
+        prompts, options = data, dict[str, Any]()
         if isinstance(data, dict) and "prompts" in data:
             unknown = next((key for key in data if key not in _KEYS), None)
             if unknown is not None:
                 raise self.error((unknown,), f"unknown key {unknown!r}: there may be {', '.join(_KEYS)}")
             loc, prompts, options = ("prompts",), data["prompts"], data
-        else:
-            loc, prompts, options = (), data, {}
         fps = self.number(options, "fps") or self.defaults.fps
         if isinstance(prompts, dict):
             scenes = self.by_frame(loc, prompts, self.whole(options.get("max_frames"), ("max_frames",)))

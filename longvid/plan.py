@@ -326,8 +326,8 @@ def change_prompt(plan: Plan, first: int, prompt: str, negative: str) -> Plan:
     for chunk in later:
         at = chunk.start - begin.start
         kept = chunk.prompts[: max(0, chunk.num_left - at)]
-        prompts = (*kept, *changed[max(0, at - chunk.num_left) : at + chunk.num_latents])
-        chunks[chunk.index] = replace(chunk, prompts=prompts)
+        seen = (*kept, *changed[max(0, at - chunk.num_left) : at + chunk.num_latents])
+        chunks[chunk.index] = replace(chunk, prompts=seen)
     prompts, negatives = zip(*pairs, strict=True)
     return replace(plan, chunks=tuple(chunks), prompts=prompts, negatives=negatives)
 

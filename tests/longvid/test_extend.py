@@ -135,3 +135,23 @@ def test_a_film_whose_state_is_gone_or_another_models_is_refused(
     (working_folder(lost) / "state" / Ending.read(film).tensors).unlink()
     with pytest.raises(InputError, match="is missing or damaged"):
         engine.extend(lost, [BLEND])
+
+
+def test_the_command_line_keeps_what_it_needs_to_add_scenes(tiny_model: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from longvid.cli import app
+
+    film, story, runner = str(tmp_path / "film.mp4"), tmp_path / "story.yaml", CliRunner()
+    story.write_text("scenes: [{prompt: a red circle, for: 20f}]")
+    scene = ["--scene", "a blue square", "--for", "9f", "--over", "4f"]
+    options = ["--model", str(tiny_model), "--set", "sampler.steps=1"]
+    assert runner.invoke(app, ["render", str(story), "-o", film, *options]).exit_code == 0
+    done = runner.invoke(app, ["extend", film, *scene])
+    assert done.exit_code == 2 and "--keep-state" in done.output
+    assert runner.invoke(app, ["render", str(story), "-o", film, *options, "--keep-state"]).exit_code == 0
+    for wrong in (["--for", "9"], ["--scene", " "], ["--transition", "cut"]):
+        assert runner.invoke(app, ["extend", film, *scene, *wrong]).exit_code == 2
+    done = runner.invoke(app, ["extend", film, *scene])
+    assert done.exit_code == 0, done.output
+    assert len(frames_of(Path(film))) == 29 == Ending.read(Path(film)).frames
