@@ -421,6 +421,14 @@ def store_whole(k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> list[KvPart]:
     return [KvPart(k_BLHD[:, span].clone(), v_BLHD[:, span].clone()) for span in around.store]
 
 
+def without_scene(store: tuple[slice, ...], stores_scene: bool) -> tuple[slice, ...]:
+    """Spans to be stored in a layer that shares nothing: of a scene's end, which is the last one, no tokens."""
+    if not stores_scene:
+        return store
+    *others, scene = store
+    return (*others, slice(scene.start, scene.start))
+
+
 def neighbours(around: Around) -> tuple[list[Tensor], list[Tensor]]:
     """Keys, rotated, and values of the neighbours' tokens that this rank keeps."""
     keys, values = [], []

@@ -123,6 +123,7 @@ class CogVideoXStage:
             store=tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
             shared=_of_branch(unit.shared, branch),
             shared_stop=unit.chunk.num_left * per_latent,
+            stores_scene=unit.stores_scene,
             sharing=unit.sharing,
         )
 

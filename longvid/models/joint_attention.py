@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longvid.kernels.dense import attend
-from longvid.parallel.sequence import KvPart, Rope, rotate, rows
+from longvid.parallel.sequence import KvPart, Rope, rotate, rows, without_scene
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class JointContext:
 
     ``rope`` covers the left neighbour's tokens, the unit's S, and the right neighbour's; None: positions are in the
     tokens. ``left`` and ``right`` hold K/V a layer. K/V of the spans in ``store`` are appended to ``stored``. Layers in
-    ``sharing`` also read ``shared``, how the scene before ended, in the place before token ``shared_stop`` of ``rope``.
+    ``sharing`` also read ``shared``, how the scene before ended, in the place before token ``shared_stop`` of ``rope``;
+    with ``stores_scene`` the last of ``store`` is such an end, kept by them alone.
     """
 
     rope: Rope | None
@@ -47,6 +48,7 @@ class JointContext:
     stored: list[list[KvPart]] = field(default_factory=list)
     shared: list[KvPart] | None = None
     shared_stop: int = 0
+    stores_scene: bool = False
     sharing: range = range(0)
 
 
@@ -57,7 +59,9 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     the neighbour sees them at another position.
     """
     query, key, value = video
-    context.stored.append([KvPart(key[:, span].clone(), value[:, span].clone()) for span in context.store])
+    is_sharing = index in context.sharing
+    store = context.store if is_sharing else without_scene(context.store, context.stores_scene)
+    context.stored.append([KvPart(key[:, span].clone(), value[:, span].clone()) for span in store])
     if context.rope is not None:
         query = rotate(query, rows(context.rope, context.num_left, context.num_left + query.shape[1]))
     sides = [[side[index]] if side else [] for side in (context.left, context.right)]
@@ -65,7 +69,7 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     value = torch.cat([*(kv.value for kv in sides[0]), value, *(kv.value for kv in sides[1])], 1)
     if context.rope is not None:
         key = rotate(key, context.rope)
-        if context.shared and index in context.sharing:
+        if context.shared and is_sharing:
             kv = context.shared[index]
             place = rows(context.rope, context.shared_stop - kv.key.shape[1], context.shared_stop)
             key, value = torch.cat([key, rotate(kv.key, place)], 1), torch.cat([value, kv.value], 1)

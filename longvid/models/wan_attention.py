@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from longvid.cache.plan import Module
 from longvid.kernels.dense import attend
-from longvid.parallel.sequence import Around, Attention, DenseAttention, KvPart, Rope, SequenceAttention
+from longvid.parallel.sequence import (
+    Around,
+    Attention,
+    DenseAttention,
+    KvPart,
+    Rope,
+    SequenceAttention,
+    without_scene,
+)
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
@@ -62,12 +70,6 @@ class SelfContext:
         """For a layer of which no K/V are computed."""
         self.stored.append([span[index] for span in self.kept])
 
-    def store_of(self, index: int) -> tuple[slice, ...]:
-        """The spans to be stored in a layer: of a scene's end none of the tokens, where nobody reads them."""
-        if not self.stores_scene or index in self.sharing:
-            return self.store
-        return (*self.store[:-1], slice(self.store[-1].start, self.store[-1].start))
-
 
 class QueueSelfAttention:
     """Self-attention of one layer over the unit's tokens and the neighbours' K/V. ``index`` counts in the stage."""
@@ -88,15 +90,16 @@ class QueueSelfAttention:
         query = attn.norm_q(attn.to_q(hidden)).view(shape)
         key = attn.norm_k(attn.to_k(hidden)).view(shape)
         value = attn.to_v(hidden).view(shape)
+        is_sharing = self.index in context.sharing
         around = Around(
             rope=context.rope,
             left=context.left[self.index] if context.left else None,
             right=context.right[self.index] if context.right else None,
             num_left=context.num_left,
-            store=context.store_of(self.index),
+            store=context.store if is_sharing else without_scene(context.store, context.stores_scene),
             attention=context.attention(self.index),
             head_costs=context.head_costs(self.index),
-            shared=context.shared[self.index] if context.shared and self.index in context.sharing else None,
+            shared=context.shared[self.index] if context.shared and is_sharing else None,
             shared_stop=context.shared_stop,
         )
         out, stored = self.sequence.attend(query, key, value, around)
