@@ -29,8 +29,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Ending(BaseModel):
-    """A film of `frames` frames, as it is kept: its `storyboard`, the `style` that new scenes get, its `settings`, and
-    the fingerprint of its last render.
+    """A film of `frames` frames, as it is kept: its `storyboard`, `settings`, and the fingerprint of its last render.
 
     It ended at the frames `ends` before, and has `segments` on the disk, some of them `short` (segment, frames).
     `tensors` is a file in the state folder, of so many `bytes`.
@@ -44,7 +43,6 @@ class Ending(BaseModel):
     segments: Count
     short: list[tuple[Count, Count]]
     storyboard: str
-    style: str
     settings: dict[str, Any]
     fingerprint: dict[str, Any]
     tensors: Annotated[str, Field(pattern=r"^ending_[0-9]+\.safetensors$")]
@@ -90,8 +88,8 @@ def _what_counts(fingerprint: dict[str, Any], num_scenes: int) -> dict[str, Any]
     return {"model": fingerprint["model"], "settings": settings, "story": story}
 
 
-def longer_script(script: Script, scenes: tuple[Scene, ...], style: str, name: str) -> Script:
+def longer_script(script: Script, scenes: tuple[Scene, ...], name: str) -> Script:
     """A storyboard with scenes added, whose prompts get its style; `name` stands for it in messages."""
-    styled = (replace(scene, prompt=f"{scene.prompt} {style}".strip()) for scene in scenes)
+    styled = (replace(scene, prompt=f"{scene.prompt} {script.style}".strip()) for scene in scenes)
     # Read anew, so that what a storyboard may not say is refused here as there.
     return parse_script(storyboard_text(replace(script, scenes=(*script.scenes, *styled))), name)

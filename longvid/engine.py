@@ -393,7 +393,7 @@ class Engine:
         check_path(path)
         source = path if resume and path != film and (state_folder(path) / ENDING).exists() else film
         ending = Ending.read(source)
-        script = longer_script(ending.script(), scenes, ending.style, f"{film} and what is added")
+        script = longer_script(ending.script(), scenes, f"{film} and what is added")
         plan = make_plan(script, self.settings, self.facts, (*ending.ends, ending.frames))
         marks = self._fingerprint(script, plan)
         ending.require(film, marks)
@@ -471,7 +471,7 @@ class Engine:
         settings = self.settings.model_dump(mode="json")
         if Path(settings["model"]["path"]).is_dir():
             settings["model"]["path"] = str(Path(settings["model"]["path"]).resolve())
-        script, marks = job.script, {name: value for name, value in job.fingerprint.items() if name != "extends"}
+        marks = {name: value for name, value in job.fingerprint.items() if name != "extends"}
         save_ending(
             job.path,
             Ended(self._last, self._decoder.state(), torch.from_numpy(self._behind_the_end)),
@@ -479,8 +479,7 @@ class Engine:
             ends=[*before.ends, before.frames] if before else [],
             segments=written.segments,
             short=list(written.short),
-            storyboard=storyboard_text(script),
-            style=before.style if before else script.style,
+            storyboard=storyboard_text(job.script),
             settings=settings,
             fingerprint=marks,
         )

@@ -137,18 +137,19 @@ def transition_frames(script: Script, scene: Scene, fps: float) -> int:
 
 
 def storyboard_text(script: Script) -> str:
-    """A storyboard's YAML, a scene a line, that reads as this script; styles are in the prompts already."""
+    """A storyboard's YAML, a scene a line, that reads as this script."""
+    style = f" {script.style}" if all(scene.prompt.endswith(f" {script.style}") for scene in script.scenes) else ""
     top: dict[str, Any] = {"title": script.title, "seed": script.seed, "fps": script.fps}
-    top["size"] = list(script.size) if script.size else None
+    top |= {"size": list(script.size) if script.size else None, "style": style.strip() or None}
     lines = [f"{name}: {_flow(value)}" for name, value in top.items() if value is not None]
-    return "\n".join([*lines, "scenes:", *(f"  - {_scene_text(scene)}" for scene in script.scenes)]) + "\n"
+    return "\n".join([*lines, "scenes:", *(f"  - {_scene_text(scene, style)}" for scene in script.scenes)]) + "\n"
 
 
-def _scene_text(scene: Scene) -> str:
+def _scene_text(scene: Scene, style: str) -> str:
     change = scene.transition
     over = {"kind": change.kind, "over": _exact(change.over)} if change.over else change.kind
     keys = {
-        "prompt": scene.prompt,
+        "prompt": scene.prompt.removesuffix(style),
         "for": _exact(scene.duration),
         "transition": None if change.kind == "cut" else over,
         "seed": scene.seed,

@@ -47,8 +47,9 @@ def scripts(draw):
         seed, negative = draw(st.none() | st.integers(0, 2**63 - 1)), draw(st.just("") | PROMPTS)
         scenes.append(Scene(draw(PROMPTS), length, Transition(kind, over), seed, negative))
     size = draw(st.none() | st.tuples(st.integers(16, 8192), st.integers(16, 8192)))
-    fps = draw(st.none() | st.floats(1, 240))
-    return Script(tuple(scenes), draw(st.integers(0, 2**63 - 1)), draw(st.none() | PROMPTS), fps, size)
+    fps, style = draw(st.none() | st.floats(1, 240)), draw(st.just("") | PROMPTS)
+    styled = tuple(replace(scene, prompt=f"{scene.prompt} {style}".strip()) for scene in scenes)
+    return Script(styled, draw(st.integers(0, 2**63 - 1)), draw(st.none() | PROMPTS), fps, size, style=style)
 
 
 @given(scripts())
@@ -56,6 +57,7 @@ def test_a_storyboard_that_is_written_reads_as_what_it_was(script):
     found = parse_script(storyboard_text(script), script.path)
     scenes = tuple(replace(scene, line=0) for scene in found.scenes)
     assert replace(found, scenes=scenes, size_line=0) == script
+    assert found.style == script.style
 
 
 @given(st.lists(st.tuples(PROMPTS, LENGTHS), min_size=1, max_size=6), st.sampled_from(["blend", "cut", "share"]))
