@@ -211,7 +211,9 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.sheet:
         sheet(films, args.sheet)
-    print(f"{table(rows)}\n\n{live_table(live)}")
+    print(table(rows))
+    if live:
+        print(f"\n{live_table(live)}")
 
 
 if __name__ == "__main__":
