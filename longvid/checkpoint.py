@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
+from longvid.ending import Ending
 from longvid.errors import InputError, Preempted, RuntimeFailure
 from longvid.hls import sync, write_whole
-from longvid.manifest import ANEW, MANIFEST, Manifest, file_name, state_folder
+from longvid.manifest import ANEW, ENDING, MANIFEST, Manifest, file_name, state_folder, working_folder
 from longvid.parallel.executor import KEPT, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.schedule import KvVersion, LatentVersion
@@ -71,10 +72,13 @@ class Holder:
 
 @dataclass(frozen=True)
 class FilmState:
-    """What the leader has of the film besides latents: the decoder's state, and the writer's."""
+    """What the leader has of the film besides latents in flight: the decoder's state, the writer's, and the shot's last
+    finished latents fp32 [C, as many as left context, h, w], from which a scene that is added later goes on.
+    """
 
     decoder: Mapping[str, Tensor]
     writer: WriterState
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,9 @@ class CheckpointSaver:
             film = self._film_state()
             tensors |= {f"decoder/{name}": value for name, value in film.decoder.items()}
             tensors["frames"] = torch.from_numpy(film.writer.open_frames)
-            names["segments"] = film.writer.segments
+            if film.last is not None:
+                tensors["last"] = film.last
+            names |= {"segments": film.writer.segments, "short": list(film.writer.short)}
         self._start(_Job(done, tensors, names))
 
     def close(self) -> None:
@@ -437,7 +443,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
                 return holder.sees(int(rest.partition("/")[0]))
             case "solver":
                 return mesh.is_owner and holder.has(int(rest.partition("/")[0]))
-            case "decoder" | "frames":
+            case "decoder" | "frames" | "last":
                 return mesh.is_leader
         return name.rpartition("/")[0] in own_kv
 
@@ -465,8 +471,8 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
 
 
 def _film(manifest: Manifest, tensors: Tensors) -> FilmState:
-    writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy())
-    return FilmState(_under("decoder", tensors), writer)
+    writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy(), tuple(manifest.short))
+    return FilmState(_under("decoder", tensors), writer, tensors.get("last"))
 
 
 def _kv_span(version: KvVersion, tensors: Tensors, holder: Holder) -> list[list[KvPart]]:
@@ -482,3 +488,62 @@ def _kv_span(version: KvVersion, tensors: Tensors, holder: Holder) -> list[list[
 
 def _under(folder: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(f"{folder}/"): value for name, value in tensors.items() if name.startswith(f"{folder}/")}
+
+
+# ------------------------------------------------------------------------------------------------------------- endings
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a film goes on from: its last latents fp32 [C, as many as left context, h, w], the decoder's state, and the
+    frames uint8 [T, H, W, 3] that its last latent held behind the film's end.
+    """
+
+    last: Tensor
+    decoder: Mapping[str, Tensor]
+    frames: Tensor
+
+
+def save_ending(film: Path, ended: Ended, *, frames: int, **said: Any) -> None:
+    """Keep how a film of so many frames ended, in place of an earlier ending and of checkpoints; see `Ending`."""
+    state, name = state_folder(film), f"ending_{frames:06d}.safetensors"
+    tensors = {"last": ended.last, "frames": ended.frames, **{f"decoder/{x}": y for x, y in ended.decoder.items()}}
+    size = write_tensors(state / name, tensors)
+    ending = Ending(frames=frames, tensors=name, bytes=size, **said)
+    write_whole(state / ENDING, ending.model_dump_json().encode(), durable=True)
+    (state / MANIFEST).unlink(missing_ok=True)
+    for folder in state.glob("round_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in state.glob("ending_*.safetensors"):
+        if file.name != name:
+            file.unlink()
+
+
+def load_ending(film: Path, ending: Ending, device: torch.device) -> Ended:
+    """What was kept, its tensors on `device` but for the frames. Raises InputError where it is damaged."""
+    path = state_folder(film) / ending.tensors
+    tensors = dict(read_tensors(path, lambda name: True, device))
+    try:
+        return Ended(tensors["last"], _under("decoder", tensors), tensors["frames"].cpu())
+    except KeyError as error:
+        raise InputError(f"{path}: lacks {error}: {film} cannot go on") from None
+
+
+def copy_ending(film: Path, to: Path, ending: Ending) -> None:
+    """Give another film the segments and the ending of this one; what was in its folder goes."""
+    shutil.rmtree(working_folder(to), ignore_errors=True)
+    state_folder(to).mkdir(parents=True)
+    for index in range(ending.segments):
+        _link(working_folder(film) / segment_name(index), working_folder(to) / segment_name(index))
+    for name in (ending.tensors, ENDING):
+        _link(state_folder(film) / name, state_folder(to) / name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that is never written in place; a copy where the disk has none."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise InputError(f"{source}: is missing: the film cannot go on") from None
+    except OSError:
+        shutil.copyfile(source, target)

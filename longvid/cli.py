@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,9 @@ def render(
     ] = None,
     ray: Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a render that ended early.")] = False,
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="Keep what `longvid extend` needs to add scenes.")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what every rank did, for Perfetto.")] = None,
     ledger: Annotated[Path | None, typer.Option(metavar="FILE", help="Write hashes of what every unit gave.")] = None,
     log: Annotated[Literal["text", "json"], typer.Option(help="json: one line an event, for machines.")] = "text",
@@ -121,7 +124,8 @@ def render(
     from longvid.settings import load_settings
 
     # What is wrong is told before torch is loaded, and by the leader alone.
-    chosen = all_overrides(model, overrides, lora)
+    keep = ["output.keep_state=true"] if keep_state else []
+    chosen = [*all_overrides(model, overrides, lora), *keep]
     settings = load_settings(preset, chosen)
     env = _own_rank(ranks, ray)
     is_leader = env is None or env.rank == 0
@@ -130,9 +134,16 @@ def render(
     if is_leader:
         _check_files(films, {"trace": trace, "ledger": ledger, "log-file": log_file, "metrics": metrics}, resume)
 
-    from longvid.journal import Journals, report, sayer
+    def load() -> Any:
+        from longvid.engine import Engine
 
-    journals = Journals(output, log, log_file, metrics) if is_leader else Journals(output)
+        return Engine.load(preset=preset, overrides=chosen)
+
+    def work(engine: Any, on_event: Any, preemption: Any) -> None:
+        tools: dict[str, Any] = {"trace": trace, "ledger": ledger, "preemption": preemption}
+        engine.render_films(scripts, films, on_event, resume=resume, **tools)
+
+    journals = _journals(output, log, log_file, metrics, is_leader=is_leader)
     if ray:
         from longvid.launch.ray import Film
 
@@ -142,11 +153,116 @@ def render(
             ray, Film(stories[0], output, preset, tuple(chosen), ranks or 1, resume, trace, ledger), journals
         )
         return
+    _render_on(env, ranks, settings.model.path, journals, load, work)
+
+
+@app.command()
+def extend(
+    film: Annotated[Path, typer.Argument(metavar="FILM.mp4", help="A film that was rendered with --keep-state.")],
+    scene: Annotated[str, typer.Option("--scene", metavar="PROMPT", help="What the new scene shows.")],
+    length: Annotated[str, typer.Option("--for", metavar="8s", help="How long.")],
+    transition: Annotated[Literal["blend", "cut"], typer.Option(help="How it begins.")] = "blend",
+    over: Annotated[str | None, typer.Option(metavar="1s", help="Of a blend, how long.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="New noise; else the film's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="LONGER.mp4", help="The longer film; else in its place.")
+    ] = None,
+    model: Model = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.", show_default="1")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an extension that ended early.")] = False,
+    log: Annotated[Literal["text", "json"], typer.Option(help="json: one line an event, for machines.")] = "text",
+    log_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the log to a file, too.")] = None,
+) -> None:
+    """Add a scene to a finished film, which goes on without a seam; its frames stay as they are.
+
+    Model and settings are the film's. Runs under launchers as render does.
+    """
+    from longvid.ending import Ending
+    from longvid.script import parse_scene
+    from longvid.settings import load_settings
+    from longvid.writer import check_file, check_path
+
+    env, target, chosen = _own_rank(ranks, None), output or film, all_overrides(model, overrides)
+    is_leader, model_path = env is None or env.rank == 0, ""
+    added = parse_scene(scene, length, transition, over, seed)
+    if is_leader:
+        check_path(target)
+        check_file("--log-file", log_file)
+        model_path = load_settings(None, chosen, Ending.read(film).settings).model.path
+
+    def load() -> Any:
+        from longvid.engine import Engine
+
+        return Engine.load(film=film, overrides=chosen)
+
+    def work(engine: Any, on_event: Any, preemption: Any) -> None:
+        engine.extend(film, [added], target, on_event, resume=resume, preemption=preemption)
+
+    journals = _journals(target, log, log_file, None, is_leader=is_leader)
+    _render_on(env, ranks, model_path, journals, load, work)
+
+
+@app.command("import")
+def import_prompts(
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A frame-keyed map, JSON lines, or a list.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STORY.yaml", help="The storyboard to write.")],
+    length: Annotated[
+        str | None, typer.Option("--for", metavar="8s", help="How long a prompt holds where the file does not say it.")
+    ] = None,
+    transition: Annotated[
+        Literal["blend", "share", "cut"], typer.Option(help="How every scene but the first begins.")
+    ] = "blend",
+    fps: Annotated[
+        float | None, typer.Option(min=1, max=240, help="Of the film; else the file's, or the model's.")
+    ] = None,
+    line: Annotated[int | None, typer.Option(min=1, help="Which film, where the file holds one a line.")] = None,
+) -> None:
+    """Make a storyboard of prompts in another program's format.
+
+    Read are maps from frames to prompts ({"0": "...", "48": "..."}, as Deforum has them), LongLive's JSON lines
+    ({"prompts": [...], "switch_frames": [...]}, or with "durations" in seconds), and plain lists; YAML or JSON.
+    """
+    from longvid.importers import Defaults, import_prompts
+    from longvid.script import option_duration, storyboard_text
+    from longvid.writer import check_file
+
+    check_file("--output", output)
+    defaults = Defaults(option_duration("--for", length) if length else None, transition, line, fps)
+    script = import_prompts(prompts, defaults)
+    output.write_text(storyboard_text(script), encoding="utf-8")
+    typer.echo(f"{output}: {len(script.scenes)} scenes")
+
+
+def _journals(film: Path, log: Any, log_file: Path | None, metrics: Path | None, *, is_leader: bool) -> Any:
+    from longvid.journal import Journals
+
+    return Journals(film, log, log_file, metrics) if is_leader else Journals(film)
+
+
+def _render_on(
+    env: Any,
+    ranks: int | None,
+    model: str,
+    journals: Any,
+    load: Callable[[], Any],
+    render_film: Callable[[Any, Any, Any], None],
+) -> None:
+    """Render in this process, as one of a launcher's ranks, or on ranks of our own.
+
+    `model` is its path or name. `render_film` takes the engine that `load` gives, a callback for events, and the
+    pre-emption that may come.
+    """
+    from longvid.journal import report, sayer
+
+    is_leader = env is None or env.rank == 0
     if env is None and ranks and ranks > 1:
         from longvid.launch.local import rank_command, run_local
         from longvid.models.facts import hub_model
 
-        arguments, on_hub = sys.argv[1:], hub_model(settings.model.path)
+        arguments, on_hub = sys.argv[1:], hub_model(model)
         if on_hub:  # fetched once, so that all ranks read the same files
             arguments += ["--model", str(on_hub.fetch(weights=True))]
         command = rank_command(arguments)
@@ -164,14 +280,9 @@ def render(
         _known_errors(),
         preempted_by_sigterm(preemption, sayer(journals)),
     ):
-        from longvid.engine import Engine
 
-        def load() -> Engine:
-            return Engine.load(preset=preset, overrides=chosen)
-
-        def work(engine: Engine) -> None:
-            tools: dict[str, Any] = {"trace": trace, "ledger": ledger, "preemption": preemption}
-            engine.render_films(scripts, films, on_event, resume=resume, **tools)
+        def work(engine: Any) -> None:
+            render_film(engine, on_event, preemption)
 
         if env is None or env.world_size == 1:
             work(load())

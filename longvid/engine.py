@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,11 +21,16 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import plan_cache
 from longvid.checkpoint import (
     CheckpointSaver,
+    Ended,
     Holder,
     LocalBulletin,
     Saved,
+    copy_ending,
     load_checkpoint,
+    load_ending,
+    save_ending,
 )
+from longvid.ending import Ending, longer_script
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
 from longvid.films import first_rounds, join, num_lanes
@@ -34,8 +39,9 @@ from longvid.kernels import cpu
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
-from longvid.manifest import find_manifest, has_checkpoint, is_complete
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, RowsDecoder, StageOptions
+from longvid.live import LivePrompter, Wish, Wishes
+from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
+from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, Prompt, RowsDecoder, StageOptions
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
@@ -54,6 +60,7 @@ from longvid.parallel.schedule import (
     ChunkRules,
     QueueRules,
     Step,
+    first_round,
     last_round,
     make_schedule,
     num_finished,
@@ -63,17 +70,17 @@ from longvid.parallel.schedule import (
 )
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.topology import choose_topology, workload
-from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan
+from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler
-from longvid.script import Script, load_script
+from longvid.script import Scene, Script, load_script, storyboard_text
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.tokens import largest_tokens
 from longvid.together import Clip, Film, FilmDecoders, FilmSavers, FilmSet, Job, join_live, join_memory
 from longvid.trace import Trace, summary, summary_text, write_trace
-from longvid.writer import check_path
+from longvid.writer import WriterState, check_path
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -91,11 +98,44 @@ class _Tools:
     saved: Sequence[Saved | None] = ()
     done: int = -1
     """The last round that all films have behind them."""
+    ended: Ended | None = None
+    """What the film goes on from."""
+    lasts: dict[int, Tensor] = field(default_factory=dict)
+    """On the leader, the last finished latents of each film's shot at hand: see `_last_of_shot`."""
+    prompter: LivePrompter | None = None
     preemption: Preemption = field(default_factory=Preemption)
 
 
 def ignore_event(event: Event) -> None:
     """The default callback."""
+
+
+class FilmStream(Iterator[Frames]):
+    """A film's frames, piece by piece, uint8 [T, height, width, 3]; what is still to come may be changed."""
+
+    def __init__(self, frames: Generator[Frames, None, None], wishes: Wishes | None) -> None:
+        self._frames, self._wishes = frames, wishes
+
+    def __next__(self) -> Frames:
+        return next(self._frames)
+
+    def prompt(self, text: str, negative: str | None = None) -> None:
+        """Have the scene that is on follow another prompt, from the next chunk that can take it to the scene's end.
+
+        From any thread; on a rank other than the leader it does nothing. The event PromptChanged says from which frame.
+        """
+        text = " ".join(text.split())
+        if not text:
+            raise InputError("a prompt must say something")
+        if self._wishes is None:
+            raise InputError(
+                "with schedule=chunks all chunks are at one step, and none can take another prompt: use queue"
+            )
+        self._wishes.ask(Wish(text, negative))
+
+    def close(self) -> None:
+        """Stop early."""
+        self._frames.close()
 
 
 class Engine:
@@ -121,6 +161,11 @@ class Engine:
         """What planning needs to know of the model: sizes, native frame rate, limits."""
         self._root = checkpoint.root
         self._executor: Executor | None = None
+        self._inputs = FilmInputs(())
+        """What the stage was given for the film at hand."""
+        self._num_streams = 0
+        self._behind_the_end: Frames
+        """Of the chunk that was decoded last, frames that its shot does not have."""
         self.costs: Costs | None = None
         """Measured where layers are split over stages."""
         self.cache_plan = plan_cache(settings.cache, settings.sampler.steps, self.facts.num_layers)
@@ -157,17 +202,19 @@ class Engine:
         *,
         preset: str | None = None,
         overrides: Sequence[str] = (),
+        film: str | Path | None = None,
     ) -> Engine:
         """Load a model once, for any number of films.
 
         ``model`` is a known name (``mini``), a directory in diffusers' format, or a loaded
         pipeline of diffusers, whose transformer the engine then takes over; None: what the settings say.
-        ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line.
+        ``preset`` and ``overrides`` (such as ``sampler.steps=4``) are those of the command line; with ``film``, whose
+        state was kept, settings and model are that film's.
         Raises InputError for an unknown or damaged model, for wrong settings, and for a mesh that does not fit.
         """
         if isinstance(model, str | Path):
             overrides = [*overrides, f"model.path={model}"]
-        settings = load_settings(preset, overrides)
+        settings = load_settings(preset, overrides, Ending.read(Path(film)).settings if film else None)
         set_threads(settings)
         is_pipeline = model is not None and not isinstance(model, str | Path)
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
@@ -230,16 +277,40 @@ class Engine:
         assert result is not None
         return result
 
-    def stream(self, story: str | Path | Script, on_event: OnEvent = ignore_event) -> Iterator[Frames]:
+    def stream(
+        self, story: str | Path | Script, on_event: OnEvent = ignore_event, *, early_steps: int = 0
+    ) -> FilmStream:
         """Render, and yield the film's frames as chunks finish: uint8 [T, height, width, 3], in order.
 
-        Raises InputError for a wrong storyboard before any work, RuntimeFailure for latents that are
-        not finite. Close the iterator to stop early.
+        While it goes on, ``FilmStream.prompt`` changes what comes: chunks that have taken at most ``early_steps``
+        denoising steps take the new prompt, those that are further keep theirs. Raises InputError for a wrong
+        storyboard before any work, RuntimeFailure for latents that are not finite. Close the iterator to stop early.
         """
-        return self._frames(self.plan(story), on_event)
+        plan, wishes, tools = self.plan(story), Wishes(), _Tools()
+        if not 0 <= early_steps < self.settings.sampler.steps:
+            raise InputError(f"early_steps must be 0 to {self.settings.sampler.steps - 1}, not {early_steps}")
+        if self.settings.schedule != "chunks":
+            tools.prompter = self._prompter(wishes, early_steps, on_event)
+        return FilmStream(self._frames(plan, on_event, tools), wishes if tools.prompter else None)
 
-    def _frames(self, plan: Plan, on_event: OnEvent) -> Iterator[Frames]:
-        with contextlib.closing(self._stream(plan, on_event, _Tools())) as clips:
+    def _prompter(self, wishes: Wishes, early_steps: int, on_event: OnEvent) -> LivePrompter:
+        self._num_streams += 1
+        is_alone = self.mesh.topology.num_ranks == 1
+        return LivePrompter(
+            wishes,
+            LocalBulletin() if is_alone else StoreBulletin(),
+            self._encode_prompts,
+            self._add_prompt,
+            QueueRules.of(self.settings),
+            self.facts.grid,
+            early_steps,
+            str(self._num_streams),
+            self.settings.runtime.timeout_s,
+            on_event if self.mesh.is_leader else None,
+        )
+
+    def _frames(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Generator[Frames, None, None]:
+        with contextlib.closing(self._stream(plan, on_event, tools)) as clips:
             yield from (clip.frames for clip in clips if len(clip.frames))
 
     def render(
@@ -255,6 +326,8 @@ class Engine:
     ) -> Path:
         """Render a storyboard to an H.264 film at ``path`` (.mp4) and return the path.
 
+        With ``output.keep_state`` what ``extend`` needs is kept beside it.
+
         While it runs, ``PATH.longvid/film.m3u8`` plays what is finished, and every ``runtime.checkpoint_s`` seconds
         its state is saved there. With ``resume`` a render that ended early goes on from it, to the same bytes as one
         that never did; InputError says what changed if it cannot. ``trace`` is a file for a Perfetto trace of every
@@ -265,6 +338,30 @@ class Engine:
         job = self._on_leader(lambda: self._film(story, film, resume))
         self._render(self._join([job]), on_event, trace, ledger, preemption)
         return film
+
+    def extend(
+        self,
+        film: str | Path,
+        scenes: Sequence[Scene],
+        path: str | Path | None = None,
+        on_event: OnEvent = ignore_event,
+        *,
+        resume: bool = False,
+        trace: str | Path | None = None,
+        ledger: str | Path | None = None,
+        preemption: Preemption | None = None,
+    ) -> Path:
+        """Add scenes to a finished film whose state was kept, as a film at ``path`` (None: in its place).
+
+        Its frames keep their bytes. What follows sees its last latents, clean (Mask²DiT's extension), and the decoder
+        goes on where it was. A scene that begins with a cut is a new shot. The engine must have the film's model and
+        settings: ``Engine.load(film=film)``. Raises InputError where the state is missing, or something changed.
+        The rest is as with ``render``; the state is kept again.
+        """
+        target = Path(path or film)
+        job = self._on_leader(lambda: self._longer(Path(film), tuple(scenes), target, resume))
+        self._render(self._join([job]), on_event, trace, ledger, preemption)
+        return target
 
     def render_films(
         self,
@@ -309,10 +406,13 @@ class Engine:
             load_checkpoint(film.path, film.manifest, holder, self.device) if film.manifest else None
             for film in job.films
         ]
+        tools.ended = next(
+            (load_ending(film.path, film.ending, self.device) for film in job.films if film.ending), None
+        )
         tools.decoders = FilmDecoders(self._decoder) if self.mesh.is_leader else None
-        with FilmSet(job, tools.decoders, on_event) as films:
+        with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
-                films.open(tools.saved, self.settings.output)
+                films.open(tools.saved, self.settings.output, tools.ended)
             if self._root is not None:
                 films.saver = tools.saver = self._make_savers(films, holder, on_event, tools.preemption)
                 tools.preemption.is_awaited = True
@@ -338,15 +438,12 @@ class Engine:
         if self._root is None:
             if resume:
                 raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
-            return Film(path, plan)
-        kernels = describe_kernels(self.device, sparse=self.attention is not None)
-        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
-        model = describe_model(self._root) | (describe_folder(self._vin) if self._vin else {})
-        marks = fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
+            return Film(path, script, plan)
+        marks = self._fingerprint(script, plan)
         manifest = find_manifest(path) if resume else None
         if manifest:
             manifest.require(path, marks)
-        return Film(path, plan, manifest, marks)
+        return Film(path, script, plan, manifest, marks)
 
     def _films_to_make(
         self, stories: Sequence[str | Path | Script], paths: Sequence[Path], resume: bool
@@ -355,6 +452,36 @@ class Engine:
         for story, path in zip(stories, paths, strict=True):
             if not (resume and is_complete(path)):
                 yield self._film(story, path, resume and has_checkpoint(path))
+
+    def _longer(self, film: Path, scenes: tuple[Scene, ...], path: Path, resume: bool) -> Film:
+        """What the leader knows of a longer film before it begins; the state is where it will be."""
+        check_path(path)
+        if self.settings.schedule == "chunks" or self._vin:
+            reason = (
+                "only the queue recalls latents, and no global tokens of them: schedule=chunks and vin are not for it"
+            )
+            raise InputError(f"{film}: cannot go on: {reason}")
+        source = path if resume and path != film and (state_folder(path) / ENDING).exists() else film
+        ending = Ending.read(source)
+        script = longer_script(ending.script(), scenes, f"{film} and what is added")
+        plan = make_plan(script, self.settings, self.facts, (*ending.ends, ending.frames))
+        marks = self._fingerprint(script, plan)
+        ending.require(film, marks)
+        marks["extends"] = {"frames": ending.frames}
+        if source != path:
+            copy_ending(source, path, ending)
+        manifest = Manifest.read(path) if resume else None
+        if manifest:
+            manifest.require(path, marks)
+        return Film(path, script, plan, manifest, marks, ending)
+
+    def _fingerprint(self, script: Script, plan: Plan) -> dict[str, Any]:
+        if self._root is None:
+            raise InputError("a model that is not a directory has no mark: films of it cannot go on")
+        kernels = describe_kernels(self.device, sparse=self.attention is not None)
+        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
+        model = describe_model(self._root) | (describe_folder(self._vin) if self._vin else {})
+        return fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
 
     def _join(self, films: Sequence[Film]) -> Job:
         """The films as one plan, each from where its checkpoint is."""
@@ -416,6 +543,25 @@ class Engine:
         except Preempted:
             raise Preempted(films.what_is_saved() if self.mesh.is_leader else "") from None
 
+    def _keep_ending(self, film: Film, ended: Ended, written: WriterState) -> None:
+        """Keep what a film that goes on from here needs, in place of what it went on from itself."""
+        before = film.ending
+        settings = self.settings.model_dump(mode="json")
+        if Path(settings["model"]["path"]).is_dir():
+            settings["model"]["path"] = str(Path(settings["model"]["path"]).resolve())
+        marks = {name: value for name, value in film.fingerprint.items() if name != "extends"}
+        save_ending(
+            film.path,
+            ended,
+            frames=film.plan.num_frames,
+            ends=[*before.ends, before.frames] if before else [],
+            segments=written.segments,
+            short=list(written.short),
+            storyboard=storyboard_text(film.script),
+            settings=settings,
+            fingerprint=marks,
+        )
+
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
         if self.mesh.is_leader:
@@ -437,7 +583,7 @@ class Engine:
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
         tools = tools or _Tools()
-        images = self._prepare(plan)
+        images = self._prepare(plan, spare_prompts=2 if tools.prompter else 0)
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
@@ -452,8 +598,11 @@ class Engine:
             guidance=self._guidance(),
             mesh=self.mesh,
             buffers=buffers,
+            sharing=self._sharing(),
+            recalled=tools.ended.last if tools.ended else None,
             cache=self.cache,
             saver=tools.saver,
+            prompter=tools.prompter,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
             on_value=tools.ledger.on_value if tools.ledger else None,
         )
@@ -467,17 +616,25 @@ class Engine:
         live = join_live(plan.films, saved, self._sampler)
         try:
             for finished in self._executor.run(actions, plan, rounds.on_unit, live, tools.done):
+                film = plan.film_of(finished.chunk)
+                tools.lasts[film] = self._last_of_shot(finished, tools.lasts.get(film))
                 image = images[finished.chunk.shot]
                 yield finished if image is None or self._images is None else self._images.finish(finished, image)
         finally:
             self._executor = None
+
+    def _last_of_shot(self, finished: Finished, before: Tensor | None) -> Tensor:
+        """The shot's last finished latents, as many as there is left context; `before` are those so far."""
+        known = [before] if finished.chunk.start and before is not None else []
+        whole, count = torch.cat([*known, finished.latents], dim=1), max(1, self.settings.queue.context_latents)
+        return whole[:, -count:].clone()
 
     def _units_of_last_round(self, plan: Plan) -> int:
         """Those of them that the leader steps."""
         rules, owners = rules_of(self.settings), self._owners(plan)
         if isinstance(rules, ChunkRules):
             return sum(owners[i] == 0 for i in rules.groups(len(plan.chunks))[-1])
-        last = num_rounds(plan, self.settings) - 1
+        last = first_round(plan, self.settings) + num_rounds(plan, self.settings) - 1
         return num_units(plan, self.settings, last) - num_units(plan, self.settings, last - 1)
 
     def _owners(self, plan: Plan) -> list[int]:
@@ -507,8 +664,11 @@ class Engine:
         """Part from the other ranks; the engine is of no use then."""
         disconnect()
 
-    def _prepare(self, plan: Plan) -> Sequence[Condition | None]:
-        """Give the stage prompts and images. Returns every shot's image."""
+    def _prepare(self, plan: Plan, spare_prompts: int) -> Sequence[Condition | None]:
+        """Give the stage prompts and images. Returns every shot's image.
+
+        Prompts that come later are at most so many more in a chunk: its own, and one in its left context.
+        """
         texts = [*plan.prompts, *(plan.negatives if self.settings.sampler.num_branches == 2 else ())]
         prompts = self._on_leader(lambda: self._prompts.encode(texts))
         prompts = [prompt.to(self.device) for prompt in prompts]
@@ -518,12 +678,28 @@ class Engine:
         of_shot = [images[shot.image] if shot.image else None for shot in plan.shots]
         most = max(len({x for blend in chunk.prompts for x in (blend.a, blend.b)}) for chunk in plan.chunks)
         count = len(plan.prompts)
-        self._stage.prepare(FilmInputs(prompts[:count], prompts[count:], of_shot, most, plan.fps))
+        self._inputs = FilmInputs(prompts[:count], prompts[count:], of_shot, most + spare_prompts, plan.fps)
+        self._stage.prepare(self._inputs)
         return of_shot
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        return self._prompts.encode(texts)
+
+    def _add_prompt(self, prompt: Prompt, negative: Prompt) -> None:
+        """Give the stage one more prompt, behind those that it has."""
+        prompts = [*self._inputs.prompts, prompt.to(self.device)]
+        negatives = [*self._inputs.negatives, negative.to(self.device)] if self._inputs.negatives else ()
+        self._inputs = replace(self._inputs, prompts=prompts, negatives=negatives)
+        self._stage.prepare(self._inputs)
 
     def _encode_image(self, file: Path, plan: Plan) -> Condition:
         assert self._images is not None, "a plan for a model without images has none"
         return self._images.encode(file, plan.width, plan.height)
+
+    def _sharing(self) -> range:
+        """The layers of this rank's stage that share how a scene ended."""
+        shared, first = sharing_layers(self.facts.num_layers), self.layers.start
+        return range(max(shared.start - first, 0), max(shared.stop - first, 0))
 
     def _guidance(self) -> tuple[float, ...]:
         """The guidance of every step: with two experts each has its own."""
@@ -552,7 +728,8 @@ class Engine:
                 tools.trace.add("decode", f"c{chunk.index}", began, time.monotonic_ns())
             chunks_done[film] += 1
             frames_done[film] = self._frames_until(plan, plan.films[film], chunks_done[film])
-            yield Clip(film, frames, is_last=chunk.index == plan.films[film].chunks[-1])
+            is_last = chunk.index == plan.films[film].chunks[-1]
+            yield Clip(film, frames, self._behind_the_end, is_last=is_last)
             on_event(ChunkDone(sum(chunks_done), len(plan.chunks), sum(frames_done)))
 
     def decode(self, plan: Plan, finished: Finished) -> Frames:
@@ -565,8 +742,9 @@ class Engine:
             self._decoder.reset()
         is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
         frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
-        left = shot.num_frames - self._decoder.frames_after(chunk.start)
-        return frames[: max(0, left)]
+        left = max(0, shot.num_frames - self._decoder.frames_after(chunk.start))
+        self._behind_the_end = frames[left:]
+        return frames[:left]
 
     def _frames_until(self, plan: Plan, film: FilmSpan, num_chunks: int) -> int:
         """Frames of a film's first chunks."""
@@ -661,20 +839,21 @@ class _RoundCounter:
     """
 
     def __init__(self, plan: Plan, settings: Settings, on_event: OnEvent, done: int, num_last: int) -> None:
-        self._num_rounds = num_rounds(plan, settings)
+        self._first, self._num_rounds = first_round(plan, settings), num_rounds(plan, settings)
         self._units_until = lambda n: num_units(plan, settings, n)
         self._on_event = on_event
-        self._round, self._num_last = done + 1, num_last
+        self._round, self._num_last = max(done + 1, self._first), num_last
 
     def on_unit(self, unit: Step) -> None:
         if unit.round != self._round:
             self._end_round()
             self._round = unit.round
-        if unit.round + 1 == self._num_rounds:
+        if unit.round + 1 == self._first + self._num_rounds:
             self._num_last -= 1
             if self._num_last == 0:
                 self._end_round()
 
     def _end_round(self) -> None:
-        before, done, all_units = map(self._units_until, (self._round - 1, self._round, self._num_rounds))
-        self._on_event(RoundDone(self._round + 1, self._num_rounds, done - before, done, all_units))
+        last = self._first + self._num_rounds - 1
+        before, done, all_units = map(self._units_until, (self._round - 1, self._round, last))
+        self._on_event(RoundDone(self._round + 1 - self._first, self._num_rounds, done - before, done, all_units))

@@ -43,6 +43,15 @@ class ChunkDone:
 
 
 @dataclass(frozen=True)
+class PromptChanged:
+    """The film follows another prompt from a frame on, the first of ``chunk``, which counts from 1."""
+
+    prompt: str
+    chunk: int
+    first_frame: int
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know although the work goes on."""
 
@@ -58,4 +67,4 @@ class FilmDone:
     seconds: float
 
 
-Event = Started | RoundDone | ChunkDone | Notice | FilmDone
+Event = Started | RoundDone | ChunkDone | PromptChanged | Notice | FilmDone

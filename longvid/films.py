@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from longvid.errors import InputError
 from longvid.parallel.schedule import QueueRules
-from longvid.plan import FilmSpan, Plan, PromptBlend
+from longvid.plan import Chunk, FilmSpan, Plan, PromptBlend
 
 
 def num_lanes(wanted: int | str, stages: int, steps: int, rules: QueueRules) -> int:
@@ -51,7 +51,8 @@ def first_rounds(plans: Sequence[Plan], done: Sequence[int], lanes: int, rules: 
 def join(plans: Sequence[Plan], firsts: Sequence[int]) -> Plan:
     """One plan of several films of one size and frame rate. `firsts` are their first rounds.
 
-    A single film that begins in round 0 is left as it is. Raises InputError for films of other sizes or frame rates.
+    A single film that begins in round 0 is left as it is, and so is one that goes on, which is alone. Raises InputError
+    for films of other sizes or frame rates.
     """
     if len(plans) == 1 and not firsts[0]:
         return plans[0]
@@ -86,10 +87,19 @@ def _append(joined: Plan, plan: Plan, prompts: Sequence[int], first_round: int) 
         return PromptBlend(prompts[blend.a], prompts[blend.b], blend.weight)
 
     shots = (replace(s, index=shot + s.index, first_chunk=chunk + s.first_chunk) for s in plan.shots)
-    chunks = (
-        replace(c, index=chunk + c.index, shot=shot + c.shot, prompts=tuple(map(renamed, c.prompts)))
-        for c in plan.chunks
-    )
+
+    def moved(c: Chunk) -> Chunk:
+        end = c.scene_end
+        return replace(
+            c,
+            index=chunk + c.index,
+            shot=shot + c.shot,
+            prompts=tuple(map(renamed, c.prompts)),
+            shares=None if c.shares is None else chunk + c.shares,
+            scene_end=end and replace(end, last_reader=chunk + end.last_reader),
+        )
+
+    chunks = map(moved, plan.chunks)
     scenes = (replace(s, prompt=prompts[s.prompt], shot=shot + s.shot) for s in plan.scenes)
     span = FilmSpan(range(chunk, chunk + len(plan.chunks)), range(shot, shot + len(plan.shots)), first_round)
     return replace(

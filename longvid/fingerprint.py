@@ -16,7 +16,7 @@ from typing import Any
 from longvid.document import show
 from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, Plan
-from longvid.script import Script, blend_frames
+from longvid.script import Script, transition_frames
 from longvid.settings import Settings
 
 Plain = dict[str, Any]
@@ -89,8 +89,8 @@ def _story(script: Script, plan: Plan) -> Plain:
         described["transition"] = scene.transition.kind
         if scene.image:
             described["image"] = _describe_file(scene.image)["digest"]
-        if scene.transition.kind == "blend":
-            described["blend frames"] = blend_frames(script, scene, plan.fps)
+        if scene.transition.kind != "cut":
+            described[f"{scene.transition.kind} frames"] = transition_frames(script, scene, plan.fps)
         scenes.append(described)
     return {"fps": plan.fps, "width": plan.width, "height": plan.height, "scenes": scenes}
 

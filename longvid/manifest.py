@@ -18,6 +18,7 @@ from longvid.errors import InputError
 from longvid.fingerprint import differences
 
 MANIFEST = "manifest.json"
+ENDING = "ending.json"
 ANEW = "leave --resume out to begin anew"
 _MAX_LISTED = 12
 
@@ -45,8 +46,8 @@ class Manifest(BaseModel):
     """A checkpoint after round `round`: its files and their bytes, and the names of the values in them.
 
     Values live on across the round: `latents` as (chunk, version), `kv` as (chunk, round, edge), and the chunks that
-    have `solvers`. Round -1 is that of K/V that a cache keeps. The film has `segments` on the disk. `fingerprint` says
-    of which render it is.
+    have `solvers`. Round -1 is that of K/V that a cache keeps. The film has `segments` on the disk, of which some are
+    `short` (segment, frames). `fingerprint` says of which render it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -55,9 +56,10 @@ class Manifest(BaseModel):
     round: Count
     files: dict[FileName, Count]
     latents: list[tuple[Count, Count]]
-    kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last"]]]
+    kv: list[tuple[Count, Annotated[int, Field(ge=-1)], Literal["first", "last", "scene"]]]
     solvers: list[Count]
     segments: Count
+    short: list[tuple[Count, Count]] = []
     fingerprint: dict[str, Any]
 
     @classmethod
@@ -98,8 +100,9 @@ class Manifest(BaseModel):
 
 
 def is_complete(film: Path) -> bool:
-    """Whether a film is there, and nothing of its making."""
-    return film.exists() and not working_folder(film).exists()
+    """Whether a film is there, and nothing of its making but how it ended."""
+    is_kept = (state_folder(film) / ENDING).exists() and not has_checkpoint(film)
+    return film.exists() and (is_kept or not working_folder(film).exists())
 
 
 def has_checkpoint(film: Path) -> bool:

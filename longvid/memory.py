@@ -17,7 +17,7 @@ from longvid.parallel.pace import kind_of
 from longvid.parallel.schedule import rules_of
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
-from longvid.plan import Chunk, ModelFacts, Plan
+from longvid.plan import Chunk, ModelFacts, Plan, sharing_layers
 from longvid.settings import Settings
 
 MB = 1e6
@@ -75,6 +75,9 @@ def stage_memory(
     kinds = tuple({kind_of(chunk): chunk for chunk in plan.chunks}.values())
     leader = _leader(sizes, width * height, itemsize) if sizes else (0.0, 0.0)
 
+    scenes = 2 * report.max_live_scenes * settings.queue.context_latents * per_latent * token
+    late = sharing_layers(facts.num_layers)
+
     def of_stage(stage: int, layers: range) -> StageMemory:
         part = ModelPart(layers, stage == 0, stage == len(bounds) - 1)
         of_count = {count: cache.values(count, layers) for count in set(tokens)}
@@ -83,7 +86,7 @@ def stage_memory(
         remembered = max(until[min(i + in_flight, len(values))] - until[i] for i in range(len(values)))
         return StageMemory(
             weights(part, itemsize) / MB,
-            kv * len(layers) / MB,
+            (kv * len(layers) + scenes * len(range(max(late.start, layers.start), layers.stop))) / MB,
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
             activation_bytes(kinds, plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,

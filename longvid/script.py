@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,8 @@ MAX_HOURS = 24
 MAX_FPS = 240
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
+TransitionKind = Literal["cut", "blend", "share"]
+TRANSITIONS: tuple[TransitionKind, ...] = ("cut", "blend", "share")
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class Duration:
 
 @dataclass(frozen=True)
 class Transition:
-    """How a scene begins: at once (`cut`, a new shot), or from the scene before (`blend`, over 1 s unless said)."""
+    """How a scene begins: at once (`cut`, a new shot), or from the scene before, in the same shot.
 
-    kind: Literal["cut", "blend"] = "cut"
+    A `blend` goes from prompt to prompt over 1 s unless said. With `share` the prompt changes at once, but for `over`
+    (None: the whole scene) what is new still sees how the scene before ended: its identity is kept.
+    """
+
+    kind: TransitionKind = "cut"
     over: Duration | None = None
 
     def __post_init__(self) -> None:
@@ -71,13 +79,16 @@ class Script:
     size: tuple[int, int] | None = None
     path: str = "storyboard"
     size_line: int = 0
+    style: str = field(default="", compare=False)
+    """What every prompt has at its end, for scenes that are added later."""
 
     def __post_init__(self) -> None:
         if not self.scenes:
             raise InputError(f"{self.path}: a storyboard needs at least one scene")
         if self.scenes[0].transition.kind != "cut":
             place = self.place(self.scenes[0].line)
-            raise InputError(f"{place}: the first scene has none before it to blend from; leave its transition out")
+            kind = self.scenes[0].transition.kind
+            raise InputError(f"{place}: the first scene has none before it to {kind} from; leave its transition out")
 
     def place(self, line: int) -> str:
         """`story.yaml:12`, or the file alone where there is no line."""
@@ -94,21 +105,86 @@ def parse_script(text: str | bytes, name: str) -> Script:
     return script_of(parse_document(text, name))
 
 
-def blend_frames(script: Script, scene: Scene, fps: float) -> int:
-    """Frames of the blend that a scene begins with. Raises InputError where it is longer than its scene."""
-    over, whole = scene.transition.over, scene.duration
-    assert over is not None, "only a blend has a length"
+def parse_scene(prompt: str, length: str, kind: TransitionKind, over: str | None, seed: int | None) -> Scene:
+    """One scene of a film, by the options of `longvid extend`. Raises InputError that names the option."""
+    if not prompt.strip():
+        raise InputError("--scene: says nothing")
+    if over and kind == "cut":
+        raise InputError("--over: a cut takes no time")
+    change = Transition(kind, option_duration("--over", over) if over else None)
+    return Scene(_one_line(prompt), option_duration("--for", length), change, seed)
+
+
+def option_duration(option: str, text: str) -> Duration:
+    """The duration that an option gives. Raises InputError that names it."""
+    try:
+        duration: Duration = parse_duration(text)
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from None
+    return duration
+
+
+def transition_frames(script: Script, scene: Scene, fps: float) -> int:
+    """Frames of the blend or share that a scene begins with. Raises InputError where it is longer than its scene."""
+    kind, over, whole = scene.transition.kind, scene.transition.over or scene.duration, scene.duration
+    assert kind != "cut", "a cut takes no time"
     if over.frames(fps) > whole.frames(fps):
-        raise InputError(f"{script.place(scene.line)}: the blend over {over} is longer than its scene of {whole}")
+        raise InputError(f"{script.place(scene.line)}: the {kind} over {over} is longer than its scene of {whole}")
     return over.frames(fps)
 
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def storyboard_text(script: Script) -> str:
+    """A storyboard's YAML, a scene a line, that reads as this script."""
+    style = f" {script.style}" if all(scene.prompt.endswith(f" {script.style}") for scene in script.scenes) else ""
+    top: dict[str, Any] = {"title": script.title, "seed": script.seed, "fps": script.fps}
+    top |= {"size": list(script.size) if script.size else None, "style": style.strip() or None}
+    lines = [f"{name}: {_flow(value)}" for name, value in top.items() if value is not None]
+    return "\n".join([*lines, "scenes:", *(f"  - {_scene_text(scene, style)}" for scene in script.scenes)]) + "\n"
+
+
+def _scene_text(scene: Scene, style: str) -> str:
+    change = scene.transition
+    over = {"kind": change.kind, "over": _exact(change.over)} if change.over else change.kind
+    keys = {
+        "prompt": scene.prompt.removesuffix(style),
+        "for": _exact(scene.duration),
+        "transition": None if change.kind == "cut" else over,
+        "seed": scene.seed,
+        "negative": scene.negative or None,
+        "image": str(scene.image.absolute()) if scene.image else None,
+    }
+    return _flow({name: value for name, value in keys.items() if value is not None})
+
+
+def _flow(value: Any) -> str:
+    """A value in YAML's flow style, every text that is no plain word in quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return _BREAK.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    return str(value)
+
+
+def _exact(duration: Duration) -> str:
+    return f"{Decimal(repr(duration.value)):f}{duration.unit}" if duration.unit == "s" else f"{duration.value:.0f}f"
+
+
+_BREAK = re.compile("[\x85\u2028\u2029\ufeff]")
+"""What YAML takes for the end of a line, or does not keep, even in quotes."""
+_PLAIN = re.compile(f"{'|'.join(TRANSITIONS)}|[0-9]+(\\.[0-9]+)?[sf]")
 
 # ----------------------------------------------------------------------------------------------------- the YAML's shape
 
 _DURATION = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s)?")
 
 
-def _parse_duration(value: Any) -> Any:
+def parse_duration(value: Any) -> Any:
+    """A duration of its text; a Duration stays what it is. Raises ValueError for what is none."""
     if isinstance(value, Duration):
         return value
     text = value if isinstance(value, str) else ""
@@ -127,12 +203,9 @@ def _parse_duration(value: Any) -> Any:
 
 
 def _parse_transition(value: Any) -> Any:
-    kind = value.get("kind") if isinstance(value, dict) else value
-    if kind == "share":
-        raise ValueError("`share` is not there yet; use cut or blend")
     if isinstance(value, str):
-        if value not in ("cut", "blend"):
-            raise ValueError(f"unknown kind {show(value)}: {nearest(value, ('cut', 'blend'))}")
+        if value not in TRANSITIONS:
+            raise ValueError(f"unknown kind {show(value)}: {nearest(value, TRANSITIONS)}")
         return {"kind": value}
     return value
 
@@ -144,19 +217,19 @@ def _one_line(value: Any) -> Any:
 _Text = Annotated[str, BeforeValidator(_one_line), Field(max_length=MAX_PROMPT_CHARACTERS)]
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Side = Annotated[int, Field(ge=16, le=8192)]
-_Length = Annotated[Duration, BeforeValidator(_parse_duration)]
+_Length = Annotated[Duration, BeforeValidator(parse_duration)]
 _File = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _TransitionYaml(Section):
-    kind: Literal["cut", "blend"]
+    kind: TransitionKind
     over: _Length | None = None
 
     @field_validator("over")
     @classmethod
-    def _only_blends_take_time(cls, over: Duration | None, info: Any) -> Duration | None:
+    def _a_cut_takes_no_time(cls, over: Duration | None, info: Any) -> Duration | None:
         if over is not None and info.data.get("kind") == "cut":
-            raise ValueError("a cut takes no time; only a blend has `over`")
+            raise ValueError("a cut takes no time; only blend and share have `over`")
         return over
 
 
@@ -193,12 +266,13 @@ def script_of(document: Document) -> Script:
         size=(story.size[0], story.size[1]) if story.size else None,
         path=document.name,
         size_line=document.line(("size",)),
+        style=story.style,
     )
     for scene in script.scenes:
         over = scene.transition.over
         # Seconds against frames needs a frame rate; where only the model knows it, the plan checks.
         if over and (script.fps or over.unit == scene.duration.unit):
-            blend_frames(script, scene, script.fps or float(MAX_FPS))
+            transition_frames(script, scene, script.fps or float(MAX_FPS))
     return script
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -185,12 +185,15 @@ class Settings(Section):
         return self.queue.left == "recompute" or self.schedule == "chunks"
 
 
-def load_settings(preset: str | None = None, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(
+    preset: str | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Settings:
     """Settings from a preset (a name, or a YAML file's path; None: the defaults) and overrides like `sampler.steps=4`.
 
-    Raises InputError that names the preset's file and line, or the override.
+    `values`, as `model_dump` gives them, are in a preset's place. Raises InputError that names the preset's file and
+    line, or the override.
     """
-    document = Document("settings", {}) if preset is None else _read_preset(preset)
+    document = Document("settings", dict(values or {})) if preset is None else _read_preset(preset)
     for override in overrides:
         keys, equals, value = override.partition("=")
         option = f"--set {override}"

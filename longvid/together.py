@@ -15,10 +15,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longvid.checkpoint import CheckpointSaver, FilmState, Saved
+from longvid.checkpoint import CheckpointSaver, Ended, FilmState, Saved
+from longvid.ending import Ending
 from longvid.errors import Preempted
 from longvid.events import Event, FilmDone
 from longvid.manifest import Manifest, has_checkpoint
@@ -28,8 +30,9 @@ from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.stage import KvSpan
 from longvid.plan import FilmSpan, Plan
 from longvid.sampler import Sampler, Solver
+from longvid.script import Script
 from longvid.settings import OutputSettings
-from longvid.writer import FilmWriter
+from longvid.writer import FilmWriter, WriterState
 
 T = TypeVar("T")
 Frames = NDArray[np.uint8]
@@ -40,9 +43,12 @@ class Film:
     """A film to be made, as the leader tells all ranks."""
 
     path: Path
+    script: Script
     plan: Plan
     manifest: Manifest | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    ending: Ending | None = None
+    """Of the film that goes on."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one of the films, uint8 [T, H, W, 3]; maybe none."""
+    """Frames of one of the films, uint8 [T, H, W, 3]; maybe none. Those `behind` its shot's end are not of it."""
 
     film: int
     frames: Frames
+    behind: Frames
     is_last: bool
 
 
@@ -173,15 +180,19 @@ class FilmDecoders:
 class FilmSet:
     """The films of a render while they are made. There are writers on the leader alone, which `open` makes.
 
-    Leaving the context closes the writers, which keeps what there is playable.
+    Leaving the context closes the writers, which keeps what there is playable. `lasts` are the last finished latents of
+    each film's shot at hand, and `keep_ending` keeps how a film ended that may go on.
     """
 
     job: Job
     decoders: FilmDecoders | None
     on_event: Callable[[Event], None]
+    keep_ending: Callable[[Film, Ended, WriterState], None]
+    lasts: dict[int, Tensor]
     writers: list[FilmWriter] = field(default_factory=list)
     saver: FilmSavers | None = None
-    _ended: int | None = None
+    _keeping: list[bool] = field(default_factory=list)
+    _ended: Clip | None = None
     _finished: set[int] = field(default_factory=set)
     _started: float = field(default_factory=time.monotonic)
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -194,42 +205,62 @@ class FilmSet:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def open(self, saved: Sequence[Saved | None], output: OutputSettings) -> None:
-        """Every film's writer, where its checkpoint says, and its place in the decoder."""
+    def open(self, saved: Sequence[Saved | None], output: OutputSettings, ended: Ended | None) -> None:
+        """Every film's writer, where its checkpoint says, and its place in the decoder.
+
+        `ended` is what the film goes on from that has an ending.
+        """
         for index, (film, before) in enumerate(zip(self.job.films, saved, strict=True)):
-            writer = self._open(index, film, before, output)
+            keeps = bool(film.fingerprint) and (output.keep_state or film.ending is not None)
+            self._keeping.append(keeps)
+            shape: dict[str, Any] = {"width": film.plan.width, "height": film.plan.height, "fps": film.plan.fps}
+            shape["output"] = output.model_copy(update={"keep_state": keeps})
+            writer = self._open(index, film, before, ended, shape)
             self.writers.append(self._stack.enter_context(writer))
 
-    def _open(self, index: int, film: Film, before: Saved | None, output: OutputSettings) -> FilmWriter:
-        plan = film.plan
-        shape: dict[str, Any] = {"width": plan.width, "height": plan.height, "fps": plan.fps, "output": output}
-        if before is None:
+    def _open(
+        self, index: int, film: Film, before: Saved | None, ended: Ended | None, shape: dict[str, Any]
+    ) -> FilmWriter:
+        if before is not None:
+            assert before.film and self.decoders
+            self.decoders.load(index, before.film.decoder)
+            if before.film.last is not None:
+                self.lasts[index] = before.film.last
+            return FilmWriter.resume(film.path, **shape, state=before.film.writer)
+        if film.ending is None:
             return FilmWriter(film.path, **shape)
-        assert before.film and self.decoders
-        self.decoders.load(index, before.film.decoder)
-        state = before.film.writer
-        return FilmWriter.resume(film.path, **shape, segments=state.segments, open_frames=state.open_frames)
+        assert ended and self.decoders
+        self.decoders.load(index, ended.decoder)
+        self.lasts[index] = ended.last
+        state = WriterState(film.ending.segments, ended.frames[:0].numpy(), tuple(film.ending.short))
+        writer = FilmWriter.resume(film.path, **shape, state=state)
+        if film.plan.chunks[film.plan.first_chunk].start:  # the shot goes on, and its last latent held these frames
+            writer.append(ended.frames.numpy())
+        return writer
 
     def state(self, film: int) -> FilmState:
         """What a checkpoint keeps of a film."""
         assert self.decoders
-        return FilmState(self.decoders.at(film).state(), self.writers[film].state())
+        return FilmState(self.decoders.at(film).state(), self.writers[film].state(), self.lasts.get(film))
 
     def add(self, clip: Clip) -> None:
         """Write the next frames. A film is finished when the next clip comes, so that all was told of its last one."""
         self.finish_ended()
         self.writers[clip.film].append(clip.frames)
-        self._ended = clip.film if clip.is_last else None
+        self._ended = clip if clip.is_last else None
 
     def finish_ended(self) -> None:
         if self._ended is None:
             return
-        film, self._ended = self._ended, None
+        clip, film, self._ended = self._ended, self._ended.film, None
         if self.saver:
             self.saver.savers[film].close()
         assert self.decoders
+        ended = Ended(self.lasts.pop(film), self.decoders.at(film).state(), torch.from_numpy(clip.behind))
         self.decoders.end(film)
         path = self.writers[film].finish()
+        if self._keeping[film]:
+            self.keep_ending(self.job.films[film], ended, self.writers[film].state())
         self._finished.add(film)
         self.on_event(FilmDone(path, self.job.films[film].plan.num_frames, time.monotonic() - self._started))
 

@@ -6,11 +6,11 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -29,11 +29,13 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class WriterState:
     """What there is of a film: so many complete segments on the disk, and the frames that came after them.
 
-    `open_frames` uint8 [n, height, width, 3], fewer than a segment holds.
+    `open_frames` uint8 [n, height, width, 3], fewer than a segment holds. `short` are the segments with which the film
+    ended once, before it went on, if they hold fewer frames than the others: (segment, frames).
     """
 
     segments: int
     open_frames: NDArray[np.uint8]
+    short: tuple[tuple[int, int], ...] = ()
 
 
 class FilmWriter:
@@ -57,6 +59,7 @@ class FilmWriter:
         fps: float,
         output: OutputSettings,
         kept_segments: int | None = None,
+        short: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.path = Path(path)
         self.folder = working_folder(self.path)
@@ -66,6 +69,7 @@ class FilmWriter:
         self._size, self._output = (width, height), output
         self._segment_frames = max(1, round(output.segment_s * self.rate))
         self._segments: list[str] = []
+        self._short = dict(short)
         self._encoder: SegmentEncoder | None = None
         self._open_frames: list[NDArray[np.uint8]] = []
         self._closed = False
@@ -82,25 +86,23 @@ class FilmWriter:
         height: int,
         fps: float,
         output: OutputSettings,
-        segments: int,
-        open_frames: NDArray[np.uint8],
+        state: WriterState,
     ) -> Self:
         """Go on from a `WriterState`; the film's bytes are those of a writer that was never interrupted.
 
-        The segments that came later are removed. Raises InputError where one of the first `segments` is missing or
-        is not whole.
+        The segments that came later are removed. Raises InputError where one of the first is missing or not whole.
         """
-        writer = cls(path, width=width, height=height, fps=fps, output=output, kept_segments=segments)
-        assert len(open_frames) < writer._segment_frames, "these frames fill a segment"
-        writer.append(open_frames)
+        shape: dict[str, Any] = {"width": width, "height": height, "fps": fps, "output": output}
+        writer = cls(path, **shape, kept_segments=state.segments, short=state.short)
+        assert len(state.open_frames) < writer._segment_frames, "these frames fill a segment"
+        writer.append(state.open_frames)
         return writer
 
     def state(self) -> WriterState:
         """What there is now; `close` ends the open segment, so there is none after it."""
-        assert not self._closed, "the film is finished"
         width, height = self._size
         open_frames = np.array(self._open_frames, np.uint8).reshape(-1, height, width, 3)
-        return WriterState(len(self._segments), open_frames)
+        return WriterState(len(self._segments), open_frames, tuple(self._short.items()))
 
     def append(self, frames: NDArray[np.uint8]) -> tuple[Path, ...]:
         """Write frames, uint8 [n, height, width, 3]. Returns the segments that they completed."""
@@ -175,6 +177,8 @@ class FilmWriter:
             return
         name = segment_name(len(self._segments))
         write_whole(self.folder / name, encoder.finish())
+        if encoder.num_frames < self._segment_frames:
+            self._short[len(self._segments)] = encoder.num_frames
         self._segments.append(name)
         self.frames_written += encoder.num_frames
         self._playlist.append(name, encoder.num_frames / self.rate)
@@ -202,7 +206,8 @@ class FilmWriter:
             else:
                 self._keep(kept_segments)
             seconds = self._segment_frames / self.rate
-            self._playlist = Playlist(self.playlist, seconds, ((name, seconds) for name in self._segments))
+            held = ((name, self._held(index) / self.rate) for index, name in enumerate(self._segments))
+            self._playlist = Playlist(self.playlist, seconds, held)
         except OSError as error:
             if error.errno in _OUT_OF_SPACE:
                 raise self._failure(error) from error
@@ -210,20 +215,24 @@ class FilmWriter:
 
     def _keep(self, num_segments: int) -> None:
         names = [segment_name(index) for index in range(num_segments)]
-        for name in names:
-            self._check_segment(self.folder / name)
+        for index, name in enumerate(names):
+            self._check_segment(self.folder / name, self._held(index))
         for file in (*self.folder.glob("seg_*.ts"), *self.folder.glob("*.tmp")):
             if file.name not in names:
                 file.unlink()
-        self._segments, self.frames_written = names, num_segments * self._segment_frames
+        self._segments, self.frames_written = names, sum(map(self._held, range(num_segments)))
 
-    def _check_segment(self, path: Path) -> None:
+    def _held(self, index: int) -> int:
+        """Frames of a complete segment."""
+        return self._short.get(index, self._segment_frames)
+
+    def _check_segment(self, path: Path, expected: int) -> None:
         try:
-            problem = f"holds {num_frames} frames" if (num_frames := count_frames(path)) != self._segment_frames else ""
+            problem = f"holds {num_frames} frames" if (num_frames := count_frames(path)) != expected else ""
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         if problem:
-            raise InputError(f"{path}: {problem}, but {self._segment_frames} frames were written there; {ANEW}")
+            raise InputError(f"{path}: {problem}, but {expected} frames were written there; {ANEW}")
 
     def _remove_folder(self) -> None:
         # The film is complete: leftovers are no reason to fail, and files of others are not ours to remove.

@@ -33,6 +33,8 @@ _TAGS = 1 << 30
 class Header:
     """What every message says of itself. `save_at` is the boundary at which all ranks shall save; -1: none.
 
+    At the boundary `prompt_at` all take a new prompt; less than 0: none.
+
     `is_left_out`: a gate decided that the unit's layers are not computed. `rows` of a sized message's tensor.
     """
 
@@ -41,17 +43,18 @@ class Header:
     save_at: int = -1
     is_left_out: bool = False
     rows: int = 0
+    prompt_at: int = -1
 
     def pack(self) -> Tensor:
         """As uint8 [64]."""
         numbers = torch.zeros(HEADER_BYTES // 8, dtype=torch.int64)
-        numbers[:5] = torch.tensor(astuple(self))
+        numbers[:6] = torch.tensor(astuple(self))
         return numbers.view(torch.uint8)
 
     @classmethod
     def unpack(cls, data: Tensor) -> Header:
-        chunk, step, save_at, is_left_out, rows, *_ = data.view(torch.int64).tolist()
-        return cls(chunk, step, save_at, bool(is_left_out), rows)
+        chunk, step, save_at, is_left_out, rows, prompt_at, *_ = data.view(torch.int64).tolist()
+        return cls(chunk, step, save_at, bool(is_left_out), rows, prompt_at)
 
 
 class Incoming(Protocol):

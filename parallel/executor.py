@@ -56,6 +56,7 @@ from longvid.parallel.schedule import (
     KvVersion,
     LatentVersion,
     OverlapVersion,
+    Recall,
     Step,
 )
 from longvid.parallel.snapshot import key_latents
@@ -122,6 +123,22 @@ class Saver(Protocol):
         ...
 
 
+class Prompter(Protocol):
+    """Changes prompts while a film is made, on every rank."""
+
+    def is_due(self) -> bool:
+        """Asked on the leader at the end of every round: whether there is a new prompt."""
+        ...
+
+    def announce(self, at: int, plan: Plan) -> None:
+        """On the leader: have it ready for all ranks at the end of round `at`."""
+        ...
+
+    def change(self, at: int, plan: Plan) -> Plan:
+        """The plan for the rounds after `at`: none but prompts may differ."""
+        ...
+
+
 OnAction = Callable[[RankAction, int, int], None]
 """Called after an action with the nanoseconds (time.monotonic_ns) at which it began and ended."""
 
@@ -143,8 +160,13 @@ class Executor:
     guidance: float | Sequence[float] = 1.0
     mesh: Mesh = field(default_factory=lone_mesh)
     buffers: int = 2
+    sharing: range = range(0)
+    """Layers of the stage, counted in it, that read how the scene before ended."""
+    recalled: Tensor | None = None
+    """The last latents of the film that goes on, fp32 [C, as many as left context, h, w]; on ranks of stage 0."""
     cache: CacheRuntime | None = None
     saver: Saver | None = None
+    prompter: Prompter | None = None
     on_action: OnAction | None = None
     on_value: Callable[[RankAction, Tensor], None] | None = None
     """Called with every hidden state, velocity and latents that this rank makes."""
@@ -154,6 +176,7 @@ class Executor:
     live: Live = field(default_factory=Live)
     """The state of the run at hand."""
     _save_at: int = -1
+    _prompt_at: int = -SAVE_NOTICE - 1
 
     def run(
         self,
@@ -170,8 +193,10 @@ class Executor:
         another rank is lost. Closing the iterator early releases everything.
         """
         live = self.live = live or Live()
-        self._save_at = -1
+        self._save_at, self._prompt_at = -1, -SAVE_NOTICE - 1
         for action, incoming in self._with_receives(actions, plan, done):
+            if self.prompter and isinstance(action, Boundary):
+                plan = self._with_new_prompt(action.round, self.prompter, plan)
             self.current = action
             start = time.monotonic_ns()
             finished = self._act(action, incoming, plan, live)
@@ -225,6 +250,9 @@ class Executor:
                     live.seen[version.chunk, version.version] = pack(*self._global_stage().look(keys))
             case Encode():
                 live.tokens[action.tokens] = self._encode(action, plan.chunks, live)
+            case Recall(latents=version):
+                assert self.recalled is not None, f"{action}: there is no film to go on with"
+                live.latents[version] = self.recalled
             case Gate():
                 self._gate(action, plan, live)
             case Forward():
@@ -363,7 +391,8 @@ class Executor:
     def _keep(self, action: Forward, live: Live) -> None:
         """Keep the K/V of a unit for those after it, until the chunk's last step."""
         for version in action.store:
-            live.kept[action.chunk, version.edge] = live.kv[version]
+            if version.edge != "scene":  # those are not shared under a cache that leaves layers out
+                live.kept[action.chunk, version.edge] = live.kv[version]
         if action.step == self.sampler.num_steps - 1:
             for edge in ("first", "last"):
                 live.kept.pop((action.chunk, edge), None)
@@ -384,6 +413,8 @@ class Executor:
         def span(kv: KvVersion) -> slice:
             if kv.edge == "first":
                 return slice(before, before + chunks[i - 1].num_right)
+            if kv.edge == "scene" and chunk.scene_end:
+                return slice(before + chunk.scene_end.first, before + chunk.scene_end.stop)
             return slice(len(levels) - chunks[i + 1].num_left, len(levels))
 
         return Unit(
@@ -401,6 +432,9 @@ class Executor:
             num_branches=self._num_branches(k),
             num_overlap=before if action.overlap else 0,
             tokens=self._tokens(action, live),
+            shared=live.kv[action.shared] if action.shared else None,
+            stores_scene=any(kv.edge == "scene" for kv in action.store),
+            sharing=self.sharing,
         )
 
     def _fuse(self, action: Fuse, live: Live) -> None:
@@ -455,7 +489,8 @@ class Executor:
     def _send(self, action: Send, plan: Plan, live: Live) -> None:
         message, comm = action.message, self.mesh.comm
         unit = _unit_of(message)
-        header, is_sized = Header(*unit, self._save_at, unit in live.left_out), self._is_sized(message)
+        is_sized = self._is_sized(message)
+        header = Header(*unit, self._save_at, unit in live.left_out, prompt_at=self._prompt_at)
         match message:
             case Hidden():
                 hidden = live.hidden.pop(unit, _NOTHING)
@@ -485,6 +520,7 @@ class Executor:
                 f"{message} was due from rank {action.source}, but c{header.chunk} k{header.step} came"
             )
         self._save_at = max(self._save_at, header.save_at)
+        self._prompt_at = max(self._prompt_at, header.prompt_at)
         unit = header.chunk, header.step
         if header.is_left_out and isinstance(message, Hidden | Velocity | Verdict):
             live.left_out.add(unit)
@@ -536,7 +572,15 @@ class Executor:
         """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
         return self.cache is not None and isinstance(message, Hidden | Velocity | Overlap | Verdict)
 
-    # ---------------------------------------------------------------------------------------------------------- saving
+    # ------------------------------------------------------------------------------------------------------- decisions
+
+    def _with_new_prompt(self, done: int, prompter: Prompter, plan: Plan) -> Plan:
+        """The plan after a round. The leader decides as it does for checkpoints, and all ranks hear of it in time."""
+        notice = SAVE_NOTICE if self.mesh.topology.num_ranks > 1 else 0
+        if self.mesh.is_leader and self._prompt_at <= done - max(1, notice) and prompter.is_due():
+            self._prompt_at = done + notice
+            prompter.announce(self._prompt_at, plan)
+        return prompter.change(done, plan) if self._prompt_at == done else plan
 
     def _boundary(self, action: Boundary, live: Live) -> None:
         if not self.saver:

@@ -38,6 +38,7 @@ from longvid.parallel.schedule import (
     GlobalVersion,
     KvVersion,
     LatentVersion,
+    Recall,
     Step,
 )
 from longvid.parallel.topology import Coordinate, Topology
@@ -325,6 +326,8 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
         match action:
             case Admit(chunk=i):
                 latents[LatentVersion(i, 0)] = None
+            case Recall(latents=recalled):
+                latents[recalled] = None
             case Forward(store=store):
                 kv |= dict.fromkeys(store)
             case Step(chunk=i, step=k):
@@ -432,6 +435,9 @@ class _FirstStage:
                     continue
                 case Admit():
                     yield from self.admit(action)
+                case Recall(latents=recalled):
+                    self.own.add(recalled)
+                    yield action
                 case DropGlobals(tokens=tokens) if tokens in self.tokens:
                     self.tokens.remove(tokens)
                     yield action

@@ -18,6 +18,9 @@ forward(i, k) reads its own z[i]@k; as right context the K/V that forward(i+1, k
 round; and as left context either the last latents of z[i-1], recomputed through all layers (`left: recompute`), or the
 K/V that forward(i-1, k) stored a round ago, when chunk i-1 was at the same step (`left: cached`).
 
+After a transition `share`, the chunks of the new scene also read the K/V of how the scene before ended, as its chunk
+stored them at the same step. They live until the last of these chunks was at that step.
+
 With a `gap` of g steps between neighbours, chunk i enters in round g·i: fewer chunks are in flight.
 
 In the chunk schedule (VIN, "Generating, Fast and Slow: Video Interface Networks"), all chunks are at one step. Left
@@ -46,11 +49,12 @@ from itertools import groupby, pairwise
 from typing import Any, Literal
 
 from longvid.parallel.snapshot import LAG, is_remembered, oldest_in_flight, snapshot
-from longvid.plan import Chunk, FilmSpan, Plan
+from longvid.plan import Chunk, FilmSpan, Plan, sharing_steps
 from longvid.settings import Settings
 
 LeftLevel = Literal["same", "fresher"]
-Edge = Literal["first", "last"]
+Edge = Literal["first", "last", "scene"]
+_EDGES: dict[Edge, str] = {"first": "<", "last": ">", "scene": "|"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,17 @@ class LatentVersion:
 
 @dataclass(frozen=True, slots=True)
 class KvVersion:
-    """K/V of every layer for a chunk's first or last own latents, as its forward of `round` computed them."""
+    """K/V of every layer for a chunk's first or last own latents, as its forward of `round` computed them.
+
+    Those of a `scene`'s end are of late layers alone.
+    """
 
     chunk: int
     round: int
     edge: Edge = "first"
 
     def __str__(self) -> str:
-        return f"kv{self.chunk}{'<' if self.edge == 'first' else '>'}@{self.round}"
+        return f"kv{self.chunk}{_EDGES[self.edge]}@{self.round}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +138,22 @@ class Encode:
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """Predict the velocity at z[chunk]@step, with context `left` and `right`; keep K/V as each of `store`.
+class Recall:
+    """Take up the last latents of the film that goes on, of as many as there is left context."""
 
-    With `overlap`, predict and keep that too. With `tokens`, its layers read global tokens, too.
+    round: int
+    latents: LatentVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  recall   {self.latents}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Predict the velocity at z[chunk]@step, with context `left` and `right`, and in late layers `shared`.
+
+    Keep K/V as each of `store`. With `overlap`, predict and keep that too. With `tokens`, its layers read global
+    tokens, too.
     """
 
     round: int
@@ -145,9 +164,10 @@ class Forward:
     store: tuple[KvVersion, ...] = ()
     tokens: GlobalVersion | None = None
     overlap: OverlapVersion | None = None
+    shared: KvVersion | None = None
 
     def __str__(self) -> str:
-        names = ("left", "right", "tokens", "overlap")
+        names = ("left", "right", "shared", "tokens", "overlap")
         context = [f"  {name} {value}" for name in names if (value := getattr(self, name))]
         context += [f"  store {value}" for value in self.store]
         return f"{self.round:5}  forward  c{self.chunk} k{self.step}{''.join(context)}"
@@ -254,7 +274,7 @@ class DropGlobals:
         return f"{self.round:5}  drop     {self.tokens}"
 
 
-Action = Admit | Encode | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv | DropGlobals
+Action = Admit | Recall | Encode | Gate | Forward | Forecast | Fuse | Step | Finish | DropLatents | DropKv | DropGlobals
 
 
 def _left_of(chunk: int, is_left: bool) -> str:
@@ -267,7 +287,8 @@ class QueueRules:
 
     `forecast` are the steps that are not computed, `gated` those of which the first rank decides; never the first or
     the last. With `tokens`, units read global tokens, for which a shot's finished chunks are kept as far back as
-    `memory` says (`snapshot.is_remembered`).
+    `memory` says (`snapshot.is_remembered`). In the steps of `sharing`, chunks read the K/V of how the scene before
+    ended, where the plan says so.
     """
 
     left: Literal["recompute", "cached"] = "recompute"
@@ -277,6 +298,7 @@ class QueueRules:
     gated: frozenset[int] = frozenset()
     tokens: bool = False
     memory: int = 0
+    sharing: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, settings: Settings) -> QueueRules:
@@ -286,7 +308,8 @@ class QueueRules:
         if settings.schedule == "sequential":
             return cls(gap=steps, forecast=forecast, gated=gated)
         queue, vin = settings.queue, settings.vin
-        return cls(queue.left, queue.left_level, queue.gap, forecast, gated, vin.policy == "on", vin.memory)
+        has_tokens, sharing = vin.policy == "on", frozenset(sharing_steps(steps)) - forecast
+        return cls(queue.left, queue.left_level, queue.gap, forecast, gated, has_tokens, vin.memory, sharing)
 
     def computed(self, step: int) -> int:
         """The last step up to this one that is computed."""
@@ -368,20 +391,20 @@ def make_schedule(plan: Plan, settings: Settings) -> Iterator[Action]:
     """The schedule that the settings ask for; of several films, each round by round beside the others."""
 
     def of_film(film: FilmSpan) -> Iterator[Action]:
-        alone = _schedule(plan.chunks[film.chunks.start : film.chunks.stop], settings)
+        alone = _schedule(plan.chunks[film.chunks.start : film.chunks.stop], settings, plan.first_chunk)
         return (shift(action, film.chunks.start, film.first_round) for action in alone)
 
     return heapq.merge(*map(of_film, plan.films), key=lambda action: action.round)
 
 
-def _schedule(chunks: Sequence[Chunk], settings: Settings) -> Iterator[Action]:
-    """That of one film's chunks."""
+def _schedule(chunks: Sequence[Chunk], settings: Settings, first: int) -> Iterator[Action]:
+    """That of one film's chunks, those before `first` being finished."""
     steps = settings.sampler.steps
     if settings.schedule == "chunks":
         return chunk_schedule(chunks, steps, ChunkRules.of(settings))
     if settings.schedule == "sequential":
-        return sequential_schedule(chunks, steps, QueueRules.of(settings))
-    return queue_schedule(chunks, steps, QueueRules.of(settings))
+        return sequential_schedule(chunks, steps, QueueRules.of(settings), first)
+    return queue_schedule(chunks, steps, QueueRules.of(settings), first)
 
 
 def last_round(film: FilmSpan, settings: Settings) -> int:
@@ -389,21 +412,34 @@ def last_round(film: FilmSpan, settings: Settings) -> int:
     return film.first_round + rules_of(settings).num_rounds(len(film.chunks), settings.sampler.steps) - 1
 
 
+def first_round(plan: Plan, settings: Settings) -> int:
+    """The round in which work begins: that in which a film that goes on would have come so far."""
+    rules = rules_of(settings)
+    return rules.gap * plan.first_chunk if isinstance(rules, QueueRules) else 0
+
+
 def num_rounds(plan: Plan, settings: Settings) -> int:
-    """Rounds until the last film is done."""
-    return 1 + max(last_round(film, settings) for film in plan.films)
+    """Rounds from the first one until the last film is done."""
+    return 1 + max(last_round(film, settings) for film in plan.films) - first_round(plan, settings)
 
 
 def num_units(plan: Plan, settings: Settings, done: int) -> int:
     """Units of the rounds up to `done`."""
-    rules, steps = rules_of(settings), settings.sampler.steps
-    return sum(rules.num_units(len(film.chunks), steps, max(0, done + 1 - film.first_round)) for film in plan.films)
+    rules, steps, begun = rules_of(settings), settings.sampler.steps, done + 1 - first_round(plan, settings)
+    return sum(
+        rules.num_units(len(film.chunks) - plan.first_chunk, steps, max(0, begun - film.first_round))
+        for film in plan.films
+    )
 
 
 def num_finished(plan: Plan, settings: Settings, done: int) -> list[int]:
     """Chunks of each film that are finished when round `done` is over."""
-    rules, steps = rules_of(settings), settings.sampler.steps
-    return [rules.num_finished(len(film.chunks), steps, max(0, done + 1 - film.first_round)) for film in plan.films]
+    rules, steps, begun = rules_of(settings), settings.sampler.steps, done + 1 - first_round(plan, settings)
+    return [
+        plan.first_chunk
+        + rules.num_finished(len(film.chunks) - plan.first_chunk, steps, max(0, begun - film.first_round))
+        for film in plan.films
+    ]
 
 
 def shift(action: Action, chunks: int, rounds: int) -> Action:
@@ -434,27 +470,32 @@ def _shifted(value: Any, chunks: int, rounds: int) -> Any:
     return value
 
 
-def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules) -> Iterator[Action]:
+def queue_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules, first: int = 0) -> Iterator[Action]:
     """The queue. Chunks of different shots follow each other without a pause.
 
     `left_level` is how far denoised forward(i, k) sees latents as left context: "same" reads z[i-1]@k, "fresher"
-    z[i-1] as it stands, `gap` steps further (or finished).
+    z[i-1] as it stands, `gap` steps further (or finished). Chunks before `first` are finished: what the first one reads
+    as left context is clean at all steps, and is recalled.
     """
-    queue = _Queue(chunks, steps, rules)
+    queue = _Queue(chunks, steps, rules, first)
     gap = rules.gap
-    for n in range(rules.num_rounds(len(chunks), steps)):
-        newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), 0)
+    for n in range(gap * first, rules.num_rounds(len(chunks), steps)):
+        newest, oldest = min(n // gap, len(chunks) - 1), max(-(-(n - steps + 1) // gap), first)
         for shot, members in groupby(range(newest, oldest - 1, -1), key=lambda i: chunks[i].shot):
             yield from queue.of_shot(n, shot, list(members))
 
 
-def sequential_schedule(chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None) -> Iterator[Action]:
-    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context.
+def sequential_schedule(
+    chunks: Sequence[Chunk], steps: int, rules: QueueRules | None = None, first: int = 0
+) -> Iterator[Action]:
+    """One chunk after the other, each for all its steps: the oracle for short clips. No chunk may have context, but for
+    the first one of a film that goes on.
 
     Of the rules only what a cache leaves out counts.
     """
-    assert all(chunk.num_left == chunk.num_right == 0 for chunk in chunks), "a sequential chunk is a whole shot"
-    return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps))
+    alone = [*chunks[:1], *chunks[first + 1 :]]
+    assert all(chunk.num_left == chunk.num_right == 0 for chunk in alone), "a sequential chunk is a whole shot"
+    return queue_schedule(chunks, steps, replace(rules or QueueRules(), gap=steps), first)
 
 
 def chunk_schedule(chunks: Sequence[Chunk], steps: int, rules: ChunkRules) -> Iterator[Action]:
@@ -552,6 +593,7 @@ class _Queue:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    first: int = 0
     kept: dict[LatentVersion, None] = field(default_factory=dict)
     """Latents that global tokens alone are still to be made of."""
 
@@ -588,6 +630,8 @@ class _Queue:
         """The actions of one unit. Every value is dropped right after its last reader."""
         n = self.rules.gap * i + k
         if k == 0:
+            if i == self.first and self.chunks[i].num_left:
+                yield Recall(n, LatentVersion(i - 1, self.steps))
             yield Admit(n, i)
         if k in self.rules.forecast:
             yield Forecast(n, i, k)
@@ -603,7 +647,8 @@ class _Queue:
         left, right = self.left(i, k), self.right(i, k)
         shot = self.chunks[i].shot
         tokens = GlobalVersion(n, shot) if self.has_tokens(n, shot) else None
-        forward = Forward(n, i, k, left, right, self.store(i, k), tokens)
+        shared = self.shared(i, k)
+        forward = Forward(n, i, k, left, right, self.store(i, k), tokens, shared=shared)
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward
@@ -611,8 +656,13 @@ class _Queue:
             yield DropKv(n, right)
         if isinstance(left, KvVersion):
             yield DropKv(n, left)
+        elif left and i == self.first:
+            if k + 1 == self.steps:
+                yield DropLatents(n, left)
         elif left and self.neighbour_reads_last(left) and (self.rules.left_level == "same" or k + 1 == self.steps):
             yield from self.release(n, left)
+        if shared and self.is_last_reader(i):
+            yield DropKv(n, shared)
 
     def computed_after(self, k: int) -> Iterator[int]:
         return (later for later in range(k + 1, self.steps) if later not in self.rules.forecast)
@@ -621,6 +671,8 @@ class _Queue:
         """Chunk i-1 is `gap` steps ahead: take it as it is ("fresher"), or as it was `gap` rounds ago."""
         if not self.chunks[i].num_left:
             return None
+        if i == self.first:
+            return LatentVersion(i - 1, self.steps)
         if self.rules.left == "cached":
             return KvVersion(i - 1, self.rules.gap * (i - 1) + k, "last")
         ahead = self.rules.gap if self.rules.left_level == "fresher" else 0
@@ -636,13 +688,31 @@ class _Queue:
             return None
         return KvVersion(i + 1, self.rules.gap * (i + 1) + self.rules.computed(behind))
 
+    def shared(self, i: int, k: int) -> KvVersion | None:
+        """How the scene before ended, when its chunk was at this step."""
+        shares = self.chunks[i].shares
+        if shares is None or k not in self.rules.sharing:
+            return None
+        source = shares - self.chunks[0].index
+        return KvVersion(source, self.rules.gap * source + k, "scene")
+
+    def is_last_reader(self, i: int) -> bool:
+        """Of how the scene before ended: its readers follow each other."""
+        return i + 1 == len(self.chunks) or self.chunks[i + 1].shares != self.chunks[i].shares
+
     def store(self, i: int, k: int) -> tuple[KvVersion, ...]:
-        """First edge: wanted by forward(i-1, k + gap), or the next that comes. Last: by forward(i+1, k), if cached."""
+        """First edge: wanted by forward(i-1, k + gap), or the next that comes. Last: by forward(i+1, k), if cached.
+
+        The end of a scene: by forward(j, k) of the chunks that share it.
+        """
         n, first, kept = self.rules.gap * i + k, KvVersion(i, self.rules.gap * i + k), []
         if i > 0 and any(self.right(i - 1, reader) == first for reader in self.computed_after(k)):
             kept.append(first)
         if self.rules.left == "cached" and i + 1 < len(self.chunks) and self.chunks[i + 1].num_left:
             kept.append(KvVersion(i, n, "last"))
+        is_shared = i + 1 < len(self.chunks) and self.chunks[i + 1].shares == self.chunks[i].index
+        if is_shared and k in self.rules.sharing:
+            kept.append(KvVersion(i, n, "scene"))
         return tuple(kept)
 
     def drop_own(self, n: int, latents: LatentVersion) -> Iterator[Action]:

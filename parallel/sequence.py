@@ -87,6 +87,20 @@ class Around:
     """Where not all of the unit's tokens ask: which do, int64 [l]. Their K/V come of all."""
     head_costs: Sequence[float] | None = None
     """What each head costs beside the others, where they are to be dealt to ranks by that."""
+    shared: KvPart | None = None
+    """How the scene before ended, in the place of left context: its last token stands before the chunk's first own."""
+    shared_stop: int = 0
+    """The place of the chunk's first own token."""
+
+    @property
+    def sides(self) -> list[tuple[KvPart, int]]:
+        """All K/V of others, and the place in `rope` of each whole span's first token."""
+        found = [(self.left, 0), (self.right, self.num_left + own_tokens(self)), (self.shared, self.shared_start)]
+        return [(part, first) for part, first in found if part]
+
+    @property
+    def shared_start(self) -> int:
+        return self.shared_stop - span_tokens(self.shared) if self.shared else 0
 
 
 class SequenceAttention(Protocol):
@@ -401,7 +415,11 @@ def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around
     else:
         rope = around.rope[0][:, first + around.queries], around.rope[1][:, first + around.queries]
     q_BLHD = rotate(q_BLHD, rope)
-    return around.attention.whole(q_BLHD, rotate(k_BLHD, around.rope), v_BLHD, heads)
+    k_BLHD = rotate(k_BLHD, around.rope)
+    if around.shared:
+        key = rotate(around.shared.key, rows(around.rope, around.shared_start, around.shared_stop))
+        k_BLHD, v_BLHD = torch.cat([k_BLHD, key], 1), torch.cat([v_BLHD, around.shared.value], 1)
+    return around.attention.whole(q_BLHD, k_BLHD, v_BLHD, heads)
 
 
 def store_whole(k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> list[KvPart]:
@@ -409,14 +427,21 @@ def store_whole(k_BLHD: Tensor, v_BLHD: Tensor, around: Around) -> list[KvPart]:
     return [KvPart(k_BLHD[:, span].clone(), v_BLHD[:, span].clone()) for span in around.store]
 
 
+def without_scene(store: tuple[slice, ...], stores_scene: bool) -> tuple[slice, ...]:
+    """Spans to be stored in a layer that shares nothing: of a scene's end, which is the last one, no tokens."""
+    if not stores_scene:
+        return store
+    *others, scene = store
+    return (*others, slice(scene.start, scene.start))
+
+
 def neighbours(around: Around) -> tuple[list[Tensor], list[Tensor]]:
     """Keys, rotated, and values of the neighbours' tokens that this rank keeps."""
     keys, values = [], []
-    for side, first in ((around.left, 0), (around.right, around.num_left + own_tokens(around))):
-        if side:
-            start = first + side.offset
-            keys.append(rotate(side.key, rows(around.rope, start, start + side.key.shape[1])))
-            values.append(side.value)
+    for side, first in around.sides:
+        start = first + side.offset
+        keys.append(rotate(side.key, rows(around.rope, start, start + side.key.shape[1])))
+        values.append(side.value)
     return keys, values
 
 
@@ -437,19 +462,22 @@ def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
 
 def own_tokens(around: Around) -> int:
     """L, from the rotary rows: what is left of them beside the neighbours'."""
-    right = around.right
-    num_right = (sum(right.lengths) or right.key.shape[1]) if right else 0
+    num_right = span_tokens(around.right) if around.right else 0
     return around.rope[0].shape[1] - around.num_left - num_right
 
 
+def span_tokens(part: KvPart) -> int:
+    """Tokens of the whole span that a part is of."""
+    return sum(part.lengths) or part.key.shape[1]
+
+
 def key_places(around: Around, spans: Sequence[slice], member: int) -> tuple[range, ...]:
-    """Where the keys of a member of the ring are among all: the unit's, then the left and the right neighbour's."""
+    """Where the keys of a member of the ring are among all: the unit's, then the neighbours', then the shared."""
     own = spans[member]
     places = [range(around.num_left + own.start, around.num_left + own.stop)]
-    for side, first in ((around.left, 0), (around.right, around.num_left + own_tokens(around))):
-        if side:
-            start = first + sum(side.lengths[:member])
-            places.append(range(start, start + side.lengths[member]))
+    for side, first in around.sides:
+        start = first + sum(side.lengths[:member])
+        places.append(range(start, start + side.lengths[member]))
     return tuple(places)
 
 

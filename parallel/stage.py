@@ -24,6 +24,9 @@ class Unit:
     `hidden`, as the stage before gave it. `left` and `right` are neighbours' K/V or None; `store` says of which latents
     (as indices into F) K/V must be returned.
 
+    `shared` is how the scene before ended, for the layers of `sharing`, counted in the stage; with `stores_scene`, the
+    last of `store` is such an end, of which only those layers need keep K/V.
+
     With a cache, `is_left_out` says that a gate left the step's span of layers out, and `kept` are the K/V that an
     earlier step returned for each of `store`, for the layers that do not run. The first `num_branches` of the stage's
     branches run. `tokens` [branches, G, D] are the global tokens that its layers read, if any. The velocity of the last
@@ -42,6 +45,9 @@ class Unit:
     is_left_out: bool = False
     kept: tuple[KvSpan, ...] = ()
     num_branches: int = 2
+    shared: KvSpan | None = None
+    stores_scene: bool = False
+    sharing: range = range(0)
     tokens: Tensor | None = None
     num_overlap: int = 0
 

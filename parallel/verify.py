@@ -28,6 +28,7 @@ from longvid.parallel.schedule import (
     LatentVersion,
     OverlapVersion,
     QueueRules,
+    Recall,
     Rules,
     Step,
 )
@@ -47,15 +48,20 @@ class Report:
     num_rounds: int
     max_live_latents: int
     max_live_kv: int
+    """But for those of scenes' ends."""
+    max_live_scenes: int = 0
 
 
-def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: Rules) -> Report:
-    """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong."""
+def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rules: Rules, first: int = 0) -> Report:
+    """Walk through the actions in O(chunks in flight) memory. Raises ScheduleError at the first one that is wrong.
+
+    The chunks before `first` are finished; in a chunk schedule there are none.
+    """
     simulation: _Simulation | _ChunkSimulation
     if isinstance(rules, ChunkRules):
         simulation = _ChunkSimulation(chunks, steps, rules)
     else:
-        simulation = _Simulation(chunks, steps, rules)
+        simulation = _Simulation(chunks, steps, rules, first)
     action: Action | str = "empty schedule"
     try:
         for action in actions:
@@ -101,6 +107,7 @@ class _Simulation:
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
+    first: int = 0
 
     latents: set[LatentVersion] = field(default_factory=set)
     kv: dict[KvVersion, tuple[int, int]] = field(default_factory=dict)  # the unit that stored it
@@ -122,6 +129,11 @@ class _Simulation:
     turn: int = 0  # chunks from this one on had their turn in this round
     max_live_latents: int = 0
     max_live_kv: int = 0
+    max_live_scenes: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_admitted = self.num_finished = self.first
+        self.last_to_share = {chunk.shares: i for i, chunk in enumerate(self.chunks) if chunk.shares is not None}
 
     def apply(self, action: Action) -> None:  # noqa: C901 - one match over all actions
         _require(action.round >= self.round, f"comes after round {self.round}")
@@ -134,6 +146,8 @@ class _Simulation:
                 self.admit(action)
             case Encode():
                 self.encode(action)
+            case Recall():
+                self.recall(action)
             case Gate(forward=forward):
                 _require(forward.step in self.rules.gated, f"step {forward.step} has no gate")
                 self.gated = forward
@@ -157,7 +171,9 @@ class _Simulation:
             case DropGlobals(tokens=tokens):
                 _require(self.tokens.pop(tokens, False), f"{tokens} are not live, or were never read")
         self.max_live_latents = max(self.max_live_latents, len(self.latents))
-        self.max_live_kv = max(self.max_live_kv, len(self.kv))
+        num_scenes = sum(kv.edge == "scene" for kv in self.kv)
+        self.max_live_scenes = max(self.max_live_scenes, num_scenes)
+        self.max_live_kv = max(self.max_live_kv, len(self.kv) - num_scenes)
 
     def admit(self, action: Admit) -> None:
         i = action.chunk
@@ -208,6 +224,14 @@ class _Simulation:
             _require(expected in self.tokens, f"{expected} are not live")
             self.tokens[expected] = True
 
+    def recall(self, action: Recall) -> None:
+        first, wanted = self.first, LatentVersion(self.first - 1, self.steps)
+        _require(self.num_admitted == first < len(self.chunks), "comes after the first chunk")
+        _require(action.round == self.rules.gap * first, f"chunk {first} enters in round {self.rules.gap * first}")
+        _require(self.chunks[first].num_left > 0 and action.latents == wanted, f"chunk {first} goes on from {wanted}")
+        _require(wanted not in self.latents, f"{wanted} is live")
+        self.latents.add(wanted)
+
     def begin(self, i: int, k: int, n: int) -> None:
         self.require_turn(i, k, n)
         self.require_taken(i, k)
@@ -233,6 +257,7 @@ class _Simulation:
         self.require_left(action)
         self.require_right(action)
         self.require_tokens(action)
+        self.require_shared(action)
         for kv in action.store:
             _require((kv.chunk, kv.round) == (i, action.round), f"stores its own K/V of round {action.round}")
             _require(kv not in self.kv, f"{kv} is stored twice")
@@ -245,6 +270,9 @@ class _Simulation:
         i, k = action.chunk, action.step
         if self.chunks[i].num_left == 0:
             _require(action.left is None, "has no left context")
+        elif i == self.first:
+            _require(action.left == LatentVersion(i - 1, self.steps), "the left context is what was recalled")
+            self.require_latents(LatentVersion(i - 1, self.steps))
         elif self.rules.left == "cached":
             self.require_kv("left", action.left, KvVersion(i - 1, action.round - self.rules.gap, "last"), (i - 1, k))
         else:
@@ -261,6 +289,14 @@ class _Simulation:
             step = self.computed.get(i + 1, -1)
             expected = KvVersion(i + 1, action.round - (k - self.rules.gap - step))
             self.require_kv("right", action.right, expected, (i + 1, step))
+
+    def require_shared(self, action: Forward) -> None:
+        source = self.chunks[action.chunk].shares
+        if source is None or action.step not in self.rules.sharing:
+            _require(action.shared is None, "shares nothing")
+        else:
+            expected = KvVersion(source, action.round - self.rules.gap * (action.chunk - source), "scene")
+            self.require_kv("shared", action.shared, expected, (source, action.step))
 
     def require_kv(self, side: str, found: object, expected: KvVersion, unit: tuple[int, int]) -> None:
         _require(found == expected, f"the {side} context is {expected}")
@@ -306,8 +342,11 @@ class _Simulation:
 
     def kv_will_be_read(self, kv: KvVersion, unit: tuple[int, int]) -> bool:
         """As left context, by the same step of the chunk after. As right context, by a later step of the chunk before,
-        as long as no later step of its own is computed.
+        as long as no later step of its own is computed. As the end of a scene, by the same step of those that share it.
         """
+        if kv.edge == "scene":  # of those the newest comes last to every step
+            newest = self.last_to_share.get(unit[0])
+            return newest is not None and self.steps_taken(newest) <= unit[1]
         if kv.edge == "last":
             return self.rules.left == "cached" and self.steps_taken(unit[0] + 1) <= unit[1]
         before = unit[0] - 1
@@ -321,6 +360,8 @@ class _Simulation:
         neighbour, v, gap = latents.chunk + 1, latents.version, self.rules.gap
         if self.taken.get(latents.chunk) == v or self.will_be_encoded(latents):
             return True
+        if neighbour == self.first:
+            return v == self.steps and self.steps_taken(neighbour) < self.steps
         if self.rules.left == "cached" or neighbour == len(self.chunks) or self.chunks[neighbour].num_left == 0:
             return False
         ahead = gap if self.rules.left_level == "fresher" else 0
@@ -347,7 +388,9 @@ class _Simulation:
         self.end_round()
 
     def report(self) -> Report:
-        return Report(self.num_units, self.num_forecasts, self.round + 1, self.max_live_latents, self.max_live_kv)
+        live = self.max_live_latents, self.max_live_kv, self.max_live_scenes
+        num_rounds = self.round + 1 - self.rules.gap * self.first
+        return Report(self.num_units, self.num_forecasts, num_rounds, *live)
 
 
 @dataclass

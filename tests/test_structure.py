@@ -14,13 +14,13 @@ FOLDERS = {"longvid": "longvid"} | {f"longvid.{name}": name for name in ("config
 
 LEVELS = {
     0: "errors document settings script geometry plan events configs launch.env launch.hosts launch.network chips"
-    " launch.report preemption fingerprint manifest films batch.jobs batch.table"
+    " launch.report preemption fingerprint manifest ending importers films batch.jobs batch.table"
     " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
     " parallel.schedule parallel.snapshot parallel.verify",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together trace ledger",
+    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together live trace ledger",
     5: "engine doctor tune calibrate",
     6: "launch",
     7: "cli __main__ progress journal overview memory machines outlook predict measured options batch",

@@ -122,8 +122,8 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
         output_type="np",
     ).frames[0]
     watch.lap("decode_s")
-    size = {"width": parts.facts.width, "height": parts.facts.height}
-    with FilmWriter(path, **size, fps=parts.facts.fps, output=settings.output) as writer:
+    facts = parts.facts
+    with FilmWriter(path, width=facts.width, height=facts.height, fps=facts.fps, output=settings.output) as writer:
         for first in range(0, num_frames, 64):
             frames = np.rint(video[first : first + 64] * 255).astype(np.uint8)
             watch.lap("decode_s")

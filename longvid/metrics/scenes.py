@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longvid.metrics.adherence import Reading, expected, read_clip, score
 from longvid.metrics.images import shrink
-from longvid.script import Script, blend_frames
+from longvid.script import Script, transition_frames
 from longvid.training import world
 
 WINDOW = 48
@@ -34,14 +34,18 @@ class Span:
 
 
 def scene_spans(script: Script, fps: float) -> list[Span]:
-    """Where each scene lies in a film of that rate. A blend settles when it and the world's own morph are over."""
+    """Where each scene lies in a film of that rate. A blend settles when it and the world's own morph are over.
+
+    With `share` the prompt changes at once: there the morph alone.
+    """
     lengths = [scene.duration.frames(fps) for scene in script.scenes]
     spans = []
     for i, (scene, length, stop) in enumerate(zip(script.scenes, lengths, accumulate(lengths), strict=True)):
         first = stop - length
         change = 0
-        if scene.transition.kind == "blend":
-            change = min(world.MORPH_FRAMES + blend_frames(script, scene, fps), length // 2)
+        if scene.transition.kind != "cut":
+            blended = transition_frames(script, scene, fps) if scene.transition.kind == "blend" else 0
+            change = min(world.MORPH_FRAMES + blended, length // 2)
         spans.append(Span(i, scene.prompt, first, first + change, stop))
     return spans
 

@@ -51,6 +51,7 @@ def cogvideox_facts(configs: Configs) -> ModelFacts:
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         splits_tokens=False,
         module_caches=False,
+        goes_on=False,
         relative_positions=rotary,
         max_size=size if together > 1 else None,
     )

@@ -55,6 +55,7 @@ def hunyuan_facts(configs: Configs) -> ModelFacts:
         hidden_size=heads * head_dim,
         splits_tokens=False,
         module_caches=False,
+        goes_on=False,
         dual_layers=dual,
         embedded_guidance=bool(transformer["guidance_embeds"]),
     )

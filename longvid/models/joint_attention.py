@@ -53,7 +53,7 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     the neighbour sees them at another position.
     """
     query, key, value = video
-    context.stored.append([KvPart(key[:, span].clone(), value[:, span].clone()) for span in context.store])
+    context.stored.append([KvPart(key[:, span].clone(), value[:, span].clone()) for span in context.store_at(index)])
     if context.rope is not None:
         query = rotate(query, rows(context.rope, context.num_left, context.num_left + query.shape[1]))
     sides = [[side[index]] if side else [] for side in (context.left, context.right)]
@@ -61,6 +61,9 @@ def joint_attention(index: int, text: Sequence[Tensor], video: Sequence[Tensor],
     value = torch.cat([*(kv.value for kv in sides[0]), value, *(kv.value for kv in sides[1])], 1)
     if context.rope is not None:
         key = rotate(key, context.rope)
+        if shared := context.shared_at(index):
+            place = rows(context.rope, context.shared_stop - shared.key.shape[1], context.shared_stop)
+            key, value = torch.cat([key, rotate(shared.key, place)], 1), torch.cat([value, shared.value], 1)
     if len(context.text_lengths) == 1:
         query, key, value = (torch.cat(pair, 1) for pair in zip(text, (query, key, value), strict=True))
         return context.attention(index).whole(query, key, value, Heads.all(query.shape[2]))

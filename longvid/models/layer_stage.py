@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
-from longvid.parallel.sequence import Attention, DenseAttention, KvPart
+from longvid.parallel.sequence import Attention, DenseAttention, KvPart, without_scene
 from longvid.parallel.stage import Begun, Output, Unit
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.tokens import TokenMap
@@ -46,6 +46,10 @@ class LayerContext:
     the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each. ``attention`` gives that of
     a layer of the stage. A layer of which no K/V are computed stores those that an earlier step stored: for each span a
     layer's, ``kept``.
+
+    Layers in ``sharing`` also read ``shared``, how the scene before ended, in the place before token ``shared_stop`` of
+    the tokens that positions are given to; with ``stores_scene`` the last of ``store`` is such an end, kept by them
+    alone.
     """
 
     left: list[KvPart] | None = None
@@ -55,6 +59,18 @@ class LayerContext:
     stored: list[list[KvPart]] = field(default_factory=list)
     attention: Callable[[int], Attention] = dense_everywhere
     kept: tuple[list[KvPart], ...] = ()
+    shared: list[KvPart] | None = None
+    shared_stop: int = 0
+    stores_scene: bool = False
+    sharing: range = range(0)
+
+    def shared_at(self, index: int) -> KvPart | None:
+        """How the scene before ended, for a layer that reads it."""
+        return self.shared[index] if self.shared and index in self.sharing else None
+
+    def store_at(self, index: int) -> tuple[slice, ...]:
+        """The spans of which a layer stores K/V."""
+        return self.store if index in self.sharing else without_scene(self.store, self.stores_scene)
 
     def keep_earlier(self, index: int) -> None:
         """For a layer of which no K/V are computed."""
@@ -295,6 +311,10 @@ def context_of(unit: Unit, index: int, per_latent: int) -> dict[str, Any]:
         "num_left": neighbours(unit)[0] * per_latent,
         "store": tuple(slice(span.start * per_latent, span.stop * per_latent) for span in unit.store),
         "kept": tuple(layers for span in unit.kept if (layers := _of_branch(span, index))),
+        "shared": _of_branch(unit.shared, index),
+        "shared_stop": unit.chunk.num_left * per_latent,
+        "stores_scene": unit.stores_scene,
+        "sharing": unit.sharing,
     }
 
 

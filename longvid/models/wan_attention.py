@@ -73,9 +73,11 @@ class QueueSelfAttention:
             left=context.left[self.index] if context.left else None,
             right=context.right[self.index] if context.right else None,
             num_left=context.num_left,
-            store=context.store,
+            store=context.store_at(self.index),
             attention=context.attention(self.index),
             head_costs=context.head_costs(self.index),
+            shared=context.shared_at(self.index),
+            shared_stop=context.shared_stop,
         )
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)

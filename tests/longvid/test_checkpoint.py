@@ -563,7 +563,7 @@ class Film:
                 self.cache.load_state(saved.cached)
             self.decoder.load_state(saved.film.decoder)
             state = saved.film.writer
-            writer = FilmWriter.resume(self.path, **size, segments=state.segments, open_frames=state.open_frames)
+            writer = FilmWriter.resume(self.path, **size, state=state)
         else:
             writer = FilmWriter(self.path, **size)
         saver = saver_of(

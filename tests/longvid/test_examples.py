@@ -21,11 +21,11 @@ scenes:
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs an example as a program on the tiny model, and returns the film that it was told to write."""
-    story, film = tmp_path / "small.yaml", tmp_path / "film.mp4"
-    story.write_text(STORY)
+    path, film = tmp_path / "small.yaml", tmp_path / "film.mp4"
 
-    def run_example(name: str, *, writes: bool = True) -> Path:
-        arguments = [str(story), str(tiny_model), *([str(film)] if writes else [])]
+    def run_example(name: str, *, writes: bool = True, story: str = STORY) -> Path:
+        path.write_text(story)
+        arguments = [str(path), str(tiny_model), *([str(film)] if writes else [])]
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return film
@@ -60,3 +60,9 @@ def test_accelerate_pipeline_times_a_clip_both_ways(
     monkeypatch.setattr(sys, "argv", ["accelerate_pipeline.py", "9", str(tiny_model)])
     runpy.run_path(str(EXAMPLES / "accelerate_pipeline.py"), run_name="__main__")
     assert "9 frames: dense" in capsys.readouterr().out
+
+
+def test_live_prompts_says_from_which_frame_a_prompt_is_followed(run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("live_prompts.py", writes=False, story=STORY.replace("9f", "400f"))
+    said = capsys.readouterr().out
+    assert ": a large green square" in said and said.startswith("from frame ") and said.endswith("400 frames\n")

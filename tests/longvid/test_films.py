@@ -49,8 +49,10 @@ def settings_of(*overrides):
 
 
 def plan_of(lengths, settings, seed=0, size=""):
-    """A film of shots that are so many frames long."""
+    """A film of shots that are so many frames long; every second one has a scene that shares, where steps allow it."""
     scenes = "".join(f"  - {{prompt: shot {i} of {seed % 3}, for: {n}f}}\n" for i, n in enumerate(lengths))
+    if seed % 2 and settings.sampler.steps >= 3:
+        scenes += "  - {prompt: a, for: 40f}\n  - {prompt: b, for: 30f, transition: share}\n"
     return make_plan(parse_script(f"seed: {seed}\n{size}scenes:\n{scenes}", "story.yaml"), settings, FACTS)
 
 
@@ -109,7 +111,12 @@ def test_chunks_of_a_joined_plan_are_those_of_its_films(films, settings):
             ]
             assert texts[0] == texts[1]
             index, shot = one.index + film.chunks.start, one.shot + film.shots.start
-            assert replace(one, index=index, shot=shot, prompts=other.prompts) == other
+            shares, end = other.shares, other.scene_end
+            assert replace(one, index=index, shot=shot, prompts=other.prompts, shares=shares, scene_end=end) == other
+            assert (shares is None) == (one.shares is None) and (end is None) == (one.scene_end is None)
+            assert shares is None or shares - film.chunks.start == one.shares
+            if end and one.scene_end:
+                assert replace(end, last_reader=end.last_reader - film.chunks.start) == one.scene_end
             assert plan.shots[other.shot].first_chunk <= other.index
 
 

@@ -1,6 +1,7 @@
 """The plan: every frame in one chunk, neighbours that agree, prompts that follow the scenes, and DualParal's noise."""
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -22,8 +23,8 @@ def frames(count):
     return Duration(count, "f")
 
 
-def scene(prompt, num_frames, over=None, **rest):
-    transition = Transition("blend", frames(over)) if over else Transition()
+def scene(prompt, num_frames, over=None, kind="blend", **rest):
+    transition = Transition(kind, frames(over)) if over else Transition()
     return Scene(prompt, frames(num_frames), transition, **rest)
 
 
@@ -44,11 +45,12 @@ def scripts(draw):
     scenes = []
     for i in range(count):
         blends = i > 0 and draw(st.booleans())
+        kind = draw(st.sampled_from(["blend", "share"]))
         num_frames = draw(st.integers(8 if blends else 1, 120))
         over = draw(st.integers(1, num_frames)) if blends else None
         seed = draw(st.none() | st.integers(0, 2))
         scenes.append(
-            scene(draw(st.sampled_from("abc")), num_frames, over, seed=seed, negative=draw(st.sampled_from("xy")))
+            scene(draw(st.sampled_from("abc")), num_frames, over, kind, seed=seed, negative=draw(st.sampled_from("xy")))
         )
     return Script(tuple(scenes), seed=draw(st.integers(0, 2)))
 
@@ -57,7 +59,7 @@ def scripts(draw):
 def any_settings(draw):
     chunk = draw(st.integers(1, 9))
     noise = draw(st.sampled_from(["coordinated", "independent"]))
-    section = QueueSettings(chunk_latents=chunk, context_latents=draw(st.integers(0, chunk)), noise=noise)
+    section = QueueSettings(chunk_latents=chunk, context_latents=draw(st.integers(1, chunk)), noise=noise)
     return Settings(schedule=draw(st.sampled_from(["queue", "queue", "sequential"])), queue=section)
 
 
@@ -210,6 +212,67 @@ def test_the_left_context_keeps_its_own_scenes_prompts():
     plan = make_plan(Script((scene("a", 29), scene("b", 40, over=1))), queue(), facts())
     left, right = plan.chunks[:2]
     assert right.prompts[: right.num_left] == left.prompts[-right.num_left :] == (PromptBlend(0, 0),) * 2
+
+
+@given(scripts(), any_settings(), GRIDS)
+def test_chunks_that_share_read_the_end_of_the_scene_before(script, settings, temporal):
+    """Of the scene that a chunk's first latent is in; and only of latents that the one before it owns."""
+    plan, grid = make_plan(script, settings, facts(temporal)), LatentGrid(temporal)
+    for chunk in plan.chunks:
+        shot = plan.shots[chunk.shot]
+        inside = [i for i, span in enumerate(plan.scenes) if span.shot == chunk.shot]
+        first_latents = {i: grid.num_latents(plan.scenes[i].first_frame - shot.first_frame) for i in inside}
+        now = max(i for i in inside if first_latents[i] <= chunk.start)
+        over = script.scenes[now].transition.over
+        begun = first_latents[now]
+        end = grid.num_latents(plan.scenes[now].first_frame - shot.first_frame + over.frames(16)) if over else 0
+        shares = script.scenes[now].transition.kind == "share" and chunk.start < max(begun + 1, end)
+        assert (chunk.shares is not None) == shares
+        if not shares:
+            continue
+        source = plan.chunks[chunk.shares]
+        latents = range(source.start + source.scene_end.first, source.start + source.scene_end.stop)
+        assert latents.stop == begun and chunk.index <= source.scene_end.last_reader
+        assert latents.start >= max(source.start, first_latents[now - 1])
+        assert 1 <= len(latents) <= settings.queue.context_latents
+
+
+def test_a_scene_that_shares_takes_its_own_prompt_at_once():
+    plan = make_plan(Script((scene("a", 17), scene("b", 40, 16, "share"))), queue(20), facts())
+    assert plan.chunks[0].prompts == (PromptBlend(0, 0),) * 5 + (PromptBlend(1, 1),) * 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "reason"),
+    [
+        (queue(context_latents=0), {}, "queue.context_latents to 1 or more"),
+        (Settings(sampler={"steps": 2}), {}, "sampler.steps of 3 or more, not 2"),
+        (Settings(attention={"policy": "tile"}), {}, "attention.policy must be dense, not tile"),
+        (Settings(cache={"policy": "first_block"}), {}, "cache.policy first_block leaves out layers"),
+        (Settings(cache={"policy": "ras"}), {}, "cache.policy ras leaves out layers"),
+        (Settings(schedule="chunks"), {}, "with schedule=chunks all chunks are at one step"),
+        (queue(), {"relative_positions": False}, "mini adds positions to its tokens"),
+    ],
+)
+def test_sharing_is_refused_where_it_cannot_be(settings, changed, reason):
+    script = Script((scene("a", 17), scene("b", 40, 16, "share", line=3)), path="story.yaml")
+    with pytest.raises(InputError, match=rf"story\.yaml:3: the transition `share` cannot be: .*{reason}"):
+        make_plan(script, settings, replace(facts(), **changed))
+    at_once = settings.model_copy(update={"schedule": "sequential"})
+    assert make_plan(script, at_once, replace(facts(), **changed)).chunks[0].shares is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+@pytest.mark.parametrize("kind", ["cut", "blend", "share"])
+def test_storyboards_of_few_and_many_short_scenes_with_repeated_prompts(count, kind):
+    """Scenes of 9 frames are two or three latents: a chunk holds several."""
+    scenes = [scene("ab"[i % 2], 9, 4 if i and kind != "cut" else None, kind) for i in range(count)]
+    plan = make_plan(Script(tuple(scenes)), queue(), facts())
+    assert plan.num_frames == 9 * count and len(plan.scenes) == count
+    assert plan.prompts == ("a", "b")[:count]
+    assert len(plan.shots) == (count if kind == "cut" else 1)
+    own = [blend for chunk in plan.chunks for blend in chunk.prompts[-chunk.num_latents :]]
+    assert {blend.b for blend in own} == set(range(min(count, 2)))
 
 
 # --------------------------------------------------------------------------------------------------------------- noise

@@ -184,8 +184,7 @@ def test_a_duration_is_the_nearest_number_of_frames_and_at_least_one(seconds, fp
         (one_scene(seed=10**40), ":1: seed: must be a valid integer"),
         (one_scene(seed=True), ":1: seed: must be a valid integer"),
         (one_scene(transition="fade"), ":1: transition: unknown kind 'fade'"),
-        (one_scene(transition="share"), "`share` is not there yet; use cut or blend"),
-        (one_scene(transition={"kind": "share"}), "`share` is not there yet; use cut or blend"),
+        (one_scene(transition="share"), ":1: the first scene has none before it to share from"),
         (one_scene(transition={"kind": "cut", "over": "1s"}), ":1: transition.over: a cut takes no time"),
         (one_scene(transition={"over": "1s"}), ":1: 'transition.kind' is missing"),
         (one_scene(transition="blend"), ":1: the first scene has none before it to blend from"),
@@ -232,11 +231,12 @@ def test_a_bomb_of_aliases_costs_nothing():
     ("over", "whole", "fps"),
     [("2s", "1s", None), ("11f", "10f", None), ("1s", "10f", 24), ("25f", "1s", 24)],
 )
-def test_a_blend_longer_than_its_scene_is_refused(over, whole, fps):
+@pytest.mark.parametrize("kind", ["blend", "share"])
+def test_a_transition_longer_than_its_scene_is_refused(kind, over, whole, fps):
     first = {"prompt": "a", "for": "9s"}
-    second = {"prompt": "b", "for": whole, "transition": {"kind": "blend", "over": over}}
+    second = {"prompt": "b", "for": whole, "transition": {"kind": kind, "over": over}}
     told = message(json.dumps({"scenes": [first, second]} | ({"fps": fps} if fps else {})))
-    assert re.match(r"story\.yaml:1: the blend over \w+ is longer than its scene of \w+", told)
+    assert re.match(rf"story\.yaml:1: the {kind} over \w+ is longer than its scene of \w+", told)
 
 
 def test_a_script_made_in_python_is_checked_too():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from longvid.errors import InputError, RuntimeFailure
 from longvid.segments import count_frames, frame_rate
 from longvid.settings import OutputSettings
-from longvid.writer import FilmWriter
+from longvid.writer import FilmWriter, WriterState
 
 Frames = NDArray[np.uint8]
 SIDE = 64
@@ -256,7 +256,7 @@ def test_a_film_resumed_at_any_frame_has_the_same_bytes(tmp_path: Path, num_fram
                 writer.append(frames[cut:later])
             assert (state.segments, len(state.open_frames)) == divmod(cut, segment)
             (writer.folder / "state").mkdir()
-            with FilmWriter.resume(path, **size, segments=state.segments, open_frames=state.open_frames) as writer:
+            with FilmWriter.resume(path, **size, state=state) as writer:
                 assert [name for name, _ in _segments(writer.playlist)[0]] == [
                     f"seg_{i:05d}.ts" for i in range(state.segments)
                 ]
@@ -291,9 +291,9 @@ def test_a_film_is_not_resumed_on_segments_that_are_not_whole(tmp_path: Path, da
         segment.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "other": last}[damage])
     before = snapshot(writer.folder)
     with pytest.raises(InputError, match=r"seg_00001\.ts"):
-        FilmWriter.resume(path, **size, segments=3, open_frames=numbered(24, 2))
+        FilmWriter.resume(path, **size, state=WriterState(3, numbered(24, 2)))
     assert snapshot(writer.folder) == before
-    FilmWriter.resume(path, **size, segments=1, open_frames=numbered(8, 2)).close()
+    FilmWriter.resume(path, **size, state=WriterState(1, numbered(8, 2))).close()
 
 
 def test_checkpoints_stay_until_the_film_is_finished_or_begun_anew(tmp_path: Path) -> None:
@@ -316,9 +316,8 @@ def test_checkpoints_stay_until_the_film_is_finished_or_begun_anew(tmp_path: Pat
     write(path, numbered(0, 5), keep_state=True)
     assert not state.exists()
     checkpoint()
-    FilmWriter.resume(
-        path, width=SIDE, height=SIDE, fps=16, output=OutputSettings(), segments=0, open_frames=numbered(0, 5)
-    ).finish()
+    left = WriterState(0, numbered(0, 5))
+    FilmWriter.resume(path, width=SIDE, height=SIDE, fps=16, output=OutputSettings(), state=left).finish()
     assert os.listdir(tmp_path) == ["film.mp4"]
 
 
@@ -396,7 +395,7 @@ def test_memory_does_not_grow_with_the_film(tmp_path: Path) -> None:
     program = """
         import resource, sys, numpy as np
         from longvid.settings import OutputSettings
-        from longvid.writer import FilmWriter
+        from longvid.writer import FilmWriter, WriterState
         frames = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), np.uint8)
         with FilmWriter(sys.argv[1], width=32, height=32, fps=16, output=OutputSettings()) as writer:
             peaks = []

@@ -6,14 +6,40 @@ from collections.abc import Callable
 
 import pytest
 
-from longvid.plan import Chunk, Plan, PromptBlend, Shot
+from longvid.geometry import LatentGrid
+from longvid.plan import Chunk, ModelFacts, Plan, PromptBlend, Shot, make_plan
+from longvid.script import Duration, Scene, Script, Transition
+from longvid.settings import load_settings
 
 FilmMaker = Callable[[list[int], int, int], Plan]
+SceneMaker = Callable[..., Plan]
 
 
 @pytest.fixture(scope="session")
 def make_film() -> FilmMaker:
     return _make_film
+
+
+@pytest.fixture(scope="session")
+def make_scenes() -> SceneMaker:
+    """One shot of scenes (latents, latents over which it shares with the scene before, 0 for none).
+
+    `ends` are latents at which the film ended once.
+    """
+    return _make_scenes
+
+
+def _make_scenes(
+    scenes: list[tuple[int, int]], chunk_latents: int, context_latents: int, ends: tuple[int, ...] = ()
+) -> Plan:
+    def scene(index: int, length: int, over: int) -> Scene:
+        share = Transition("share", Duration(min(over, length), "f")) if over else Transition("blend", Duration(1, "f"))
+        return Scene(f"scene {index}", Duration(length, "f"), share if index else Transition())
+
+    script = Script(tuple(scene(i, *lengths) for i, lengths in enumerate(scenes)))
+    queue = [f"queue.chunk_latents={chunk_latents}", f"queue.context_latents={context_latents}"]
+    facts = ModelFacts("toy", "toy", LatentGrid(temporal=1), 2, 4, 24.0, 64, 64, True, 10_000)
+    return make_plan(script, load_settings(None, queue), facts, ends)
 
 
 def _make_film(shot_latents: list[int], chunk_latents: int, context_latents: int) -> Plan:

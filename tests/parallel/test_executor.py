@@ -32,20 +32,21 @@ from longvid.parallel.schedule import QueueRules, Step, queue_schedule, sequenti
 from longvid.parallel.stage import Begun, Output
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate
-from longvid.plan import ModelFacts
+from longvid.plan import ModelFacts, sharing_steps
 
 PRIME = 251
 SHAPE = (2, 2, 1)  # channels, height, width
 LAYERS = 4
+SHARING = range(2, 4)
 SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(left="cached")
 RULES = [replace(rules, gap=gap) for rules in (SAME, FRESHER, CACHED) for gap in (1, 1, 2, 3)]
 
 
-def mix(inputs, times, left, right, step):
+def mix(inputs, times, left, right, step, shared=None):
     """What a toy layer makes of inputs [C, F, h, w], timesteps [F] and K/V [C, R, h, w] or None, in float64."""
     frames, times = np.arange(1, inputs.shape[1] + 1).reshape(1, -1, 1, 1), times.reshape(1, -1, 1, 1)
     total = (frames * (inputs + times)).sum(axis=1, keepdims=True)
-    for weight, kv in ((7, right), (13, left)):
+    for weight, kv in ((7, right), (13, left), (17, shared)):
         if kv is not None:
             frames_of_kv = np.arange(1, kv.shape[1] + 1).reshape(1, -1, 1, 1)
             total = total + weight * (frames_of_kv * kv).sum(axis=1, keepdims=True)
@@ -83,7 +84,8 @@ class ToyStage:
         spans = [[] for _ in unit.store]
         for index, _ in enumerate(self.layers):
             left, right = (None if kv is None else kv[index].double().numpy() for kv in (unit.left, unit.right))
-            values = mix(values, unit.timesteps.double().numpy(), left, right, unit.step)
+            shared = unit.shared[index].double().numpy() if unit.shared and index in unit.sharing else None
+            values = mix(values, unit.timesteps.double().numpy(), left, right, unit.step, shared)
             for span, kept in zip(unit.store, spans, strict=True):
                 kept.append(torch.from_numpy(values[:, span]).float().clone())
                 self.kv_alive.append(weakref.ref(kept[-1]))
@@ -121,12 +123,14 @@ def toy_noise(chunk):
     return torch.randint(PRIME, shape, generator=generator).float()
 
 
-def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each rule
+def recursion(chunks, steps, rules, per_token, first=0, recalled=None):  # noqa: C901 - a value for each rule
     """Finished latents of every chunk, straight from the semantics: a value is defined by the values that it reads."""
     time = ToySampler(steps).timestep
 
     @cache
     def latents(i, k):
+        if i < first:
+            return recalled
         if k == 0:
             return toy_noise(chunks[i]).numpy().astype(np.float64)
         velocity = own(i, k - 1)
@@ -138,11 +142,16 @@ def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each
 
     def times(i, k):
         levels = [k] * chunks[i].num_latents
-        if chunks[i].num_left and rules.left == "recompute":
-            levels = [level_of_left(k) if per_token else k] * chunks[i].num_left + levels
+        if recomputes(i):
+            levels = [level_of_left(i, k) if per_token else k] * chunks[i].num_left + levels
         return np.array([time(level) for level in levels])
 
-    def level_of_left(k):
+    def recomputes(i):
+        return chunks[i].num_left and (rules.left == "recompute" or i == first)
+
+    def level_of_left(i, k):
+        if i == first:
+            return steps
         return k if rules.left_level == "same" else min(k + rules.gap, steps)
 
     @cache
@@ -150,22 +159,31 @@ def recursion(chunks, steps, rules, per_token):  # noqa: C901 - a value for each
         """What the unit's latents are after `depth` layers."""
         chunk, left, right = chunks[i], None, None
         if depth == 0:
-            if chunk.num_left and rules.left == "recompute":
-                return np.concatenate([latents(i - 1, level_of_left(k))[:, -chunk.num_left :], latents(i, k)], axis=1)
+            if recomputes(i):
+                return np.concatenate(
+                    [latents(i - 1, level_of_left(i, k))[:, -chunk.num_left :], latents(i, k)], axis=1
+                )
             return latents(i, k)
-        if chunk.num_left and rules.left == "cached":
+        if chunk.num_left and not recomputes(i):
             left = layer(i - 1, k, depth)[:, -chunk.num_left :]
         if chunk.num_right and k >= rules.gap:
             newer = layer(i + 1, k - rules.gap, depth)[:, -chunks[i + 1].num_latents :]
             right = newer[:, : chunk.num_right]
-        return mix(layer(i, k, depth - 1), times(i, k), left, right, k)
+        shared = None
+        if chunk.shares is not None and k in rules.sharing and depth - 1 in SHARING:
+            source = chunks[chunk.shares]
+            own_of_source = layer(chunk.shares, k, depth)[:, -source.num_latents :]
+            shared = own_of_source[:, source.scene_end.first : source.scene_end.stop]
+        return mix(layer(i, k, depth - 1), times(i, k), left, right, k, shared)
 
-    return [latents(i, steps) for i in range(len(chunks))]
+    return [latents(i, steps) for i in range(first, len(chunks))]
 
 
 def executor(steps, stage=None, sampler=None, noise=toy_noise, per_token=True):
     facts = ModelFacts("toy", "toy", LatentGrid(), 2, 1, 24.0, 16, 16, per_token_timesteps=per_token, max_latents=64)
-    return Executor(stage or ToyStage(), sampler or ToySampler(steps), noise, facts, SHAPE[1:])
+    stage = stage or ToyStage()
+    sharing = range(max(SHARING.start - stage.layers.start, 0), SHARING.stop - stage.layers.start)
+    return Executor(stage, sampler or ToySampler(steps), noise, facts, SHAPE[1:], sharing=sharing)
 
 
 def run(plan, steps, rules=FRESHER, stage=None, per_token=True):
@@ -175,7 +193,7 @@ def run(plan, steps, rules=FRESHER, stage=None, per_token=True):
 
 def assert_equal(finished, plan, oracle):
     finished = list(finished)
-    assert [clip.chunk for clip in finished] == list(plan.chunks)
+    assert [clip.chunk for clip in finished] == list(plan.chunks[plan.first_chunk :])
     for clip, expected in zip(finished, oracle, strict=True):
         assert clip.latents.dtype == torch.float32
         assert np.array_equal(clip.latents.numpy(), expected)
@@ -218,6 +236,72 @@ def test_sequential_equals_the_queue_where_there_is_no_context(make_film):
     plan = make_film([5, 3, 4], 9, 0)
     sequential = executor(4).run(sequential_schedule(plan.chunks, 4), plan)
     assert_equal(sequential, plan, recursion(plan.chunks, 4, SAME, True))
+
+
+SCENES = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=2, max_size=5)
+
+
+@given(
+    scenes=SCENES,
+    context=st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(1, b))),
+    steps=st.integers(3, 6),
+    rules=st.sampled_from(RULES),
+    stages=st.integers(1, 3),
+    forecast=st.frozensets(st.integers(1, 4), max_size=1),
+)
+@settings(deadline=None, max_examples=60)
+def test_chunks_of_a_new_scene_read_how_the_one_before_ended(
+    make_scenes, scenes, context, steps, rules, stages, forecast
+):
+    """Bit for bit, on any number of stages; and whole steps that are forecast are shared by none."""
+    plan = make_scenes(scenes, *context)
+    forecast = frozenset(k for k in forecast if k < steps - 1)
+    rules = replace(rules, forecast=forecast, sharing=frozenset(sharing_steps(steps)) - forecast)
+    simulate(queue_schedule(plan.chunks, steps, rules), plan.chunks, steps, rules)
+    if not forecast:
+        topology = Topology(stage=stages)
+        finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages])
+        assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
+        assert not any(value for left in live for value in vars(left).values())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    context=st.integers(1, 4).flatmap(lambda b: st.tuples(st.just(b), st.integers(1, b))),
+    steps=st.integers(1, 5),
+    rules=st.sampled_from(RULES),
+    stages=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_film_goes_on_from_its_last_latents_which_are_clean(make_scenes, lengths, context, steps, rules, stages):
+    """Also where it had ended before; its last chunk may be shorter than the context."""
+    ends = tuple(sum(lengths[:count]) for count in range(1, len(lengths)))
+    plan = make_scenes([(length, 0) for length in lengths], *context, ends)
+    first = plan.chunks[plan.first_chunk]
+    assert first.start == ends[-1] and first.num_left == min(context[1], ends[-1])
+    shape = (SHAPE[0], first.num_left, *SHAPE[1:])
+    recalled = torch.randint(PRIME, shape, generator=torch.Generator().manual_seed(9)).float()
+
+    def schedule():
+        return queue_schedule(plan.chunks, steps, rules, plan.first_chunk)
+
+    report = simulate(schedule(), plan.chunks, steps, rules, plan.first_chunk)
+    assert report.num_rounds == rules.num_rounds(len(plan.chunks) - plan.first_chunk, steps)
+    topology = Topology(stage=stages)
+    rehearse_schedule(schedule, topology, 1)
+    finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], recalled=recalled)
+    oracle = recursion(plan.chunks, steps, rules, True, plan.first_chunk, recalled.double().numpy())
+    assert_equal(finished, plan, oracle)
+    assert not any(value for left in live for value in vars(left).values())
+
+
+@pytest.mark.parametrize("rules", [SAME, CACHED, replace(CACHED, gap=2)])
+def test_sharing_takes_no_more_memory_in_a_longer_scene(make_scenes, rules):
+    rules = replace(rules, sharing=frozenset(sharing_steps(6)))
+    short, long = (peak_live_tensors(make_scenes([(9, 0), (n, n)], 2, 1), rules) for n in (40, 160))
+    assert short == long
+    alone = peak_live_tensors(make_scenes([(9, 0), (40, 0)], 2, 1), rules)
+    assert 0 < short - alone <= LAYERS * len(rules.sharing)
 
 
 @pytest.mark.parametrize("rules", [SAME, FRESHER, CACHED, replace(CACHED, gap=2)])
@@ -358,7 +442,7 @@ class ThreadIncoming:
         return header, payload
 
 
-def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None):
+def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None, recalled=None):
     """The leader's finished chunks, and what is still alive on every rank in the end."""
     boxes = defaultdict(queue.SimpleQueue)
     alone = Group((0,), 0)
@@ -370,7 +454,8 @@ def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda
         toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0, cache=make_cache(rank))
         if toy.cache:
             toy.sampler = ForecastingSampler(steps)
-        finished = list(toy.run(queue_schedule(plan.chunks, steps, rules), plan, live=live))
+        toy.recalled = recalled if place.stage == 0 else None
+        finished = list(toy.run(queue_schedule(plan.chunks, steps, rules, plan.first_chunk), plan, live=live))
         return finished, live
 
     with ThreadPoolExecutor(topology.num_ranks) as pool:

@@ -32,12 +32,14 @@ from longvid.parallel.mesh import make_mesh
 from longvid.parallel.sequence import (
     Around,
     DeepSpeedAttention,
+    KvPart,
     UspAttention,
     WholeSequence,
     deal_heads,
     even_part,
     make_sequence,
     overlap,
+    rotate,
     split,
 )
 from longvid.parallel.topology import Topology
@@ -56,12 +58,13 @@ ALONE = Group((0,), 0)
 
 @dataclass(frozen=True)
 class Unit:
-    """`left` and `right` name stored parts: (unit, span of its `store`)."""
+    """`left`, `right` and `shared` name stored parts: (unit, span of its `store`)."""
 
     num_tokens: int
     store: tuple[tuple[int, int], ...] = ()
     left: tuple[int, int] | None = None
     right: tuple[int, int] | None = None
+    shared: tuple[int, int] | None = None
 
 
 UNEVEN = (
@@ -71,12 +74,13 @@ UNEVEN = (
     Unit(50, store=((0, 50), (25, 26)), left=(1, 1), right=(0, 0)),
     Unit(3, store=((0, 1), (2, 3), (0, 3)), left=(3, 0), right=(1, 2)),  # fewer tokens than ranks
     Unit(1, store=((0, 1),), left=(4, 1), right=(4, 0)),
-    Unit(41, left=(5, 0), right=(3, 1)),
+    Unit(41, left=(5, 0), right=(3, 1), shared=(1, 0)),
+    Unit(30, shared=(1, 1)),
 )
 EVEN = (
     Unit(36, store=((0, 5), (29, 36))),
     Unit(24, store=((0, 9), (15, 24)), left=(0, 1), right=(0, 0)),
-    Unit(8, left=(1, 1), right=(1, 0)),
+    Unit(8, left=(1, 1), right=(1, 0), shared=(0, 0)),
 )
 
 
@@ -89,9 +93,12 @@ def run_units(units, sequence, num_heads, dtype, costs=None):
         lengths = [length_of(units, name) for name in (unit.left, unit.right)]
         angles = torch.randn(1, sum(lengths) + unit.num_tokens, 1, WIDTH // 2, generator=generator)
         angles = angles.repeat_interleave(2, -1)
-        left, right = (parts[name[0]][name[1]] if name else None for name in (unit.left, unit.right))
+        names = (unit.left, unit.right, unit.shared)
+        left, right, shared = (parts[name[0]][name[1]] if name else None for name in names)
+        stop = length_of(units, unit.shared) + 1  # any place will do
         store = tuple(slice(*span) for span in unit.store)
-        around = Around((angles.cos(), angles.sin()), left, right, lengths[0], store, head_costs=costs)
+        rope = angles.cos(), angles.sin()
+        around = Around(rope, left, right, lengths[0], store, head_costs=costs, shared=shared, shared_stop=stop)
         out, stored = sequence.attend(*qkv[:, :, sequence.part(unit.num_tokens)], around)
         outputs.append(sequence.gather(out.flatten(2), unit.num_tokens))
         parts.append(stored)
@@ -515,3 +522,21 @@ def test_heads_are_dealt_once_each_and_no_rank_has_more_than_a_head_s_cost_too_m
 
 def test_heads_without_costs_stay_in_their_order():
     assert deal_heads(None, 6, 3) == [0, 1, 2, 3, 4, 5]
+
+
+def test_shared_kv_stand_in_the_place_before_the_chunks_own_tokens():
+    """DiTCtrl's sharing, written out: one softmax over the unit's keys and the shared, rotated to that place."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(3, 1, 7, HEADS, WIDTH, generator=generator)
+    shared = KvPart(*torch.randn(2, 1, 2, HEADS, WIDTH, generator=generator))
+    angles = torch.randn(1, 7, 1, WIDTH // 2, generator=generator).repeat_interleave(2, -1)
+    rope = angles.cos(), angles.sin()
+    around = Around(rope, shared=shared, shared_stop=3)
+    out, _ = WholeSequence().attend(q, k, v, around)
+    place = rope[0][:, 1:3], rope[1][:, 1:3]
+    keys = torch.cat([rotate(k, rope), rotate(shared.key, place)], 1)
+    scores = torch.einsum("blhd,bthd->bhlt", rotate(q, rope), keys) / WIDTH**0.5
+    expected = torch.einsum("bhlt,bthd->blhd", scores.softmax(-1), torch.cat([v, shared.value], 1))
+    assert (out - expected).abs().max() <= 1e-5
+    alone, _ = WholeSequence().attend(q, k, v, Around(rope))
+    assert (out - alone).abs().max() > 1e-3

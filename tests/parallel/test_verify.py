@@ -25,7 +25,7 @@ from longvid.parallel.schedule import (
     sequential_schedule,
 )
 from longvid.parallel.verify import Report, ScheduleError, grid, simulate
-from longvid.plan import ModelFacts, make_plan
+from longvid.plan import ModelFacts, make_plan, sharing_steps
 from longvid.script import parse_script
 from longvid.settings import load_settings
 
@@ -328,6 +328,30 @@ def test_the_schedule_of_another_film_is_refused(make_film):
         simulate(queue_schedule(short, 2, SAME), long, 2, SAME)
     with pytest.raises(ScheduleError):
         simulate(queue_schedule(long, 2, SAME), short, 2, SAME)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=2, max_size=5),
+    st.integers(1, 3).flatmap(lambda b: st.tuples(st.just(b), st.integers(1, b))),
+    st.integers(3, 5),
+    RULES,
+    st.data(),
+)
+def test_wrong_reads_and_drops_of_a_scenes_end_are_refused(make_scenes, scenes, context, steps, rules, data):
+    chunks = make_scenes(scenes, *context).chunks
+    rules = replace(rules, sharing=frozenset(sharing_steps(steps)))
+    actions = list(queue_schedule(chunks, steps, rules))
+    readers = [at for at, action in enumerate(actions) if isinstance(action, Forward) and action.shared]
+    ends = [at for at, action in enumerate(actions) if isinstance(action, DropKv) and action.kv.edge == "scene"]
+    assume(readers)
+    assert ends
+    at = data.draw(st.sampled_from(readers))
+    shared = data.draw(st.sampled_from([None, *(shifted(actions[at].shared, delta) for delta in (-1, 1))]))
+    spoilt = [*actions[:at], replace(actions[at], shared=shared), *actions[at + 1 :]]
+    end = data.draw(st.sampled_from(ends))
+    for wrong_ones in (spoilt, [*actions[:end], *actions[end + 1 :]]):
+        with pytest.raises(ScheduleError):
+            simulate(wrong_ones, chunks, steps, rules)
 
 
 def test_an_empty_schedule_is_refused(make_film):

@@ -46,7 +46,7 @@ SPARSE_AND_CACHED = {
     "hunyuan": [*of("attention", ADASPA), *of("cache", [*FIRST_BLOCK, "negative_every=2"])],
 }
 RANKS = {name: [2] for name in (*FAMILIES, *SPARSE_AND_CACHED)} | {"hunyuan": [2, 3]}
-FRAMES = (11, 14)
+FRAMES = (11, 14, 14)
 
 
 def denoise(model: str, settings: list[str], story: str) -> dict[str, Any]:
@@ -112,7 +112,12 @@ def films(
     for name, settings in (FAMILIES | SPARSE_AND_CACHED).items():
         image, story = "image: first.png" if "i2v" in name else "", folder / f"{name}.yaml"
         first, blend = FRAMES[0], f"for: {FRAMES[1]}f, transition: {{kind: blend, over: 6f}}"
-        scenes = f"- {{prompt: a red circle, for: {first}f}}\n- {{prompt: a blue cat, {blend}}}"
+        last = "{kind: share, over: 9f}" if name in FAMILIES else "cut"  # nothing is shared by sparse attention
+        share = f"for: {FRAMES[2]}f, transition: {last}"
+        scenes = (
+            f"- {{prompt: a red circle, for: {first}f}}\n- {{prompt: a blue cat, {blend}}}\n"
+            f"- {{prompt: a blue circle, {share}}}"
+        )
         story.write_text(f"{image}\nsize: [64, 64]\nnegative: moving left\nscenes:\n{scenes}\n")
         ports = {str(count): free_port() for count in RANKS[name]}
         job = {"model": str(checkpoint_of(name)), "story": str(story), "film": str(folder / name), "ports": ports}
