@@ -13,6 +13,7 @@ from typing import Any
 
 from longvid.cache.settings import plan_cache
 from longvid.chips import CHIPS
+from longvid.errors import InputError
 from longvid.machines import ChipMachine, Machine
 from longvid.memory import StageMemory, stage_memory
 from longvid.models.sizes import Flops, Sizes, Tokens
@@ -175,7 +176,12 @@ def split(film: Film, machine: Machine, topology: Topology) -> tuple[range, ...]
 
 
 def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = True) -> list[Option]:
-    """Every mesh, the fastest of those that fit first; with its best ring alone."""
+    """Every mesh, the fastest of those that fit first; with its best ring alone.
+
+    Raises InputError for a schedule whose pace is not known.
+    """
+    if film.settings.schedule == "chunks":
+        raise InputError("schedule=chunks: only films in the queue, and whole shots, are planned for other machines")
     found: dict[tuple[int, ...], Option] = {}
     chunk = film.plan.chunks[min(1, len(film.plan.chunks) - 1)]
     tokens = film.tokens(chunk, film.steps - 1)

@@ -134,8 +134,13 @@ def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topol
 
 
 def all_meshes(num_ranks: int, mesh: MeshSettings, work: Workload) -> Iterator[tuple[Topology, str | None]]:
-    """Every mesh that the settings leave open, with every ring where `mesh.ring` is 1, and what rules it out."""
+    """Every mesh that the settings leave open, with every ring where `mesh.ring` is 1, and what rules it out.
+
+    Where no chunks are at one step, there is no `chunk` axis to choose.
+    """
     fixed = {axis: size for axis in AXES if isinstance(size := getattr(mesh, axis), int)}
+    if work.at_one_step == 1:
+        fixed.setdefault("chunk", 1)
     for topology in _topologies(num_ranks, fixed):
         rings = range(1, topology.seq + 1) if mesh.ring == 1 else [mesh.ring]
         for ring in rings:

@@ -166,14 +166,16 @@ def test_planning_loads_no_torch(minute):
     assert done.stderr.split() == ["False"] and "best" in done.stdout
 
 
-def test_a_wrong_chip_is_named_with_the_nearest_and_a_known_model_cannot_be_rendered(minute, tmp_path):
+def test_a_wrong_chip_is_named_with_the_nearest_and_a_known_model_cannot_be_rendered(minute, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     wrong = plan(minute, *WAN, "--gpu", "h100")
     assert wrong.exit_code == 2 and "'h100-80g'" in wrong.stderr
     both = plan(minute, "--gpu", "h100-80g", "--measure")
     assert both.exit_code == 2 and "give one of them" in both.stderr
     film = ["render", str(minute), "-o", str(tmp_path / "film.mp4"), *WAN]
     render = CliRunner().invoke(app, film)
-    assert render.exit_code == 2 and "the configs alone" in render.stderr
+    assert render.exit_code == 2 and "is not in the local cache" in render.stderr
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
