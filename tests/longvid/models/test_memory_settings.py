@@ -122,7 +122,7 @@ def test_layers_that_wait_on_disk_change_no_bit(kind: str, checkpoint_of: Checkp
 
 
 def make_unit(checkpoint: Checkpoint, settings: Settings) -> Unit:
-    unit = _unit(checkpoint, settings, CPU)
+    unit = _unit(checkpoint, settings, CPU, None)
     assert unit.latents is not None
     return replace(unit, latents=torch.randn(unit.latents.shape, generator=torch.Generator().manual_seed(0)))
 
