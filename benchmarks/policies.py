@@ -38,6 +38,8 @@ CACHES = (
     cache("first_block 0.2", "policy=first_block", "threshold=0.2", "first_steps=3"),
     cache("delta_dit", "policy=delta_dit", published="1.6x at 20 steps"),
     cache("delta_dit 3", "policy=delta_dit", "interval=3"),
+    cache("ras", "policy=ras", published="images 2.36-2.51x"),
+    cache("ras 4", "policy=ras", "reset_every=4"),
 )
 EXACT, *PRESETS = (Case(name, (), preset=name) for name in ("exact", "balanced", "fast"))
 

@@ -1,6 +1,7 @@
 """Films of one scene with and without global tokens, on the embedded model: seams, drift and adherence of each.
 
 python benchmarks/vin.py --seconds 24 --films 5
+python benchmarks/vin.py --seconds 24 --films 5 --only chunks "chunks + VIN"
 python benchmarks/vin.py --seconds 60 --films 4 --first 5
 python benchmarks/vin.py --seconds 300 --films 1 --first 9
 """
@@ -22,7 +23,12 @@ from longvid.measure import measure_render
 from longvid.script import parse_script
 from longvid.training import world
 
-KINDS = {"queue": (), "queue + VIN": ("vin.policy=on",)}
+KINDS = {
+    "queue": (),
+    "queue + VIN": ("vin.policy=on",),
+    "chunks": ("schedule=chunks",),
+    "chunks + VIN": ("schedule=chunks", "vin.policy=on"),
+}
 
 
 def stories(count: int, first: int, seconds: float) -> list[str]:
@@ -57,10 +63,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=24.0)
     parser.add_argument("--films", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="number of the first film")
+    parser.add_argument("--only", nargs="*", choices=KINDS, default=["queue", "queue + VIN"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"seconds": options.seconds, "first": options.first}
-    for kind, overrides in KINDS.items():
+    for kind, overrides in ((name, KINDS[name]) for name in options.only):
         engine = Engine.load("mini", overrides=["runtime.threads=1", *overrides])
         films = []
         for story in stories(options.films, options.first, options.seconds):
