@@ -84,8 +84,8 @@ class FilmSavers:
         under_way = [self.savers[i] for i in self._under_way(done)]
         if under_way and all(saver.is_saved_for_preemption for saver in under_way):
             raise Preempted
-        # All of them, for each tells what became of its last save.
-        are_due = [saver.is_due() for saver in under_way]
+        # Asked all, for each tells what became of its last save; but one that is saved would not wait for the others.
+        are_due = [saver.is_due() for saver in under_way if not saver.is_saved_for_preemption]
         return any(are_due) and not any(saver.is_busy for saver in under_way)
 
     @property

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid.errors import InputError
+from longvid.errors import InputError, Preempted
 from longvid.films import first_rounds, join, num_lanes
 from longvid.geometry import LatentGrid
 from longvid.options import film_paths
@@ -26,9 +26,10 @@ from longvid.parallel.schedule import (
 )
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate
-from longvid.plan import ModelFacts, make_plan
+from longvid.plan import FilmSpan, ModelFacts, make_plan
 from longvid.script import parse_script
 from longvid.settings import load_settings
+from longvid.together import FilmSavers
 
 FACTS = ModelFacts(
     name="toy",
@@ -173,3 +174,26 @@ def test_films_are_named_after_their_storyboards():
         film_paths([Path("x.yaml"), Path("y.yaml")], Path("film.mp4"))
     with pytest.raises(InputError, match="rename one"):
         film_paths([Path("a/x.yaml"), Path("b/x.yaml")], Path("out"))
+
+
+class Saver:
+    """A film's, as far as `FilmSavers.is_due` looks."""
+
+    def __init__(self, *, is_saved):
+        self.is_saved_for_preemption, self.is_busy = is_saved, not is_saved
+
+    def is_due(self):
+        if self.is_saved_for_preemption:
+            raise Preempted
+        return False
+
+
+def test_a_preemption_waits_for_every_film_to_be_saved():
+    films = (FilmSpan(range(3), range(1)), FilmSpan(range(3, 6), range(1, 2), 1))
+    two = FilmSavers(films, [9, 10], [Saver(is_saved=True), Saver(is_saved=False)])
+    assert not two.is_due(4), "the second is still being written"
+    with pytest.raises(Preempted):
+        two.is_due(0)  # the second has not begun
+    two.savers[1].is_saved_for_preemption = True
+    with pytest.raises(Preempted):
+        two.is_due(4)
