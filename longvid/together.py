@@ -84,7 +84,7 @@ class FilmSavers:
         under_way = [self.savers[i] for i in self._under_way(done)]
         if under_way and all(saver.is_saved_for_preemption for saver in under_way):
             raise Preempted
-        # Asked all, for each tells what became of its last save; but one that is saved would not wait for the others.
+        # Each is asked, for then it tells what became of its last save; but one that is saved waits for no other.
         are_due = [saver.is_due() for saver in under_way if not saver.is_saved_for_preemption]
         return any(are_due) and not any(saver.is_busy for saver in under_way)
 

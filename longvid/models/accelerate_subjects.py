@@ -189,6 +189,11 @@ class PolicyProcessor:
     def __init__(self, attend: Attend) -> None:
         self.attend = attend
 
+    def project_out(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What attention gives to a layer, through its output projection."""
+        out: Tensor = attn.to_out[0](self.attend(query, key, value).flatten(2).type_as(query))
+        return out
+
 
 class WanProcessor(PolicyProcessor):
     """Of a Wan layer's self-attention."""
@@ -204,8 +209,7 @@ class WanProcessor(PolicyProcessor):
         query, key, value = _own_projections(attn, hidden_states)
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        out: Tensor = attn.to_out[0](self.attend(query, key, value).flatten(2).type_as(query))
-        return out
+        return self.project_out(attn, query, key, value)
 
 
 class LtxProcessor(PolicyProcessor):
@@ -223,8 +227,7 @@ class LtxProcessor(PolicyProcessor):
         if image_rotary_emb is not None:
             cos, sin = (table.unflatten(2, (attn.heads, -1)) for table in image_rotary_emb)
             query, key = rotate(query, (cos, sin)), rotate(key, (cos, sin))
-        out: Tensor = attn.to_out[0](self.attend(query, key, value).flatten(2).type_as(query))
-        return out
+        return self.project_out(attn, query, key, value)
 
 
 class CogVideoXProcessor(PolicyProcessor):

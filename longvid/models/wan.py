@@ -180,9 +180,8 @@ class WanStage(LayerStage):
             context = self._self_context(unit, index, grid, run, active)
             layer = partial(self._layer, TextContext(spans, run), modulation, context)
             head = partial(self._head, temb, unit, grid, branch, active)
-            one = Pass(branch, entering[index], anchors[index], context, layer, head, num_tokens, part.start)
-            one.active = active
-            passes.append(one)
+            ways = context, layer, head, num_tokens
+            passes.append(Pass(branch, entering[index], anchors[index], *ways, start=part.start, active=active))
         return passes
 
     def _active(self, unit: Unit, per_latent: int) -> Active | None:
