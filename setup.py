@@ -2,14 +2,14 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("sparse", "portable", "avx2", "avx512")
+SOURCES = ("sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512")
 
 setup(
     ext_modules=[
         Extension(
-            "longvid.kernels._sparse",
+            "longvid.kernels._native",
             sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
-            depends=[f"kernels/csrc/{name}" for name in ("isa.h", "sparse.h", "variant.inc")],
+            depends=[f"kernels/csrc/{name}" for name in ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")],
             # Never -ffast-math: the kernels rely on rounding, infinities and NaN.
             extra_compile_args=[
                 "-std=c++17",

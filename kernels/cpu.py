@@ -6,21 +6,13 @@ Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key 
 from __future__ import annotations
 
 import ctypes
-import functools
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks
-
-Isa = Literal["portable", "avx2", "avx512"]
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
-"""The variants of the kernels, in the order of the C++ and of speed."""
-
+from longvid.kernels.native import Isa, isa_index, library
 
 class _Blocks(ctypes.Structure):
     _fields_ = [
@@ -55,29 +47,6 @@ class _Mass(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa")),
         ("scale", ctypes.c_float),
     ]
-
-
-@functools.cache
-def _library() -> Any:
-    """The shared library; None where it was not built."""
-    # It is packaged as an extension module so that setuptools builds and places it, but nothing imports it: building
-    # it needs a compiler and no headers of Python.
-    for suffix in EXTENSION_SUFFIXES:
-        file = Path(__file__).parent / f"_sparse{suffix}"
-        if file.is_file():
-            return ctypes.CDLL(str(file))
-    return None
-
-
-def is_available() -> bool:
-    """Whether the C++ was built when longvid was installed."""
-    return _library() is not None
-
-
-@functools.cache
-def isa() -> Isa | None:
-    """The variant that this processor runs fastest; None where nothing was built."""
-    return ISAS[_library().longvid_best_isa()] if is_available() else None
 
 
 def forward(
@@ -117,10 +86,10 @@ def forward(
         heads=num_heads,
         dim=dim,
         threads=torch.get_num_threads(),
-        isa=_index(isa),
+        isa=isa_index(isa),
         scale=scale,
     )
-    _check(_library().longvid_attention(ctypes.byref(args)))
+    _check(library().longvid_attention(ctypes.byref(args)))
     return out.type_as(q_BLHD), lse
 
 
@@ -150,10 +119,10 @@ def block_mass(
         dim=dim,
         sample_every=sample_every,
         threads=torch.get_num_threads(),
-        isa=_index(isa),
+        isa=isa_index(isa),
         scale=scale,
     )
-    _check(_library().longvid_block_mass(ctypes.byref(args)))
+    _check(library().longvid_block_mass(ctypes.byref(args)))
     return mass
 
 
@@ -187,14 +156,6 @@ def _blocks(blocks: Blocks, num_tokens: int) -> _Blocks:
 def _stride(x: Tensor | None, dim: int) -> int:
     """The stride of a dim that is walked along; 0 where one serves for all."""
     return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
-
-
-def _index(wanted: Isa | None) -> int:
-    best = ISAS.index(isa() or "portable")
-    index = best if wanted is None else ISAS.index(wanted)
-    if index > best:
-        raise ValueError(f"this processor runs {', '.join(ISAS[: best + 1])}, not {wanted}")
-    return index
 
 
 def _check(status: int) -> None:

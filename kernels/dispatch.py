@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longvid.kernels import cpu, gather
+from longvid.kernels import cpu, gather, native
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout
 
@@ -73,7 +73,7 @@ def backend_for(device: torch.device) -> Backend:
     """Who computes block-sparse attention on a device: Triton on CUDA, our C++ on the CPU, else torch."""
     if device.type == "cuda" and find_spec("triton") is not None:
         return "triton"
-    if device.type == "cpu" and cpu.is_available():
+    if device.type == "cpu" and native.is_available():
         return "cpu"
     return "gather"
 

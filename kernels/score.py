@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from longvid.kernels import cpu
+from longvid.kernels import cpu, native
 from longvid.kernels.layout import Blocks
 
 SLAB_SCORES = 1 << 24
@@ -43,7 +43,7 @@ def block_mass(
             q_BLHD.shape[0], q_BLHD.shape[2], q_blocks.num_blocks, k_blocks.num_blocks, dtype=torch.float32
         )
     args = q_BLHD, k_BTHD, lse_BLH, q_blocks, k_blocks
-    if q_BLHD.device.type == "cpu" and cpu.is_available():
+    if q_BLHD.device.type == "cpu" and native.is_available():
         return cpu.block_mass(*args, scale=scale, sample_every=sample_every)
     if q_BLHD.device.type == "cuda" and find_spec("triton") is not None:
         from longvid.kernels import mass

@@ -129,14 +129,14 @@ def _sparse_kernel(device: str) -> str:
     """Who computes block-sparse attention, and why."""
     import torch
 
-    from longvid.kernels import cpu
+    from longvid.kernels import native
     from longvid.kernels.dispatch import backend_for
 
     backend = backend_for(torch.device(device))
     if backend == "triton":
         return "triton, since there is a CUDA device"
     if backend == "cpu":
-        return f"cpu, the C++ kernels for {cpu.isa()}, the best that this processor has"
+        return f"cpu, the C++ kernels for {native.isa()}, the best that this processor has"
     missing = "triton is not installed" if device == "cuda" else "the C++ kernels were not built at installation"
     return f"gather (torch, slower), since {missing}"
 

@@ -35,7 +35,7 @@ from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
 from longvid.films import first_rounds, join, num_lanes
 from longvid.fingerprint import Machine, describe_folder, describe_model, fingerprint
-from longvid.kernels import cpu
+from longvid.kernels import native
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
@@ -794,7 +794,7 @@ def pick_device(settings: Settings) -> torch.device:
 def describe_kernels(device: torch.device, *, sparse: bool) -> str:
     """Whose instructions compute: those of another kind of processor round differently."""
     own = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{own}, {backend_for(device)} {cpu.isa() or ''}".rstrip() if sparse else own
+    return f"{own}, {backend_for(device)} {native.isa() or ''}".rstrip() if sparse else own
 
 
 def set_threads(settings: Settings) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longvid.errors import InputError
+from longvid.kernels import rows as kernels
 from longvid.kernels.dense import Partial, attend, attend_lse
 from longvid.kernels.merge import merge_partials
 from longvid.parallel.comm import Group
@@ -452,9 +453,7 @@ def rows(rope: Rope, start: int, stop: int) -> Rope:
 
 def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Interleaved rotary embedding, in the arithmetic of the stock Wan processor."""
-    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
-    first, second = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BLHD)
+    return kernels.rotate(x_BLHD, *rope)
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic

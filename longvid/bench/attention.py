@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import RuntimeFailure
-from longvid.kernels import cpu
+from longvid.kernels import native
 from longvid.kernels.dense import attend, attend_lse
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, make_layout, one_group
 
@@ -59,10 +59,10 @@ def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[s
     on some rows. `search` holds block mass: its time over that of dense attention. Raises RuntimeFailure where the C++
     kernels were not built.
     """
-    best = cpu.isa()
+    best = native.isa()
     if best is None:
         raise RuntimeFailure("bench attention: the C++ kernels are not there: install longvid where a C++ compiler is")
-    isas = [isa for isa in ENVIRONMENTS if cpu.ISAS.index(isa) <= cpu.ISAS.index(best)]
+    isas = [isa for isa in ENVIRONMENTS if native.ISAS.index(isa) <= native.ISAS.index(best)]
     measured = []
     for isa in isas:
         say(f"{isa}:")
@@ -217,7 +217,7 @@ def main() -> None:
     isa, text = sys.argv[1:]
     fields = json.loads(text)
     fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
-    found = measure_isa(cpu.ISAS[cpu.ISAS.index(isa)], AttentionBench(**fields), lambda line: print(line, flush=True))
+    found = measure_isa(native.ISAS[native.ISAS.index(isa)], AttentionBench(**fields), lambda line: print(line, flush=True))
     print(json.dumps(found))
 
 

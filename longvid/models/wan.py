@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
+from longvid.kernels import rows
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.layer_stage import (
     CachedFeedForward,
@@ -40,6 +41,7 @@ from longvid.models.wan_attention import (
     TextSpan,
     text_kv,
 )
+from longvid.models.wan_layer import Levels, join_levels, take_layer
 from longvid.parallel.sequence import Rope, SequenceAttention, WholeSequence
 from longvid.parallel.stage import KeyLatents, Unit
 from longvid.plan import PromptBlend
@@ -52,8 +54,8 @@ TEXT_COLUMNS = 512
 class WanStage(LayerStage):
     """Some layers of a ``WanTransformer3DModel``: ``dit.blocks`` are this stage's alone.
 
-    ``vin`` makes global tokens and has the layers read them. Takes the transformer over: its attention processors are
-    replaced, its layers are not.
+    ``vin`` makes global tokens and has the layers read them. Takes the transformer over: its layers become
+    `WanLayer`, with their weights.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class WanStage(LayerStage):
         self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
         self._sequence = sequence or WholeSequence()
         for index, block in enumerate(dit.blocks):
+            take_layer(block)
             block.attn1.set_processor(QueueSelfAttention(index, self._sequence))
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
@@ -163,14 +166,13 @@ class WanStage(LayerStage):
         per_latent, num_latents = math.prod(grid), len(unit.timesteps)
         num_tokens = num_latents * per_latent
         part = self._sequence.part(num_tokens)
-        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
+        levels = self._levels(unit.timesteps.tolist(), per_latent, part)
         active = self._active(unit, per_latent)
         entering, anchors = self._enter(unit, part) if self.is_first else self.entering(unit)
         if active is not None:
             # On a later stage the rows behind the active tokens said who they are.
             entering = [active.of(x) if self.is_first else x[:, : len(active.tokens)] for x in entering]
-            temb = active.of(temb)
-            modulation = active.of(modulation) if modulation.dim() == 4 else modulation
+            levels = levels.of(active.tokens)
         passes = []
         for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
             run = self.run_module(unit, branch)
@@ -178,8 +180,8 @@ class WanStage(LayerStage):
             if active is not None:
                 spans = active_spans(spans, active)
             context = self._self_context(unit, index, grid, run, active)
-            layer = partial(self._layer, TextContext(spans, run), modulation, context)
-            head = partial(self._head, temb, unit, grid, branch, active)
+            layer = partial(self._layer, TextContext(spans, run), levels, context)
+            head = partial(self._head, levels, unit, grid, branch, active)
             ways = context, layer, head, num_tokens
             passes.append(Pass(branch, entering[index], anchors[index], *ways, start=part.start, active=active))
         return passes
@@ -202,11 +204,11 @@ class WanStage(LayerStage):
         width = unit.hidden.shape[-1]
         return Active.from_rows(unit.hidden[0, num_tokens // -width :], num_tokens, num_own)
 
-    def _layer(self, text: TextContext, modulation: Tensor, context: SelfContext, index: int, hidden: Tensor) -> Tensor:
+    def _layer(self, text: TextContext, levels: Levels, context: SelfContext, index: int, hidden: Tensor) -> Tensor:
         block = self.dit.blocks[index]
         if isinstance(block.ffn, CachedFeedForward):
             block.ffn.run = context.run
-        out: Tensor = block(hidden, text, modulation, context)
+        out: Tensor = block(hidden, text, levels, context)
         return out
 
     def _enter(self, unit: Unit, part: slice) -> tuple[Sequence[Tensor], Sequence[None]]:
@@ -260,19 +262,18 @@ class WanStage(LayerStage):
         return self.attention.policy.head_costs(self.first_layer + index) if self.attention else None
 
     def _head(
-        self, temb: Tensor, unit: Unit, grid: tuple[int, int], branch: int, active: Active | None, hidden: Tensor
+        self, levels: Levels, unit: Unit, grid: tuple[int, int], branch: int, active: Active | None, hidden: Tensor
     ) -> Tensor:
         """The output layer on the last `num_predicted` latents: fp32 [C, F, h, w], on every rank of the sequence."""
         own, num_tokens = unit.num_predicted * grid[0] * grid[1], len(unit.timesteps) * grid[0] * grid[1]
         if active is not None:
             count = len(active.own)
-            hidden, temb, num_tokens = hidden[:, -count:], temb[:, -count:], own
+            hidden, levels, num_tokens = hidden[:, -count:], levels.of(slice(-count, None)), own
         elif hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
-            hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own
-        table = self.dit.scale_shift_table.unsqueeze(0)
-        shift, scale = (table + temb.unsqueeze(2)).unbind(2)
-        hidden = (self.dit.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        patches = self.dit.proj_out(hidden)
+            hidden, levels, num_tokens = hidden[:, -own:], levels.of(slice(-own, None)), own
+        shift, scale = (self.dit.scale_shift_table.transpose(0, 1) + levels.embedded).float().unbind()
+        normed = rows.layer_norm(hidden.contiguous(), 1 + scale, shift, levels.kinds, self.dit.norm_out.eps)
+        patches = self.dit.proj_out(normed)
         if self.cache and self.cache.regions:
             last = self.first_layer + len(self.layers) - 1
             patches = self.cache.regions.velocity((unit.chunk.index, branch, last), patches, active)
@@ -283,17 +284,12 @@ class WanStage(LayerStage):
         velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()
         return velocity
 
-    def _modulation(self, timesteps: list[float], per_latent: int, part: slice) -> tuple[Tensor, Tensor]:
-        """Time embedding [1, l or 1, D] and modulation [1, l, 6, D], or [1, 6, D] when all levels are equal."""
+    def _levels(self, timesteps: list[float], per_latent: int, part: slice) -> Levels:
+        """The noise levels of a unit's latents."""
         for t in set(timesteps) - self._times.keys():
             self._times[t] = self._embed_time(t)
-        if len(set(timesteps)) == 1:
-            temb, modulation = self._times[timesteps[0]]
-            return temb[:, None], modulation
-        parts = [self._times[t] for t in timesteps]
-        temb = torch.cat([temb for temb, _ in parts]).repeat_interleave(per_latent, dim=0)
-        modulation = torch.cat([m for _, m in parts]).repeat_interleave(per_latent, dim=0)
-        return temb[None, part], modulation[None, part]
+        distinct = timesteps if len(set(timesteps)) > 1 else timesteps[:1]
+        return join_levels([self._times[t] for t in distinct], per_latent, part)
 
     def _embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
         """Embedding [1, D] and modulation [1, 6, D] of a noise level: once, since steps come again."""

@@ -1,8 +1,8 @@
 """Attention processors for Wan layers in a queue: neighbour K/V, and text that is computed once.
 
 Shapes: B = 1, l input tokens on this rank, N text columns, H heads, D of a head.
-A Wan layer hands its ``rotary_emb`` and ``encoder_hidden_states`` on to its processors unread: the
-contexts below travel in their place, and no layer is changed.
+A Wan layer's attention hands its ``rotary_emb`` and ``encoder_hidden_states`` on to its processor unread: the
+contexts below travel in their place.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from longvid.kernels import rows
 from longvid.kernels.dense import attend
 from longvid.models.layer_stage import LayerContext, RunModule, run_module
 from longvid.parallel.sequence import Around, Rope, SequenceAttention
@@ -62,8 +63,8 @@ class QueueSelfAttention:
 
     def _compute(self, attn: Any, hidden: Tensor, context: SelfContext) -> Tensor:
         shape = (1, hidden.shape[1], attn.heads, -1)
-        query = attn.norm_q(attn.to_q(hidden)).view(shape)
-        key = attn.norm_k(attn.to_k(hidden)).view(shape)
+        query = _normed(attn.norm_q, attn.to_q(hidden)).view(shape)
+        key = _normed(attn.norm_k, attn.to_k(hidden)).view(shape)
         value = attn.to_v(hidden).view(shape)
         if context.complete:
             key, value = context.complete(self.index, key, value)
@@ -122,7 +123,7 @@ class SceneTextAttention:
         return context.run(self.index, "text", lambda: self._compute(attn, hidden, context.spans))
 
     def _compute(self, attn: Any, hidden: Tensor, spans: list[TextSpan]) -> Tensor:
-        query = attn.norm_q(attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
+        query = _normed(attn.norm_q, attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
         parts = [self.attend_span(query[:, span.tokens], span) for span in spans]
         return _project_out(attn, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
 
@@ -158,6 +159,10 @@ def text_kv(blocks: Any, states: Tensor, columns: int) -> TextKv:
     if padding:
         bias[-1] = torch.tensor(float(padding)).log()
     return TextKv(layers, bias.view(1, 1, 1, -1))
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return rows.rms_norm(x, norm.weight, norm.eps)
 
 
 def _project_out(attn: Any, out_BLHD: Tensor) -> Tensor:

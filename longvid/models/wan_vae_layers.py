@@ -29,6 +29,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longvid.kernels import rows
+
 State: TypeAlias = list[Tensor | list[Tensor] | str | None]
 """diffusers' cache: for each causal convolution over time the last inputs [1, C, 2, H, W], None before the first.
 
@@ -37,9 +39,6 @@ A decoder that works in bands of rows keeps a list of them, a band each.
 
 REPEAT = "Rep"
 """What the cache holds for a temporal upsampling that has seen the shot's first latent alone."""
-
-_TILE_VALUES = 2**18
-"""Values that elementwise work takes at a time, so that they stay in the core's cache."""
 
 
 class ChannelsLastDecoder:
@@ -155,14 +154,7 @@ class _Norm:
 
     def __call__(self, x: Tensor, out: Tensor, silu: bool) -> None:
         """Write the norm of x [T, H, W, C] to ``out``, through SiLU if asked for."""
-        channels = x.shape[-1]
-        rows = max(1, _TILE_VALUES // channels)
-        for values, result in zip(x.view(-1, channels).split(rows), out.view(-1, channels).split(rows), strict=True):
-            norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
-            inverse = norm.clamp_min_(1e-12).reciprocal_().to(x.dtype)
-            torch.mul(values, inverse, out=result).mul_(self._gain)
-            if silu:
-                F.silu(result, inplace=True)
+        rows.unit_norm(x, self._gain, out, silu=silu)
 
 
 class ResidualBlock:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvid.kernels import cpu, reference, score
+from longvid.kernels import cpu, native, reference, score
 from longvid.kernels.layout import Blocks, even_blocks
 
-ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1] if cpu.is_available() else ()
+ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if native.is_available() else ()
 COMPUTE = {
     "torch": score.block_mass_torch,
     **{name: functools.partial(cpu.block_mass, isa=name) for name in ISAS},

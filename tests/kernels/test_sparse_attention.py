@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvid.kernels import cpu, gather, reference
+from longvid.kernels import cpu, gather, native, reference
 from longvid.kernels.dispatch import backend_for, check, sparse_attention
 from longvid.kernels.layout import Blocks, even_blocks, make_layout, one_group
 from longvid.kernels.merge import merge_partials
 
-ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1] if cpu.is_available() else ()
+ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if native.is_available() else ()
 FORWARDS = {"gather": gather.forward, **{name: functools.partial(cpu.forward, isa=name) for name in ISAS}}
 forwards = pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 isas = pytest.mark.parametrize("isa", ISAS)
@@ -211,7 +211,7 @@ def test_the_dispatcher_scales_rows_and_takes_no_tokens(backend):
 
 
 def test_the_cpu_has_the_cpp_where_it_was_built():
-    assert backend_for(torch.device("cpu")) == ("cpu" if cpu.is_available() else "gather")
+    assert backend_for(torch.device("cpu")) == ("cpu" if native.is_available() else "gather")
 
 
 WRONG = {

@@ -9,24 +9,24 @@ import pytest
 
 from longvid.bench import attention
 from longvid.errors import RuntimeFailure
-from longvid.kernels import cpu
+from longvid.kernels import native
 
 SMALL = attention.AttentionBench(shapes=((1, 2, 256, 16),), densities=(0.25, 1.0), tiles=(32,), repeats=2)
 
 
-@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels were not built")
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
 def test_every_case_has_its_figures() -> None:
     lines: list[str] = []
     result = json.loads(json.dumps(attention.bench_attention(SMALL, say=lines.append), allow_nan=False))
     isas = {case["isa"] for case in result["cases"]}
-    assert cpu.isa() in isas or cpu.isa() == "portable"
+    assert native.isa() in isas or native.isa() == "portable"
     assert len(result["cases"]) == 4 * len(isas)
     for case in result["cases"]:
         assert case["speedup"] > 0 and 0 <= case["error"] < 1e-5
         assert case["efficiency"] == pytest.approx(case["speedup"] * case["density"])
     assert [case["sample_every"] for case in result["search"]] == [1, 4] * len(isas)
     assert all(case["cost"] > 0 for case in result["search"])
-    assert result["machine"]["isa"] == cpu.isa()
+    assert result["machine"]["isa"] == native.isa()
     assert all(line in attention.as_text(result) for line in lines if not line.endswith(":"))
 
 
