@@ -9,7 +9,10 @@ setup(
         Extension(
             "longvid.kernels._native",
             sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
-            depends=[f"kernels/csrc/{name}" for name in ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")],
+            depends=[
+                f"kernels/csrc/{name}"
+                for name in ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
+            ],
             # Never -ffast-math: the kernels rely on rounding, infinities and NaN.
             extra_compile_args=[
                 "-std=c++17",

@@ -14,6 +14,7 @@ from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks
 from longvid.kernels.native import Isa, isa_index, library
 
+
 class _Blocks(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("offsets", "order")),

@@ -793,8 +793,12 @@ def pick_device(settings: Settings) -> torch.device:
 
 def describe_kernels(device: torch.device, *, sparse: bool) -> str:
     """Whose instructions compute: those of another kind of processor round differently."""
-    own = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{own}, {backend_for(device)} {native.isa() or ''}".rstrip() if sparse else own
+    if device.type == "cpu":
+        matrix_units = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
+        own = f"{torch.backends.cpu.get_cpu_capability()}, {matrix_units}, {native.isa() or 'torch alone'}"
+    else:
+        own = torch.cuda.get_device_name(device)
+    return f"{own}, {backend_for(device)}" if sparse else own
 
 
 def set_threads(settings: Settings) -> None:

@@ -217,7 +217,9 @@ def main() -> None:
     isa, text = sys.argv[1:]
     fields = json.loads(text)
     fields["shapes"] = tuple(tuple(shape) for shape in fields["shapes"])
-    found = measure_isa(native.ISAS[native.ISAS.index(isa)], AttentionBench(**fields), lambda line: print(line, flush=True))
+    found = measure_isa(
+        native.ISAS[native.ISAS.index(isa)], AttentionBench(**fields), lambda line: print(line, flush=True)
+    )
     print(json.dumps(found))
 
 

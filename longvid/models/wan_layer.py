@@ -74,9 +74,7 @@ def _text_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     return rows.layer_norm(hidden, gain, shift, None, norm.eps)
 
 
-def join_levels(
-    parts: list[tuple[Tensor, Tensor]], per_latent: int, part: slice
-) -> Levels:
+def join_levels(parts: list[tuple[Tensor, Tensor]], per_latent: int, part: slice) -> Levels:
     """The levels of a unit's latents, one after the other, of which this rank has the tokens of ``part``.
 
     Each latent has ``per_latent`` tokens, and of its level the embedding [1, E] and the modulation [1, 6, E].

@@ -170,7 +170,7 @@ def _films(folder: Path, checkpoint: WanCheckpoint, settings: VinSettings, on_lo
         raise InputError(f"train vin: {settings.clips} clips are too few: {HELD_OUT} are held out")
     facts, num_frames = checkpoint.facts, settings.layout.num_frames
     encode_world(
-        checkpoint.load_vae(torch.bfloat16, torch.device("cpu")),
+        checkpoint.load_vae(torch.float32, torch.device("cpu")),
         folder,
         clips=settings.clips,
         num_frames=num_frames,
