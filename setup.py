@@ -3,6 +3,7 @@
 from setuptools import Extension, setup
 
 SOURCES = ("sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512")
+HEADERS = ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
 
 setup(
     ext_modules=[

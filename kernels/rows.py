@@ -3,8 +3,8 @@
 Each is one pass over memory by the C++ of `csrc/` on a CPU, in fp32 inside; elsewhere, and where a gradient is wanted,
 it is torch's operations.
 
-Shapes: n tokens, E their width, K kinds of tokens (noise levels), H heads, D of a head. `kinds` int32 [n] says which row
-of a table [K, E] is a token's; None: the table has one row.
+Shapes: n tokens, E their width, K kinds of tokens (noise levels), H heads, D of a head. `kinds` int32 [n] says which
+row of a table [K, E] is a token's; None: the table has one row.
 """
 
 from __future__ import annotations

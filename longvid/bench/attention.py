@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import RuntimeFailure
-from longvid.kernels import native
+from longvid.kernels import cpu, native
 from longvid.kernels.dense import attend, attend_lse
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, make_layout, one_group
 
@@ -34,7 +34,7 @@ SHAPES: tuple[Shape, ...] = ((1, 8, 8192, 64), (1, 8, 4096, 128))
 DENSITIES = (0.1, 0.25, 1.0)
 TILES = (64, 128)
 SAMPLE_EVERY = (1, 4)
-ENVIRONMENTS: dict[cpu.Isa, dict[str, str]] = {
+ENVIRONMENTS: dict[native.Isa, dict[str, str]] = {
     "avx512": {},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
@@ -80,7 +80,7 @@ def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[s
     }
 
 
-def run_isa(isa: cpu.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
+def run_isa(isa: native.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
     """`measure_isa` in a process of its own: torch reads what it may use when it is loaded."""
     command = [sys.executable, "-P", "-m", "longvid.bench.attention", isa, json.dumps(asdict(bench))]
     environment = {**os.environ, **ENVIRONMENTS[isa]}
@@ -101,7 +101,7 @@ def _relay(lines: Iterable[str], say: Callable[[str], None]) -> Iterator[str]:
         yield line
 
 
-def measure_isa(isa: cpu.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
+def measure_isa(isa: native.Isa, bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
     """All cases of one variant. A case's dense and sparse calls take turns, so both meet the same noise."""
     cases: list[dict[str, Any]] = []
     search: list[dict[str, Any]] = []
@@ -161,7 +161,7 @@ def _cut(num_tokens: int, tile: int, rows: Rows, generator: torch.Generator) -> 
     return Blocks(torch.cat([ends.new_zeros(1), ends])[None])
 
 
-def _time_case(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isa: cpu.Isa, repeats: int) -> dict[str, float]:
+def _time_case(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isa: native.Isa, repeats: int) -> dict[str, float]:
     """The figures of a variant of the kernels on one layout."""
     scale, density = 1 / math.sqrt(q.shape[-1]), layout.density()
     error = _error(q, k, v, layout, *cpu.forward(q, k, v, layout, scale, None, isa=isa))
@@ -178,7 +178,7 @@ def _time_case(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isa: cpu.Is
     }
 
 
-def _time_search(q: Tensor, k: Tensor, v: Tensor, every: int, isa: cpu.Isa, repeats: int) -> float:
+def _time_search(q: Tensor, k: Tensor, v: Tensor, every: int, isa: native.Isa, repeats: int) -> float:
     """The time of block mass over that of dense attention."""
     _, lse = attend_lse(q, k, v)
     blocks, scale = even_blocks(q.shape[1], TILES[0]), 1 / math.sqrt(q.shape[-1])

@@ -31,7 +31,7 @@ def test_every_case_has_its_figures() -> None:
 
 
 def test_without_the_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "isa", lambda: None)
+    monkeypatch.setattr(native, "isa", lambda: None)
     with pytest.raises(RuntimeFailure, match="C\\+\\+ compiler"):
         attention.bench_attention(SMALL, say=print)
 
