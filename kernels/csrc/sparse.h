@@ -27,7 +27,7 @@ struct Queries {
 // with a panel of its own.
 struct Panels {
     float *k;     // [panel][dim][lane]; 0 past the end of a block
-    float *v;     // [panel][lane][padded dim]; null where values are not needed
+    float *v;     // [panel][span of the padded dim][lane][element of the span]; null where values are not needed
     float *bias;  // [panel][lane], in units of log2; -inf past the end of a block
     const int32_t *starts;   // [blocks + 1]: the first panel of each block
     const int32_t *offsets;  // [blocks + 1]: the first place of each block
