@@ -4,9 +4,9 @@ python benchmarks/gpu.py                       # writes benchmarks/results/gpu-<
 python benchmarks/gpu.py --films               # and films end to end, dense beside each policy
 python benchmarks/gpu.py --device cpu --quick  # the same code on small shapes, through the CPU's kernels
 
-Needs torch, Triton on a GPU, and longvid itself, of its requirements nothing (`pip install --no-deps --no-build-isolation .`);
-whatever else is absent is named in the result. What fails is named there, too, and the rest goes on. The file is written
-anew after every part, so a run that is cut short leaves what it has; after --budget-s no other part begins.
+Needs torch, Triton on a GPU, and longvid without its requirements (`pip install --no-deps --no-build-isolation .`).
+Whatever else is absent is named in the result. What fails is named there, too, and the rest goes on. The file is
+written anew after every part, so a run that is cut short leaves what it has; after --budget-s nothing else is begun.
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
 """
 
