@@ -4,7 +4,9 @@ python benchmarks/gpu.py                       # writes benchmarks/results/gpu-<
 python benchmarks/gpu.py --films               # and films end to end, dense beside each policy
 python benchmarks/gpu.py --device cpu --quick  # the same code on small shapes, through the CPU's kernels
 
-Needs torch, and Triton on a GPU; whatever else is absent is named in the result.
+Needs torch, Triton on a GPU, and longvid without its requirements (`pip install --no-deps --no-build-isolation .`).
+Whatever else is absent is named in the result. What fails is named there, too, and the rest goes on. The file is
+written anew after every part, so a run that is cut short leaves what it has; after --budget-s nothing else is begun.
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -54,12 +57,35 @@ class Plan:
     dtype: torch.dtype
     tiles: tuple[int, ...] = (64, 128)
     densities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
-    flex_from: int = 16384
-    """FlexAttention compiles for every point, which takes longer than all the rest: only from this length on."""
+    flex: frozenset[tuple[int, int, float]] = frozenset()
+    """Lengths, tiles and densities of FlexAttention, which compiles for each: that takes longer than all the rest."""
 
 
-FULL = Plan((1024, 2048, 4096, 8192, 16384, 32760), 24, 128, torch.bfloat16)
-QUICK = Plan((256, 500), 2, 64, torch.float32, densities=(1.0, 0.25), flex_from=1 << 30)
+# Those that say most come first.
+FULL = Plan(
+    (16384, 4096, 32760, 8192, 2048, 1024),
+    24,
+    128,
+    torch.bfloat16,
+    flex=frozenset((length, 128, density) for length in (16384, 32760) for density in (0.25, 0.1)),
+)
+QUICK = Plan((256, 500), 2, 64, torch.float32, densities=(1.0, 0.25))
+
+
+class Clock:
+    """How long may go on what begins."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._end = time.monotonic() + budget_s
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def why(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # What the machine is.
@@ -93,9 +119,27 @@ def _driver() -> str:
 # Correctness, before anything is timed.
 
 
-def gates(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Every kernel against its oracle: the largest error beside its bound."""
+Check = tuple[str, torch.dtype, Callable[[], tuple[Any, Any]]]
+"""A kernel on some input: its name, and what it found beside what its oracle did."""
+
+
+def gates(device: torch.device, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Every kernel against its oracle: the largest error beside its bound. One that fails is wrong, too."""
     torch.manual_seed(0)
+    for name, dtype, check in checks(device):
+        if clock.is_over:
+            return
+        try:
+            found, expected = check()
+            yield gate(name, dtype, found, expected)
+        except Exception as error:
+            yield {"gate": name, "dtype": _name(dtype), "failed": why(error), "ok": False}
+    if not clock.is_over:
+        yield from select_gates(device)
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """Attention, block mass and pooling, on every layout and dtype."""
     dtypes = TOLERANCE if device.type == "cuda" else [torch.float32, torch.bfloat16]
     for dtype in dtypes:
         for head_dim in (64, 80, 256):
@@ -104,18 +148,27 @@ def gates(device: torch.device) -> Iterator[dict[str, Any]]:
                 bias = torch.randn(1, 3, 500, device=device) if "bias" in name else None
                 if bias is not None:
                     bias[..., ::5] = -math.inf
-                found = sparse_attention(q, k, v, layout, k_bias=bias)
-                expected = reference.sparse_attention(q, k, v, layout, k_bias=bias)
-                yield gate(f"attention, {name}, D {head_dim}", dtype, found, expected)
+                inputs = (q, k, v, layout)
+                yield (
+                    f"attention, {name}, D {head_dim}",
+                    dtype,
+                    functools.partial(both, "attention", *inputs, k_bias=bias),
+                )
         q, k, _ = random_qkv(device, dtype, 2, 400, 500, 3, 64)
         lse = torch.einsum("blhd,bthd->blht", q.double(), k.double()).div(8).logsumexp(-1).float()
         for name, layout in test_layouts(device):
             if layout.num_groups == 1:
-                mass = block_mass(q, k, lse, layout.q, layout.k)
-                exact = reference.block_mass(q, k, lse, layout.q, layout.k)
-                yield gate(f"block mass, {name}", dtype, [mass], [exact])
-                yield gate(f"pool, {name}", dtype, pool(q, layout.q), reference.pool(q, layout.q))
-    yield from select_gates(device)
+                yield f"block mass, {name}", dtype, functools.partial(both, "mass", q, k, lse, layout.q, layout.k)
+                yield f"pool, {name}", dtype, functools.partial(both, "pool", q, layout.q)
+
+
+def both(kernel: str, *inputs: Any, **options: Any) -> tuple[Any, Any]:
+    """What a kernel and its oracle make of the same inputs."""
+    if kernel == "attention":
+        return sparse_attention(*inputs, **options), reference.sparse_attention(*inputs, **options)
+    if kernel == "mass":
+        return [block_mass(*inputs)], [reference.block_mass(*inputs)]
+    return pool(*inputs), reference.pool(*inputs)
 
 
 def gate(name: str, dtype: torch.dtype, found: Any, expected: Any) -> dict[str, Any]:
@@ -134,13 +187,16 @@ def select_gates(device: torch.device) -> Iterator[dict[str, Any]]:
     """On a GPU the fused selection against torch's sort on the CPU; ties and infinities are among the scores."""
     scores = torch.randint(0, 50, (4, 64, 700), device=device).float()
     scores[0, :, ::7] = math.inf
-    pairs = {
-        "top-k": (top_k(scores, 70), top_k(scores.cpu(), 70)),
-        "top-p": (top_p(scores[1:], 0.9), top_p(scores[1:].cpu(), 0.9)),
+    selections: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "top-k": (lambda x: top_k(x, 70), scores),
+        "top-p": (lambda x: top_p(x, 0.9), scores[1:]),
     }
-    for name, (found, expected) in pairs.items():
-        wrong = int((found.cpu() != expected).sum())
-        yield {"gate": name, "dtype": "float32", "error": wrong, "bound": 0, "ok": wrong == 0}
+    for name, (select, x) in selections.items():
+        try:
+            wrong = int((select(x).cpu() != select(x.cpu())).sum())
+            yield {"gate": name, "dtype": "float32", "error": wrong, "bound": 0, "ok": wrong == 0}
+        except Exception as error:
+            yield {"gate": name, "dtype": "float32", "failed": why(error), "ok": False}
 
 
 def test_layouts(device: torch.device) -> list[tuple[str, BlockLayout]]:
@@ -253,6 +309,7 @@ def flex_kernel(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int)
         BLOCK_SIZE=tile,
         mask_mod=lambda b, h, i, j: mask[b, h, i // tile, j // tile],
         seq_lengths=(q.shape[1], k.shape[1]),
+        compute_q_blocks=False,  # for gradients alone
     )
     compiled = torch.compile(flex_attention, dynamic=False)
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -264,28 +321,36 @@ def try_seconds(work: Callable[[], object], device: torch.device) -> float | str
     try:
         return seconds(work, device)
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return why(error)
 
 
 # What is timed.
 
 
-def time_length(plan: Plan, length: int, device: torch.device) -> list[dict[str, Any]]:
-    """All tiles and densities of one length, beside the fastest dense kernel."""
+def time_length(plan: Plan, length: int, device: torch.device, clock: Clock) -> Iterator[dict[str, Any]]:
+    """All tiles and densities of one length, beside the fastest dense kernel. A point that fails says why."""
     q, k, v = random_qkv(device, plan.dtype, 1, length, length, plan.heads, plan.head_dim)
     dense = {name: try_seconds(kernel, device) for name, kernel in dense_kernels(q, k, v).items()}
     fastest = min((value for value in dense.values() if isinstance(value, float)), default=math.nan)
-    points = []
-    for tile in plan.tiles:
-        blocks = even_blocks(length, tile, device)
-        everything = torch.ones(1, blocks.num_blocks, blocks.num_blocks, dtype=torch.bool, device=device)
-        _, lse = sparse_attention(q, k, v, make_layout(blocks, blocks, everything, one_group(plan.heads, device)))
-        for density in plan.densities:
-            find = functools.partial(find_layout, q, k, lse, blocks, density)
-            point = time_point(q, k, v, find, tile, fastest, with_flex=length >= plan.flex_from)
-            points.append({"length": length, "tile": tile, "wanted_density": density, "dense_s": dense, **point})
-            print(as_line(points[-1]), file=sys.stderr, flush=True)
-    return points
+    for tile, density in itertools.product(plan.tiles, plan.densities):
+        if clock.is_over:
+            return
+        point: dict[str, Any] = {"length": length, "tile": tile, "wanted_density": density, "dense_s": dense}
+        try:
+            blocks = even_blocks(length, tile, device)
+            find = functools.partial(find_layout, q, k, dense_lse(q, k, v, blocks), blocks, density)
+            with_flex = (length, tile, density) in plan.flex
+            point |= time_point(q, k, v, find, tile, fastest, with_flex=with_flex)
+        except Exception as error:
+            point |= {"failed": why(error), "ok": False}
+        print(as_line(point), file=sys.stderr, flush=True)
+        yield point
+
+
+def dense_lse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """The LSE over all tiles, by our kernel, fp32 [B, L, H]."""
+    everything = torch.ones(1, blocks.num_blocks, blocks.num_blocks, dtype=torch.bool, device=q.device)
+    return sparse_attention(q, k, v, make_layout(blocks, blocks, everything, one_group(q.shape[2], q.device)))[1]
 
 
 def find_layout(q: Tensor, k: Tensor, lse: Tensor, blocks: Blocks, density: float) -> BlockLayout:
@@ -305,7 +370,7 @@ def time_point(
     planning_s = seconds(find, q.device)
     return {
         **figures(layout.density(), attention_s, planning_s, dense_s, num_scores(q, k), q.shape[3]),
-        **(time_flex(q, k, v, layout, tile, out) if with_flex else {"flex_s": "not timed at this length"}),
+        **(time_flex(q, k, v, layout, tile, out) if with_flex else {"flex_s": "not timed here"}),
         "error": error,
         "ok": error <= TOLERANCE[q.dtype],
     }
@@ -314,10 +379,12 @@ def time_point(
 def time_flex(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int, out: Tensor) -> dict[str, Any]:
     """FlexAttention's seconds, or why there are none, and how far its output is from ours."""
     torch.compiler.reset()  # it stops to compile after some shapes
-    kernel = flex_kernel(q, k, v, layout, tile)
-    flex_s = try_seconds(kernel, q.device)
-    difference = float((kernel().transpose(1, 2) - out).abs().amax()) if isinstance(flex_s, float) else None
-    return {"flex_s": flex_s, "flex_difference": difference}
+    try:
+        kernel = flex_kernel(q, k, v, layout, tile)
+        difference = float((kernel().transpose(1, 2) - out).abs().amax())
+        return {"flex_s": seconds(kernel, q.device), "flex_difference": difference}
+    except Exception as error:
+        return {"flex_s": why(error), "flex_difference": None}
 
 
 def num_scores(q: Tensor, k: Tensor) -> int:
@@ -343,7 +410,7 @@ def figures(
 def crossovers(points: list[dict[str, Any]], key: str) -> dict[str, int | None]:
     """For each tile and density the shortest length from which on sparse is faster at every longer one too."""
     found: dict[str, int | None] = {}
-    for point in sorted(points, key=lambda point: point["length"]):
+    for point in sorted((point for point in points if key in point), key=lambda point: point["length"]):
         case = f"tile {point['tile']}, density {point['wanted_density']}"
         faster = point[key] > 1
         found[case] = (found.get(case) or point["length"]) if faster else None
@@ -351,6 +418,10 @@ def crossovers(points: list[dict[str, Any]], key: str) -> dict[str, int | None]:
 
 
 def as_line(point: dict[str, Any]) -> str:
+    if "failed" in point:
+        return (
+            f"{point['length']:6} tokens, tile {point['tile']:3}, density {point['wanted_density']}: {point['failed']}"
+        )
     flex = f"{point['flex_s'] * 1e3:.3f} ms" if isinstance(point["flex_s"], float) else "-"
     return (
         f"{point['length']:6} tokens, tile {point['tile']:3}, density {point['density']:.3f}:"
@@ -363,17 +434,25 @@ def as_line(point: dict[str, Any]) -> str:
 # Films.
 
 
-def time_films(model: str, device: torch.device) -> dict[str, Any]:
+def time_films(model: str, device: torch.device, clock: Clock) -> dict[str, Any]:
     """Films end to end, dense and by policy, and how near to the dense film they are; without diffusers, why not."""
-    try:
-        from longvid.engine import Engine
-    except ImportError as error:
-        return {"absent": str(error)}
     results: dict[str, Any] = {}
+    try:
+        _time_films(model, device, clock, results)
+    except Exception as error:
+        results["failed"] = why(error)
+    return results
+
+
+def _time_films(model: str, device: torch.device, clock: Clock, results: dict[str, Any]) -> None:
+    from longvid.engine import Engine
+
     with tempfile.TemporaryDirectory() as folder:
         story = Path(folder) / "story.yaml"
         story.write_text(STORY)
         for policy in ("dense", *POLICIES):
+            if clock.is_over:
+                return
             engine = Engine.load(model, overrides=[f"runtime.device={device.type}", f"attention.policy={policy}"])
             film = Path(folder) / f"{policy}.mp4"
             times = []
@@ -385,7 +464,6 @@ def time_films(model: str, device: torch.device) -> dict[str, Any]:
             psnr = psnr_of(film, film.with_name("dense.mp4"))
             speedup = results["dense"]["seconds"] / times[1] if results else 1.0
             results[policy] = {"first_s": times[0], "seconds": times[1], "speedup": speedup, "psnr_db": psnr}
-    return results
 
 
 def psnr_of(film: Path, dense: Path) -> float:
@@ -406,24 +484,42 @@ def main() -> None:
     parser.add_argument("--films", action="store_true", help="render films too")
     parser.add_argument("--model", default="mini", help="of the films; a small one stays dense, below the crossover")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<device>.json; none with --quick")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which nothing else is begun")
     args = parser.parse_args()
-    device, plan = torch.device(args.device), QUICK if args.quick else FULL
-    result: dict[str, Any] = {"machine": machine(device), "backend": backend_for(device), "gates": list(gates(device))}
-    for wrong in (found for found in result["gates"] if not found["ok"]):
-        print(f"WRONG: {wrong}", file=sys.stderr, flush=True)
-    result["shape"] = {"heads": plan.heads, "head_dim": plan.head_dim, "dtype": _name(plan.dtype)}
-    result["points"] = [point for length in plan.lengths for point in time_length(plan, length, device)]
-    result["crossover"] = crossovers(result["points"], "speedup")
-    result["crossover_with_planning"] = crossovers(result["points"], "speedup_with_planning")
-    if args.films:
-        result["films"] = time_films(args.model, device)
-    name = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
+    device, plan, clock = torch.device(args.device), QUICK if args.quick else FULL, Clock(args.budget_s)
+    facts = machine(device)
+    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     out = args.out or (None if args.quick else Path(__file__).parent / "results" / f"gpu-{name}.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"machine": facts, "backend": backend_for(device)}
+    for part in measure(result, plan, device, clock, args.model if args.films else None):
+        print(f"{part}: done", file=sys.stderr, flush=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("gates", "points")}, indent=1))
     sys.exit(not all(found["ok"] for found in [*result["gates"], *result["points"]]))
+
+
+def measure(result: dict[str, Any], plan: Plan, device: torch.device, clock: Clock, model: str | None) -> Iterator[str]:
+    """Fills the result part by part, and names each that is done."""
+    result["gates"] = []
+    for found in gates(device, clock):
+        result["gates"].append(found)
+        if not found["ok"]:
+            print(f"WRONG: {found}", file=sys.stderr, flush=True)
+    result["shape"] = {"heads": plan.heads, "head_dim": plan.head_dim, "dtype": _name(plan.dtype)}
+    result["points"] = []
+    yield "gates"
+    for length in plan.lengths:
+        result["points"].extend(time_length(plan, length, device, clock))
+        result["crossover"] = crossovers(result["points"], "speedup")
+        result["crossover_with_planning"] = crossovers(result["points"], "speedup_with_planning")
+        result["is_complete"] = not clock.is_over
+        yield f"{length} tokens"
+    if model is not None:
+        result["films"] = time_films(model, device, clock)
+        result["is_complete"] = not clock.is_over
+        yield "films"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,6 +47,8 @@ POLICIES = (
     Case("adaspa", ("attention.policy=adaspa",), "HunyuanVideo 1.78x, 29.07 dB"),
     Case("tile", ("attention.policy=tile",), "1.5-2.25x of 7.4-7.8x"),
     Case("sta", ("attention.policy=sta", "attention.tile=[6,4,4]"), "HunyuanVideo 1.89x"),
+    Case("sta 3 of 6x2x2", ("attention.policy=sta", "attention.tile=[6,2,2]", "attention.window=[3,2,2]"), ""),
+    Case("tile 16", ("attention.policy=tile", "attention.global_latents=16"), ""),
     Case("radial", ("attention.policy=radial", "attention.tile=64"), ""),
     Case("grat", ("attention.policy=grat", "attention.group=[4,2,2]", "attention.pattern=neighbours"), ""),
     Case("svg2", ("attention.policy=svg2",), "HunyuanVideo 2.30x, 30.45 dB at density 0.25"),
@@ -57,6 +59,14 @@ POLICIES = (
 )
 
 
+def tuned(profile: str) -> Case:
+    """What a profile is for."""
+    policy = json.loads(Path(profile).read_text()).get("policy", "sparse_vdit")
+    published = "Wan2.1 1.58x, 22.59 dB" if policy == "sparse_vdit" else ""
+    overrides = (f"attention.policy={policy}", f"attention.profile={profile}")
+    return Case(f"{policy} {Path(profile).stem}", overrides, published)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["attention", "cache", "preset"])
@@ -65,14 +75,12 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=4)
     parser.add_argument("--frames", type=int, default=961)
     parser.add_argument("--only", nargs="*", help="names of policies")
-    parser.add_argument("--profile", help="a profile by `longvid tune`, for sparse_vdit")
+    parser.add_argument("--profile", nargs="*", default=[], help="profiles by `longvid tune`")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = list({"attention": POLICIES, "cache": CACHES, "preset": PRESETS}[args.what])
     cases += [Case(f"static {Path(preset).stem}", (), preset=preset) for preset in args.static]
-    if args.profile:
-        overrides = ("attention.policy=sparse_vdit", f"attention.profile={args.profile}")
-        cases.append(Case("sparse_vdit", overrides, "Wan2.1 1.58x, 22.59 dB"))
+    cases += [tuned(profile) for profile in args.profile]
     cases = [case for case in cases if not args.only or case.name in args.only]
     common = {
         "attention": ["schedule=sequential", f"sampler.steps={args.steps or 8}"],

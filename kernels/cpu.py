@@ -1,6 +1,6 @@
-"""Block-sparse attention and block mass on the CPU, by the C++ of `csrc/`, where it was built at installation.
+"""Block-sparse attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
 
-Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
+Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks, N clusters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks
 from longvid.kernels.native import Isa, isa_index, library
+
+MAX_HEAD_DIM = 256
 
 
 class _Blocks(ctypes.Structure):
@@ -47,6 +49,14 @@ class _Mass(ctypes.Structure):
         *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa")),
         ("scale", ctypes.c_float),
+    ]
+
+
+class _Cluster(ctypes.Structure):
+    _fields_ = [
+        ("x", _Tensor),
+        *((name, ctypes.c_void_p) for name in ("centroids", "bias", "labels", "sums", "sizes")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "clusters", "dim", "threads", "isa")),
     ]
 
 
@@ -125,6 +135,33 @@ def block_mass(
     )
     _check(library().longvid_block_mass(ctypes.byref(args)))
     return mass
+
+
+def cluster(x_BTHD: Tensor, centroids_BHND: Tensor, isa: Isa | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest centroid of each token, and what each cluster has: one step of k-means, in fp32.
+
+    Labels int64 [B, H, T]; of each cluster the sum of its tokens, fp32 [B, H, N, D], and their number, int64 [B, H, N].
+    The head dim is at most 256. `isa`: a variant that this processor has; None: the fastest.
+    """
+    x, centroids = _dense_heads(x_BTHD), centroids_BHND.float().contiguous()
+    batch, num_tokens, num_heads, dim = x.shape
+    # The nearest centroid has the largest x · c - |c|² / 2.
+    bias = centroids.square().sum(-1).div(-2)
+    labels = torch.empty(batch, num_heads, num_tokens, dtype=torch.int64)
+    sums, sizes = torch.zeros_like(centroids), torch.zeros(centroids.shape[:3], dtype=torch.int64)
+    args = _Cluster(
+        _tensor(x),
+        *(y.data_ptr() for y in (centroids, bias, labels, sums, sizes)),
+        batch=batch,
+        heads=num_heads,
+        tokens=num_tokens,
+        clusters=centroids.shape[2],
+        dim=dim,
+        threads=torch.get_num_threads(),
+        isa=isa_index(isa),
+    )
+    _check(library().longvid_cluster(ctypes.byref(args)))
+    return labels, sums, sizes
 
 
 def _dense_heads(x: Tensor) -> Tensor:

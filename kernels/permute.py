@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longvid.kernels import cpu, native
 from longvid.kernels.layout import Blocks
 
 CPU_SLAB, GPU_SLAB = 1 << 20, 1 << 28
@@ -37,11 +38,14 @@ def spaced_tokens(x_BTHD: Tensor, num_clusters: int) -> Tensor:
 
 def lloyd_step(x_BTHD: Tensor, centroids_BHND: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens to their nearest centroids, then centroids to the means of their tokens; empty ones stay."""
-    labels = nearest_centroid(x_BTHD, centroids_BHND)
-    num_clusters = centroids_BHND.shape[2]
-    sizes = cluster_sizes(labels, num_clusters)[..., None]
-    means = cluster_sums(x_BTHD, labels, num_clusters) / sizes.clamp(min=1)
-    return labels, torch.where(sizes > 0, means, centroids_BHND)
+    if x_BTHD.device.type == "cpu" and native.is_available() and x_BTHD.shape[3] <= cpu.MAX_HEAD_DIM:
+        labels, sums, sizes = cpu.cluster(x_BTHD, centroids_BHND)
+    else:
+        labels = nearest_centroid(x_BTHD, centroids_BHND)
+        num_clusters = centroids_BHND.shape[2]
+        sums, sizes = cluster_sums(x_BTHD, labels, num_clusters), cluster_sizes(labels, num_clusters)
+    means = sums / sizes[..., None].clamp(min=1)
+    return labels, torch.where(sizes[..., None] > 0, means, centroids_BHND)
 
 
 def nearest_centroid(x_BTHD: Tensor, centroids_BHND: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def rms_norm(x: Tensor, gain_E: Tensor, eps: float | None, isa: Isa | None = Non
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     if _suits(x) and gain_E.dtype in _DTYPES and not _wants_grad(gain_E):
         return _norm(x, torch.empty_like(x), gain_E.detach().float(), None, None, _RMS, eps, isa=isa)
-    return F.rms_norm(x, x.shape[-1:], gain_E, eps)
+    return F.rms_norm(x, x.shape[-1:], gain_E.to(x.dtype), eps)
 
 
 def unit_norm(x: Tensor, gain_E: Tensor, out: Tensor, *, silu: bool, isa: Isa | None = None) -> None:

@@ -463,23 +463,50 @@ def tune(
     chunks: Annotated[int, typer.Option(min=1, help="How many of the film's chunks to look at.")] = 4,
     tile: Annotated[int, typer.Option(min=16, max=256, help="Tokens of a tile.")] = 64,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Error that a head's pattern may have, as a share of the output's variance.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Error that a head's pattern may have, as a share of the output's variance (0.05). With sta and tile:"
+            " that all may have on average, in place of the density that one option for all has.",
+        ),
+    ] = None,
 ) -> None:
-    """Search for each head's sparse pattern on a film's attention, for attention.policy=sparse_vdit."""
+    """Search on a film's attention for each head's sparse pattern, for attention.policy=sparse_vdit.
+
+    With attention.policy=sta for each head's window, with tile for each layer's global latents.
+    """
     settings = _settings(model, preset, overrides)
 
     from longvid.sparsity.search import Search
+    from longvid.sparsity.settings import Sta, TileFrames
     from longvid.tune import tune as search_heads
 
-    how = Search(tile=tile, tolerance=tolerance)
-    profile = search_heads(
-        story, settings, chunks=chunks, how=how, on_chunk=lambda done, of: typer.echo(f"chunk {done} of {of}", err=True)
-    )
+    if isinstance(settings.attention, Sta | TileFrames):
+        _tune_options(story, settings, out, chunks, tolerance)
+        return
+    how = Search(tile=tile, tolerance=0.05 if tolerance is None else tolerance)
+    profile = search_heads(story, settings, chunks=chunks, how=how, on_chunk=_say_chunk)
     profile.write(out)
     counts = Counter(str(pattern) for heads in profile.layers for pattern in heads)
     typer.echo(", ".join(f"{pattern}: {count}" for pattern, count in sorted(counts.items())))
     typer.echo(f"--set attention.policy=sparse_vdit --set attention.profile={out}")
+
+
+def _tune_options(story: Path, settings: Any, out: Path, chunks: int, tolerance: float | None) -> None:
+    """`tune` for a fixed pattern."""
+    from longvid.sparsity.option_search import OptionSearch
+    from longvid.tune import tune_options
+
+    how = OptionSearch(settings.attention, tolerance)
+    found = tune_options(story, settings, chunks=chunks, how=how, on_chunk=_say_chunk)
+    found.write(out)
+    typer.echo(f"chosen: density {found.density:.3f}, error {found.error:.4f} of the output's variance")
+    typer.echo(f"one for all: density {found.even_density:.3f}, error {found.even_error:.4f}")
+    typer.echo(f"--set attention.policy={found.policy} --set attention.profile={out}")
+
+
+def _say_chunk(done: int, of: int) -> None:
+    typer.echo(f"chunk {done} of {of}", err=True)
 
 
 @bench_app.command("film")

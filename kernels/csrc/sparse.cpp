@@ -20,7 +20,7 @@
 namespace longvid {
 namespace {
 
-// Of keys and values that are held packed at once, or one head's. Not much: memory that is touched for the first time is slow.
+// Of keys and values that are held packed at once, or one head's.
 constexpr size_t PACKED_BYTES = size_t(16) << 20;
 
 const Variant *find(int isa) {
@@ -37,6 +37,33 @@ struct Free {
 using Floats = std::unique_ptr<float[], Free>;
 
 Floats allocate(size_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
+
+// Memory that the calling thread keeps from call to call, unless it is much: to touch new pages takes as long as to pack keys.
+class Kept {
+  public:
+    explicit Kept(size_t count) {
+        if (count > size_) {
+            size_ = 0;
+            memory_ = nullptr;
+            memory_ = allocate(count);
+            size_ = count;
+        }
+    }
+    ~Kept() {
+        if (size_ * sizeof(float) <= PACKED_BYTES) return;
+        memory_ = nullptr;
+        size_ = 0;
+    }
+    Kept(const Kept &) = delete;
+    float *get() const { return memory_.get(); }
+
+  private:
+    static thread_local Floats memory_;
+    static thread_local size_t size_;
+};
+
+thread_local Floats Kept::memory_;
+thread_local size_t Kept::size_ = 0;
 
 }  // namespace
 
@@ -73,6 +100,16 @@ struct MassArgs {
     BlocksArgs q_blocks, k_blocks;
     int32_t batch, heads, dim, sample_every, threads, isa;
     float scale;
+};
+
+struct ClusterArgs {
+    TensorArgs x;
+    const float *centroids;  // [batch][heads][clusters][dim]
+    const float *bias;       // [batch][heads][clusters]
+    int64_t *labels;         // [batch][heads][tokens]
+    float *sums;             // [batch][heads][clusters][dim], zeros to begin with
+    int64_t *sizes;          // [batch][heads][clusters], zeros to begin with
+    int32_t batch, heads, tokens, clusters, dim, threads, isa;
 };
 
 enum Status { DONE = 0, UNSUPPORTED = 1, BAD_LAYOUT = 2, NO_MEMORY = 3 };
@@ -131,7 +168,7 @@ class Packed {
   public:
     Packed(const Variant &variant, int dim, bool has_values, int max_panels, int num_heads)
         : per_head_(floats(variant, dim, has_values, max_panels)), has_values_(has_values), lanes_(variant.lanes), dim_(dim),
-          max_panels_(max_panels), memory_(allocate(per_head_ * num_heads)) {}
+          max_panels_(max_panels), memory_(per_head_ * num_heads), first_(memory_.get()) {}
 
     static size_t floats(const Variant &variant, int dim, bool has_values, int max_panels) {
         const size_t per_key = dim + (has_values ? padded(dim, variant.lanes) : 0) + 1;
@@ -140,7 +177,7 @@ class Packed {
 
     Panels of(int slot, const BlocksArgs &blocks, int group, const std::vector<int32_t> &starts) const {
         const size_t keys = size_t(max_panels_) * lanes_;
-        float *k = memory_.get() + per_head_ * slot, *bias = k + keys * dim_;
+        float *k = first_ + per_head_ * slot, *bias = k + keys * dim_;
         return {k, has_values_ ? bias + keys : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks};
     }
 
@@ -148,7 +185,8 @@ class Packed {
     size_t per_head_;
     bool has_values_;
     int lanes_, dim_, max_panels_;
-    Floats memory_;
+    Kept memory_;
+    float *first_;  // other threads have memory of their own
 };
 
 // Scratch memory of every thread.
@@ -252,13 +290,14 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
         const auto panels = [&](int slot) {
             return packed.of(slot, args.k_blocks, now[slot].group, starts[now[slot].group]);
         };
+        // Heads of the same tokens behind each other: they share pages.
         deal(int64_t(count) * args.k_blocks.num_blocks, args.threads, scratch, [&](int64_t i, float *) {
-            const int slot = int(i / args.k_blocks.num_blocks);
+            const int slot = int(i % count);
             const Head &head = now[slot];
             const float *bias = args.bias ? args.bias + head.batch * args.bias_batch + head.head * args.bias_head : nullptr;
             const Source source{at(args.k, head), at(args.v, head), bias,
                                 args.k.token,     args.v.token,     order_of(args.k_blocks, head.group)};
-            variant.pack(source, panels(slot), args.dim, int(i % args.k_blocks.num_blocks));
+            variant.pack(source, panels(slot), args.dim, int(i / count));
         });
         const std::vector<Item> items = list_items(args, now, count);
         deal(int64_t(items.size()), args.threads, scratch, [&](int64_t i, float *memory) {
@@ -318,9 +357,9 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
         const int count = std::min(wave, num_heads - begin);
         const auto head = [&](int slot) { return Head{(begin + slot) / args.heads, (begin + slot) % args.heads, 0}; };
         deal(int64_t(count) * cols, args.threads, scratch, [&](int64_t i, float *) {
-            const int slot = int(i / cols);
+            const int slot = int(i % count);
             const Source source{at(args.k, head(slot)), nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0)};
-            variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i % cols));
+            variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i / count));
         });
         deal(int64_t(count) * groups.size(), args.threads, scratch, [&](int64_t i, float *memory) {
             const Rows &group = groups[i / count];
@@ -333,6 +372,42 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
             variant.mass(queries.data(), group.stop - group.first, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale,
                          at(args.lse, head(slot)), args.lse.token, factors.data() + group.first,
                          args.mass + (int64_t(begin + slot) * rows + group.first) * cols, memory);
+        });
+    }
+}
+
+// Labels of all tokens, then sums and sizes of clusters: a head's by one thread.
+void cluster(const ClusterArgs &args, const Variant &variant) {
+    const int32_t offsets[2] = {0, args.clusters};
+    const BlocksArgs block{offsets, nullptr, 0, 0, 1, args.clusters};
+    const std::vector<int32_t> starts = panel_starts(block, 0, variant.lanes);
+    const int num_heads = args.batch * args.heads, parts = (args.tokens + MAX_QUERIES - 1) / MAX_QUERIES;
+    const int wave = heads_at_once(Packed::floats(variant, args.dim, false, starts.back()) + 1, num_heads);
+    const Packed packed(variant, args.dim, false, starts.back(), wave);
+    const Scratch scratch(variant.scratch(args.dim, 1), args.threads);
+    const size_t centroids = size_t(args.clusters) * args.dim;
+
+    for (int begin = 0; begin < num_heads; begin += wave) {
+        const int count = std::min(wave, num_heads - begin);
+        const auto tokens = [&](int64_t slot, int first, int size) {
+            const int head = begin + int(slot);
+            return Queries{at(args.x, Head{head / args.heads, head % args.heads, 0}), args.x.token, nullptr, first, 1, size};
+        };
+        deal(count, args.threads, scratch, [&](int64_t slot, float *) {
+            const int64_t head = begin + slot;
+            const Source source{args.centroids + head * centroids, nullptr, args.bias + head * args.clusters, args.dim, 0, nullptr};
+            variant.pack(source, packed.of(int(slot), block, 0, starts), args.dim, 0);
+        });
+        deal(int64_t(count) * parts, args.threads, scratch, [&](int64_t i, float *memory) {
+            const int slot = int(i / parts), first = int(i % parts) * MAX_QUERIES;
+            int64_t *labels = args.labels + int64_t(begin + slot) * args.tokens + first;
+            const Queries some = tokens(slot, first, std::min(MAX_QUERIES, args.tokens - first));
+            variant.nearest(some, packed.of(slot, block, 0, starts), args.dim, labels, memory);
+        });
+        deal(count, args.threads, scratch, [&](int64_t slot, float *) {
+            const int64_t head = begin + slot, *labels = args.labels + head * args.tokens;
+            for (int i = 0; i < args.tokens; i++) args.sizes[head * args.clusters + labels[i]]++;
+            variant.add_rows(tokens(slot, 0, args.tokens), labels, args.dim, args.sums + head * centroids);
         });
     }
 }
@@ -361,6 +436,17 @@ int longvid_attention(const AttentionArgs *args) {
     if (!is_valid(*args)) return BAD_LAYOUT;
     try {
         attend_all(*args, *variant);
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return DONE;
+}
+
+int longvid_cluster(const ClusterArgs *args) {
+    const Variant *variant = find(args->isa);
+    if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
+    try {
+        cluster(*args, *variant);
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }

@@ -19,10 +19,11 @@ def make_attention(settings: Settings, facts: ModelFacts, root: Path | None) -> 
     if isinstance(chosen, kinds.Dense):
         return None
     policy = make_policy(chosen)
-    if isinstance(chosen, kinds.SparseVdit):
+    if isinstance(chosen, kinds.SparseVdit | kinds.Sta | kinds.TileFrames) and chosen.profile:
+        from longvid.sparsity.chosen import ChosenPolicy
         from longvid.sparsity.sparse_vdit import SparseVditPolicy
 
-        assert isinstance(policy, SparseVditPolicy)
+        assert isinstance(policy, SparseVditPolicy | ChosenPolicy)
         model = mark_of(root, "transformer") if root else None
         policy.require(num_layers=facts.num_layers, num_heads=facts.num_heads, model=model)
     if settings.sequence.backend == "xfuser":

@@ -36,13 +36,14 @@ PATTERNS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One attention of all heads of a layer: q [B, L, H, D], k and v [B, T, H, D]."""
+    """One attention of all heads of a layer: q [B, L, H, D], k and v [B, T, H, D]; after which share of the steps."""
 
     layer: int
     q_BLHD: Tensor
     k_BTHD: Tensor
     v_BTHD: Tensor
     tokens: TokenMap
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)

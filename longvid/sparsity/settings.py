@@ -59,6 +59,8 @@ class TileFrames(Sparse):
     """Efficient-vDiT: every latent sees itself and some latents evenly spread over the film."""
 
     policy: Literal["tile"]
+    profile: Annotated[str, Field(min_length=1)] | None = None
+    """Each layer's number of global latents, from a search (`longvid tune`), and the tile."""
     global_latents: Annotated[int, Field(ge=0, le=1024)] = 4
     tile: Tile = 64
 
@@ -67,6 +69,8 @@ class Sta(Sparse):
     """Sliding tile attention: windows of whole cuboids, with the centre clamped at the borders."""
 
     policy: Literal["sta"]
+    profile: Annotated[str, Field(min_length=1)] | None = None
+    """Each head's window, from a search (`longvid tune`), and the tile."""
     dense_steps: Share = 0.24
     tile: Cuboid = (6, 8, 8)
     window: Cuboid = (3, 3, 3)

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid.kernels import permute, reference
+from longvid.kernels import cpu, native, permute, reference
 from longvid.kernels.permute import (
     cluster_blocks,
     cluster_sizes,
+    cluster_sums,
     kmeans,
     lloyd_step,
     nearest_centroid,
@@ -45,7 +46,33 @@ def test_a_step_moves_centroids_to_the_means_of_their_tokens(seed, tokens, clust
                 torch.testing.assert_close(after[b, h, n], expected)
 
 
-def test_iterations_only_bring_tokens_closer():
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+@pytest.mark.parametrize(("tokens", "dim", "clusters"), [(1, 8, 1), (300, 80, 7), (257, 21, 40), (130, 128, 130)])
+def test_the_c_plus_plus_step_is_torch_s(tokens, dim, clusters):
+    x = random(3, 2, 3, tokens, dim).transpose(1, 2)
+    x[:, tokens // 2] = x[:, 0]  # tokens that are alike go together
+    centroids = spaced_tokens(x, clusters) + 0.3 * random(4, 2, 3, clusters, dim)
+    labels = reference.nearest_centroid(x, centroids)
+    for isa in native.ISAS[: native.ISAS.index(native.isa()) + 1]:
+        found, sums, sizes = cpu.cluster(x, centroids, isa)
+        assert torch.equal(found, labels)
+        assert torch.equal(sizes, cluster_sizes(labels, clusters))
+        torch.testing.assert_close(sums, cluster_sums(x, labels, clusters))
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+def test_equal_centroids_give_the_first_and_nan_stays_inside():
+    x = random(3, 1, 50, 1, 8)
+    same = x.mean(1).expand(1, 1, 40, 8)
+    assert (cpu.cluster(x, same)[0] == 0).all()
+    labels, sums, _ = cpu.cluster(x * torch.nan, same)
+    assert (labels == 0).all() and sums[0, 0, 0].isnan().all() and not sums[0, 0, 1:].any()
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_iterations_only_bring_tokens_closer(monkeypatch, is_built):
+    is_available = is_built and native.is_available()
+    monkeypatch.setattr(native, "is_available", lambda: is_available)
     x = random(0, 1, 300, 2, 8)
     spread = []
     for iterations in (1, 2, 5, 20):

@@ -14,8 +14,10 @@ from longvid.models.facts import facts_of
 from longvid.script import parse_script
 from longvid.settings import load_settings
 from longvid.sparsity.make import make_attention
+from longvid.sparsity.option_search import OptionSearch
 from longvid.sparsity.search import Search
-from longvid.tune import tune
+from longvid.sparsity.settings import Sta, TileFrames
+from longvid.tune import tune, tune_options
 
 STORY = """
 seed: 3
@@ -104,3 +106,22 @@ def test_a_tuned_profile_serves_its_model_alone(tiny_model: Path, tmp_path: Path
     profile.model_copy(update={"model": "another"}).write(path)
     with pytest.raises(InputError, match="is the profile of 'another'"):
         Engine.load(tiny_model, overrides=sparse)
+
+
+def test_tuned_windows_and_latents_serve_their_model_alone(tiny_model: Path, tmp_path: Path) -> None:
+    story, path = tmp_path / "story.yaml", tmp_path / "choices.json"
+    story.write_text(STORY)
+    for chosen in (
+        Sta(policy="sta", tile=(1, 2, 2), window=(3, 1, 1)),
+        TileFrames(policy="tile", tile=16, global_latents=1),
+    ):
+        settings = load_settings(None, [*QUEUE, f"model.path={tiny_model}"])
+        found = tune_options(story, settings, chunks=1, how=OptionSearch(chosen), on_chunk=lambda *done: None)
+        assert (found.num_layers, found.num_heads, found.policy) == (2, 2, chosen.policy)
+        assert found.density <= found.even_density + 1e-9 and found.error <= found.even_error + 1e-9
+        found.write(path)
+        sparse = [f"attention.policy={chosen.policy}", f"attention.profile={path}", "attention.crossover=always"]
+        assert latents_of(tiny_model, *sparse).isfinite().all()
+        found.model_copy(update={"model": "another"}).write(path)
+        with pytest.raises(InputError, match="is the profile of 'another'"):
+            Engine.load(tiny_model, overrides=sparse)
