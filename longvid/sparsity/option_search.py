@@ -83,8 +83,8 @@ class OptionJudge:
         even = cast(list[object], self._values).index(value)
         chosen_SNH = choose_all(errors_SNHO, densities, even, self._how)
         picked = np.take_along_axis(errors_SNHO, chosen_SNH[..., None], -1)
-        used, places = np.unique(chosen_SNH, return_inverse=True)
-        kept: list[list[list[int]]] = places.reshape(chosen_SNH.shape).tolist()
+        used, numbers = np.unique(chosen_SNH, return_inverse=True)
+        kept: list[list[list[int]]] = numbers.reshape(chosen_SNH.shape).tolist()
         return Choices(
             model=model,
             num_layers=num_layers,
