@@ -175,7 +175,7 @@ class _Recorder(CacheRuntime):
 
 def _modules(films: _Films, count: int, bubble: float, on_done: Callable[[int, int], None]) -> Calibration:
     facts, num_layers = films.checkpoint.facts, films.checkpoint.facts.num_layers
-    if not facts.module_caches:
+    if facts.joint_text:
         reason = "layers take text and video together, so none of their modules is left out: use --method steps"
         raise InputError(f"train cache: {facts.name}: its {reason}")
     recorder = _Recorder(films.settings.sampler.steps, num_layers)

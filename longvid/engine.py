@@ -184,7 +184,7 @@ class Engine:
         """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
-        self._loading = open_loading(checkpoint, settings, self.device)
+        self._loading = open_loading(checkpoint, settings, self.device, mesh.seq)
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
             self._decoder = checkpoint.load_decoder(dtype, self.device)

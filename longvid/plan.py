@@ -48,10 +48,8 @@ class ModelFacts:
     """For a model with two experts: the share of the noise levels below which the second runs."""
     image: Literal["none", "optional", "required"] = "none"
     """Whether a shot begins with an image."""
-    splits_tokens: bool = True
-    """Whether tokens can be spread over ranks."""
-    module_caches: bool = True
-    """Whether single modules of layers can be left out."""
+    joint_text: bool = False
+    """Whether text goes through the layers with the video's tokens: then no single modules of them can be left out."""
     relative_positions: bool = True
     """Whether K/V can be read at another position than they were made at; else a chunk sees left context alone."""
     dual_layers: int = 0

@@ -38,13 +38,14 @@ class MemorySettings(Section):
 
     `text_encoder`: `keep` it loaded, or `free` it once the prompts are encoded and keep their embeddings on disk, in
     `prompt_cache` (None: the user's cache folder). `offload`: layers wait in host memory, or in the checkpoint's files,
-    and come to the device in groups of `group`, ahead of use. `quantize`: the weights of layers in 8 bits, with `w8a8`
+    and come to the device in groups of `group`, ahead of use; or the ranks of `mesh.seq` keep a part of each weight,
+    and DeepSpeed gathers a group when it is called (`zero`). `quantize`: the weights of layers in 8 bits, with `w8a8`
     their inputs, too. `vae_rows`: rows of a latent that the VAE decodes at a time (0: all).
     """
 
     text_encoder: Literal["auto", "keep", "free"] = "auto"
     prompt_cache: Annotated[str, Field(min_length=1)] | None = None
-    offload: Literal["none", "host", "disk"] = "none"
+    offload: Literal["none", "host", "disk", "zero"] = "none"
     group: Annotated[int, Field(ge=1, le=1024)] = 1
     quantize: Literal["none", "int8", "fp8", "w8a8"] = "none"
     vae_rows: Annotated[int, Field(ge=0, le=4096)] = 0

@@ -416,10 +416,19 @@ class Group:
             raise RuntimeFailure(f"an exchange between the ranks {ranks} failed ({_first_line(error)})") from error
 
 
+LONE = Group((0,), 0)
+"""That of a rank without others."""
+
+
 def connect(device: torch.device, timeout: float) -> None:
     """Join the process group that the launcher's environment describes."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def is_connected() -> bool:
+    """Whether this process has joined one."""
+    return dist.is_initialized()
 
 
 def disconnect() -> None:

@@ -1,13 +1,15 @@
 """Self-attention of one layer when a unit's tokens are spread over the `seq` axis.
 
-Shapes: B = 1, L tokens of a unit, l of them on this rank, H heads, D of a head.
+Shapes: B batch (1 in the engine), L tokens of a unit, l of them on this rank, H heads, D of a head. Text that goes
+through the layers with the unit's tokens has N tokens, which are whole on every rank; it counts to neither L nor l.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,14 +20,15 @@ from torch import Tensor
 
 from longvid.errors import InputError
 from longvid.kernels import rows as kernels
-from longvid.kernels.dense import Partial, attend, attend_lse
+from longvid.kernels.dense import Partial
 from longvid.kernels.merge import merge_partials
+from longvid.parallel.attention import Attention, DenseAttention, Text, attend_beside, join_text, merge_parts, of_heads
 from longvid.parallel.comm import Group
 from longvid.settings import SequenceBackend
 from longvid.sparsity.policy import Heads
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, [1, tokens, 1, D]."""
+"""Cosines and sines, [1, tokens, 1 or H, D]."""
 
 
 @dataclass(frozen=True)
@@ -43,41 +46,15 @@ class KvPart:
     lengths: tuple[int, ...] = ()
 
 
-class Attention(Protocol):
-    """Softmax attention, dense or by a policy of sparse attention."""
-
-    def whole(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, heads: Heads) -> Tensor:
-        """Attention to all keys, [B, L, H, D]."""
-        ...
-
-    def part(
-        self, q_BlHD: Tensor, k_BtHD: Tensor, v_BtHD: Tensor, heads: Heads, queries: slice, keys: tuple[range, ...]
-    ) -> Partial | None:
-        """Attention of some queries to some keys, whose places among all are given; None: none of them sees any."""
-        ...
-
-
-class DenseAttention:
-    """All scores."""
-
-    def whole(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, heads: Heads) -> Tensor:
-        return attend(q_BLHD, k_BTHD, v_BTHD)
-
-    def part(
-        self, q_BlHD: Tensor, k_BtHD: Tensor, v_BtHD: Tensor, heads: Heads, queries: slice, keys: tuple[range, ...]
-    ) -> Partial | None:
-        return attend_lse(q_BlHD, k_BtHD, v_BtHD) if k_BtHD.shape[1] else None
-
-
 @dataclass(frozen=True)
 class Around:
     """What self-attention reads besides the unit's own tokens, what it must keep, and how scores are chosen.
 
-    `rope` covers all tokens in their order: those of `left`, the L of the unit, those of `right`. `store` are spans of
-    the unit's L tokens whose K/V are to be kept.
+    `rope` covers all tokens in their order: those of `left`, the L of the unit, those of `right`; None: positions are
+    in the tokens, or queries and keys come rotated. `store` are spans of the unit's L tokens whose K/V are to be kept.
     """
 
-    rope: Rope
+    rope: Rope | None
     left: KvPart | None = None
     right: KvPart | None = None
     num_left: int = 0
@@ -92,6 +69,14 @@ class Around:
     """How the scene before ended, in the place of left context: its last token stands before the chunk's first own."""
     shared_stop: int = 0
     """The place of the chunk's first own token."""
+    num_tokens: int = 0
+    """L, where no rotary rows say it."""
+    text: Text | None = None
+    """Text that sees the tokens and is seen by them."""
+
+    @property
+    def num_text(self) -> int:
+        return self.text.num_tokens if self.text else 0
 
     @property
     def sides(self) -> list[tuple[KvPart, int]]:
@@ -116,9 +101,9 @@ class SequenceAttention(Protocol):
         ...
 
     def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
-        """Softmax attention of this rank's tokens to all, [1, l, H, D]; and a part for each span of `around.store`.
+        """Softmax attention of this rank's tokens to all, [B, l, H, D]; and a part for each span of `around.store`.
 
-        Queries and keys come normed and not rotated.
+        With text [B, N + l, H, D], what all of it gets first. Queries and keys come normed and not rotated.
         """
         ...
 
@@ -145,6 +130,9 @@ class UspAttention:
     part r * ulysses + u. Inside a Ulysses group attention runs on all tokens of the group and a share of the heads. The
     ring passes those K/V around, and partial attention is merged by its LSE. Stored K/V stay where they are made:
     each rank keeps its heads of its group's tokens.
+
+    Text needs no exchange before attention. Each rank computes its heads for it. In a ring text asks each group's own
+    K/V on that group's ranks, and all of them merge the answers in the same order: its bits are equal everywhere.
     """
 
     def __init__(self, ulysses: Group, ring: Group) -> None:
@@ -169,14 +157,17 @@ class UspAttention:
         is_dealt = around.head_costs is not None and self._ulysses.size > 1
         tensors = [x[:, :, order] if is_dealt else x for x in (q_BlHD, k_BlHD, v_BlHD)]
         q, k, v = to_heads(self._ulysses, tensors, lengths)
-        heads = share_of_heads(self._ulysses, order)
+        heads, num_text = share_of_heads(self._ulysses, order), around.num_text
+        around = around_heads(around, heads)
         if self._ring.size == 1:
             out, stored = attend_around(q, k, v, around, heads), store_whole(k, v, around)
         else:
             spans = self._group_spans(num_tokens)
             out, stored = self._attend_ring(q, k, v, around, heads), self._store(k, v, spans, around)
-        out_BlHD = to_tokens(self._ulysses, out, lengths)
-        return (out_BlHD[:, :, torch.tensor(order).argsort()] if is_dealt else out_BlHD), stored
+        out_BlHD = to_tokens(self._ulysses, out[:, num_text:], lengths)
+        if is_dealt:
+            out_BlHD = out_BlHD[:, :, torch.tensor(order).argsort()]
+        return beside(gather_heads(out[:, :num_text], heads), out_BlHD), stored
 
     def _group_spans(self, num_tokens: int) -> list[slice]:
         """The tokens of each Ulysses group, in the order of the ring."""
@@ -189,21 +180,34 @@ class UspAttention:
         return [length(part) for part in split(num_tokens, self._num_parts)[first : first + self._ulysses.size]]
 
     def _attend_ring(self, q_BnhD: Tensor, k_BnhD: Tensor, v_BnhD: Tensor, around: Around, heads: Heads) -> Tensor:
-        """Attention of this group's n tokens to all, with h of the heads."""
-        num_tokens, ring = own_tokens(around), self._ring
+        """Attention of this group's n tokens to all, with h of the heads; [B, N + n, h, D] where there is text."""
+        num_tokens, ring, text = own_tokens(around), self._ring, around.text
         spans = self._group_spans(num_tokens)
-        start = around.num_left + spans[ring.index].start
+        own, start = spans[ring.index], around.num_left + spans[ring.index].start
         own_rope = rows(around.rope, start, start + q_BnhD.shape[1])
         keys, values = neighbours(around)
         block = torch.stack([torch.cat([rotate(k_BnhD, own_rope), *keys], 1), torch.cat([v_BnhD, *values], 1)])
-        queries = spans[ring.index]
+        queries = slice(around.num_text + own.start, around.num_text + own.stop)
 
         def partial(block: Tensor, keys: tuple[range, ...]) -> Partial | None:
             return around.attention.part(q_rotated, block[0], block[1], heads, queries, keys)
 
         q_rotated = rotate(q_BnhD, own_rope)
-        merged = self._pass_around(partial, block, [key_places(around, spans, i) for i in range(ring.size)])
-        return merged[0].type_as(q_BnhD) if merged else torch.zeros_like(q_BnhD)
+        places = [key_places(around, spans, i) for i in range(ring.size)]
+        merged = self._pass_around(partial, block, places)
+        if text is None:
+            return merged[0].type_as(q_BnhD) if merged else torch.zeros_like(q_BnhD)
+        asked = slice(0, text.num_tokens)
+        here = around.attention.part(text.query, block[0], block[1], heads, asked, places[ring.index])
+        of_text = self._merge_over_ring(here, text.query)
+        return join_text(text, q_rotated, (of_text, merged), own.start, around.attention, heads).type_as(q_BnhD)
+
+    def _merge_over_ring(self, here: Partial | None, like: Tensor) -> Partial | None:
+        """Attention of text, [B, N, h, D] as `like`, to the keys of all members, from that to each one's own."""
+        out, lse = here or (torch.zeros_like(like), like.new_full(like.shape[:3], -math.inf))
+        packed = torch.cat([out.float(), lse.float()[..., None]], -1)
+        parts = self._ring.all_gather(packed, [packed.shape] * self._ring.size)
+        return merge_parts([(part[..., :-1], part[..., -1]) for part in parts])
 
     def _pass_around(
         self,
@@ -211,7 +215,7 @@ class UspAttention:
         block: Tensor,
         places: Sequence[tuple[range, ...]],
     ) -> Partial | None:
-        """Attention to the K/V of all members of the ring, of which `block` [2, 1, n, h, D] is our own.
+        """Attention to the K/V of all members of the ring, of which `block` [2, B, n, h, D] is our own.
 
         `places` are those of every member's keys among all. While attention to a block runs, the next is on its way.
         """
@@ -261,17 +265,20 @@ class DeepSpeedAttention:
 
     def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
         stored: list[KvPart] = []
+        texts: list[Tensor] = []
         batch_dim, rotary = 0, None  # we rotate ourselves: the neighbours' keys too
-        out: Tensor = self._exchange(q_BlHD, k_BlHD, v_BlHD, batch_dim, rotary, around, stored)
-        return out, stored
+        out: Tensor = self._exchange(q_BlHD, k_BlHD, v_BlHD, batch_dim, rotary, around, stored, texts)
+        return beside(texts[0], out), stored
 
     def _attend_heads(
-        self, q_BLhD: Tensor, k_BLhD: Tensor, v_BLhD: Tensor, around: Around, stored: list[KvPart]
+        self, q_BLhD: Tensor, k_BLhD: Tensor, v_BLhD: Tensor, around: Around, stored: list[KvPart], texts: list[Tensor]
     ) -> Tensor:
         """What DeepSpeed calls between its exchanges, with all tokens and a share of the heads."""
         stored += store_whole(k_BLhD, v_BLhD, around)
         heads = share_of_heads(self._group, range(q_BLhD.shape[2] * self._group.size))
-        return attend_around(q_BLhD, k_BLhD, v_BLhD, around, heads)
+        out, num_text = attend_around(q_BLhD, k_BLhD, v_BLhD, around_heads(around, heads), heads), around.num_text
+        texts.append(gather_heads(out[:, :num_text], heads))
+        return out[:, num_text:]
 
 
 class XfuserAttention:
@@ -302,9 +309,10 @@ class XfuserAttention:
     def attend(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, around: Around) -> tuple[Tensor, list[KvPart]]:
         if q_BlHD.dtype == torch.float32:
             raise InputError("sequence.backend: xfuser's flash attention needs runtime.dtype bfloat16, not float32")
+        assert around.text is None, "families.require refuses xfuser where text is among the tokens"
         part = self.part(own_tokens(around))
         rope = rows(around.rope, around.num_left + part.start, around.num_left + part.stop)
-        joint = self._neighbours(around)
+        joint = self._neighbours(around_heads(around, share_of_heads(self._ulysses, range(q_BlHD.shape[2]))))
         out: Tensor = self._attention(None, rotate(q_BlHD, rope), rotate(k_BlHD, rope), v_BlHD, **joint)
         return out, [self._store(k_BlHD, v_BlHD, part, span) for span in around.store]
 
@@ -352,27 +360,28 @@ def make_sequence(backend: SequenceBackend, ulysses: Group, ring: Group, seq: Gr
 
 
 def to_heads(ulysses: Group, tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """From [1, l, H, D] to [1, n, H / ulysses, D]: all tokens of the group, some heads. One exchange for all tensors.
+    """From [B, l, H, D] to [B, n, H / ulysses, D]: all tokens of the group, some heads. One exchange for all tensors.
 
     `lengths` are the members' l, and n their sum.
     """
     if ulysses.size == 1:
         return list(tensors)
-    num_heads, width = tensors[0].shape[2:]
+    batch, _, num_heads, width = tensors[0].shape
     assert num_heads % ulysses.size == 0
     heads = num_heads // ulysses.size
     parts = torch.cat(list(tensors)).split(heads, 2)
-    received = ulysses.all_to_all(parts, [(len(tensors), n, heads, width) for n in lengths])
-    return list(torch.cat(received, 1).split(1))
+    received = ulysses.all_to_all(parts, [(len(tensors) * batch, n, heads, width) for n in lengths])
+    return list(torch.cat(received, 1).split(batch))
 
 
 def share_of_heads(ulysses: Group, order: Sequence[int]) -> Heads:
     """Which of the layer's heads are here after `to_heads` of heads in that order."""
     count = len(order) // ulysses.size
-    back = torch.tensor(order).argsort()
+    back = None if list(order) == sorted(order) else torch.tensor(order).argsort()
 
     def gather(x: Tensor) -> Tensor:
-        return torch.cat(ulysses.all_gather(x, [x.shape] * ulysses.size))[back.to(x.device)]
+        dealt = torch.cat(ulysses.all_gather(x, [x.shape] * ulysses.size))
+        return dealt if back is None else dealt[back.to(x.device)]
 
     return Heads(tuple(order[ulysses.index * count : (ulysses.index + 1) * count]), len(order), gather)
 
@@ -393,25 +402,50 @@ def deal_heads(costs: Sequence[float] | None, num_heads: int, num_ranks: int) ->
 
 
 def to_tokens(ulysses: Group, x_BnhD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Back from [1, n, H / ulysses, D] to this rank's [1, l, H, D]."""
+    """Back from [B, n, H / ulysses, D] to this rank's [B, l, H, D]."""
     if ulysses.size == 1:
         return x_BnhD
-    shape = (1, lengths[ulysses.index], *x_BnhD.shape[2:])
+    shape = (x_BnhD.shape[0], lengths[ulysses.index], *x_BnhD.shape[2:])
     return torch.cat(ulysses.all_to_all(x_BnhD.split(list(lengths), 1), [shape] * ulysses.size), 2)
+
+
+def gather_heads(x_BNhD: Tensor, heads: Heads) -> Tensor:
+    """All heads [B, N, H, D] of what each rank has some of; nothing is sent where there are no tokens."""
+    if heads.count == heads.total or not x_BNhD.shape[1]:
+        return x_BNhD
+    return heads.gather(x_BNhD.movedim(2, 0).contiguous()).movedim(0, 2)
+
+
+def around_heads(around: Around, heads: Heads) -> Around:
+    """The same for some of the heads; K/V of others are of those already."""
+    if heads.count == heads.total:
+        return around
+    rope = around.rope
+    if rope is not None and rope[0].shape[2] > 1:
+        rope = of_heads(rope[0], heads), of_heads(rope[1], heads)
+    return replace(around, rope=rope, text=around.text.of(heads) if around.text else None)
+
+
+def beside(text_BNHD: Tensor, video_BlHD: Tensor) -> Tensor:
+    """Text, if there is any, then this rank's tokens."""
+    return torch.cat([text_BNHD, video_BlHD], 1) if text_BNHD.shape[1] else video_BlHD
 
 
 # ----------------------------------------------------------------------------------------------- attention and its K/V
 
 
 def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around, heads: Heads) -> Tensor:
-    """Attention of a unit's tokens to themselves and to the K/V of its neighbours, which this rank has whole."""
+    """Attention of a unit's tokens to themselves and to the K/V of its neighbours, which this rank has whole.
+
+    With text [B, N + L, H, D], text first.
+    """
     first, num_tokens = around.num_left, q_BLHD.shape[1]
     if around.left or around.right:
         left = [(around.left.key, around.left.value)] if around.left else []
         right = [(around.right.key, around.right.value)] if around.right else []
         parts = [*left, (k_BLHD, v_BLHD), *right]
         k_BLHD, v_BLHD = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    if around.queries is None:
+    if around.queries is None or around.rope is None:
         rope = rows(around.rope, first, first + num_tokens)
     else:
         rope = around.rope[0][:, first + around.queries], around.rope[1][:, first + around.queries]
@@ -420,6 +454,8 @@ def attend_around(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, around: Around
     if around.shared:
         key = rotate(around.shared.key, rows(around.rope, around.shared_start, around.shared_stop))
         k_BLHD, v_BLHD = torch.cat([k_BLHD, key], 1), torch.cat([v_BLHD, around.shared.value], 1)
+    if around.text:
+        return attend_beside(around.text, q_BLHD, k_BLHD, v_BLHD, around.attention, heads)
     return around.attention.whole(q_BLHD, k_BLHD, v_BLHD, heads)
 
 
@@ -446,21 +482,23 @@ def neighbours(around: Around) -> tuple[list[Tensor], list[Tensor]]:
     return keys, values
 
 
-def rows(rope: Rope, start: int, stop: int) -> Rope:
+def rows(rope: Rope | None, start: int, stop: int) -> Rope | None:
     """The rotary rows of some tokens."""
-    return rope[0][:, start:stop], rope[1][:, start:stop]
+    return None if rope is None else (rope[0][:, start:stop], rope[1][:, start:stop])
 
 
-def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    """Interleaved rotary embedding, in the arithmetic of the stock Wan processor."""
-    return kernels.rotate(x_BLHD, *rope)
+def rotate(x_BLHD: Tensor, rope: Rope | None) -> Tensor:
+    """Interleaved rotary embedding, in the arithmetic of the stock Wan processor; None: as it is."""
+    return x_BLHD if rope is None else kernels.rotate(x_BLHD, *rope)
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
 
 
 def own_tokens(around: Around) -> int:
-    """L, from the rotary rows: what is left of them beside the neighbours'."""
+    """L, from the rotary rows if there are any: what is left of them beside the neighbours'."""
+    if around.rope is None:
+        return around.num_tokens
     num_right = span_tokens(around.right) if around.right else 0
     return around.rope[0].shape[1] - around.num_left - num_right
 
@@ -471,13 +509,16 @@ def span_tokens(part: KvPart) -> int:
 
 
 def key_places(around: Around, spans: Sequence[slice], member: int) -> tuple[range, ...]:
-    """Where the keys of a member of the ring are among all: the unit's, then the neighbours', then the shared."""
-    own = spans[member]
+    """Where the keys of a member of the ring are among all, which begin with text's.
+
+    First the unit's, then the neighbours', then the shared.
+    """
+    own, first_video = spans[member], around.num_text
     places = [range(around.num_left + own.start, around.num_left + own.stop)]
     for side, first in around.sides:
         start = first + sum(side.lengths[:member])
         places.append(range(start, start + side.lengths[member]))
-    return tuple(places)
+    return tuple(range(first_video + place.start, first_video + place.stop) for place in places)
 
 
 def split(num_tokens: int, num_parts: int) -> list[slice]:

@@ -87,7 +87,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the choice of a mesh depends on: the film's units, how many run at once, and what the model can split."""
+    """What the choice of a mesh depends on: the film's units, how many run at once, and what can be split."""
 
     num_units: int
     in_flight: int
@@ -105,7 +105,7 @@ def workload(settings: Settings, facts: ModelFacts) -> Workload:
     in_flight = rules_of(settings).in_flight(steps)
     at_one_step = in_flight if settings.schedule == "chunks" else 1
     branches, heads = settings.sampler.num_branches, facts.num_heads
-    splits_tokens = facts.splits_tokens and settings.cache.splits_tokens
+    splits_tokens = settings.cache.splits_tokens
     return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, splits_tokens, at_one_step)
 
 
@@ -199,7 +199,7 @@ def _with_ring(topology: Topology, ring: int, work: Workload) -> tuple[Topology,
         branches = "one branch without guidance" if work.branches == 1 else f"{work.branches} branches"
         return topology, f"guidance {topology.guidance}: there is only {branches} (sampler.guidance)"
     if topology.seq > 1 and not work.splits_tokens:
-        return topology, f"seq {topology.seq}: with this model or cache.policy tokens stay on one rank, so seq is 1"
+        return topology, f"seq {topology.seq}: with this cache.policy tokens stay on one rank, so seq is 1"
     if topology.seq % ring:
         return topology, f"seq {topology.seq} is not a multiple of ring {ring}"
     topology = replace(topology, ring=ring)

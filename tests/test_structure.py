@@ -19,7 +19,7 @@ LEVELS = {
     " parallel.schedule parallel.snapshot parallel.verify",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
-    3: "parallel.sequence parallel.vin sampler noise sparsity cache",
+    3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together live trace ledger",
     5: "engine doctor tune calibrate",
     6: "launch",

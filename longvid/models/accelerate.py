@@ -1,4 +1,4 @@
-"""Sparse attention and caches in somebody else's diffusers pipeline: one call, and one to undo it.
+"""Sparse attention, caches and ranks in somebody else's diffusers pipeline: one call, and one to undo it.
 
 Shapes: B batch, L tokens, H heads, D of a head.
 """
@@ -17,8 +17,10 @@ from longvid.document import Document, validate
 from longvid.errors import InputError
 from longvid.kernels.dense import attend
 from longvid.models.accelerate_cache import CacheAcceleration
+from longvid.models.accelerate_sequence import PipelineSequence, join_sequence
 from longvid.models.accelerate_subjects import PolicyProcessor, Subject, subject_of
 from longvid.models.clock import PipelineClock
+from longvid.parallel.attention import Attention, DenseAttention
 from longvid.settings import Settings
 from longvid.sparsity.make import make_policy
 from longvid.sparsity.policy import Heads, Policy
@@ -32,32 +34,49 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def accelerate(
-    pipe: Pipeline, attention: str | Mapping[str, Any] = "dense", cache: str | Mapping[str, Any] = "none"
+    pipe: Pipeline,
+    attention: str | Mapping[str, Any] = "dense",
+    cache: str | Mapping[str, Any] = "none",
+    *,
+    seq: int = 1,
+    ring: int = 1,
 ) -> Pipeline:
-    """Give the transformers of a loaded diffusers pipeline sparse attention, a cache, or both. Returns it.
+    """Give the transformers of a loaded diffusers pipeline sparse attention, a cache, ranks, or all three. Returns it.
 
     For Wan, HunyuanVideo, CogVideoX and LTX-Video. ``attention`` and ``cache`` are names of policies, or mappings as in
     a preset's sections: ``attention={"policy": "adaspa", "tile": 128}, cache="taylorseer"``. Text that is among the
-    tokens is always seen. The pipeline is used as before; its scheduler says which step it is at. Accelerating again
-    replaces what was there. Raises InputError for wrong settings, and for a transformer that they do not fit.
+    tokens is always seen. ``seq`` spreads the tokens over so many ranks, all that a launcher (torchrun) started, and
+    ``ring`` is the part of it that passes K/V around in a ring, as ``mesh.seq`` and ``mesh.ring`` of the engine. All
+    ranks then call this, and the pipeline, with the same inputs and seeds; each gets the film.
+
+    The pipeline is used as before; its scheduler says which step it is at. Accelerating again replaces what was there.
+    Raises InputError for wrong settings, and for a transformer or ranks that they do not fit.
     """
     sections = {"attention": _section(attention), "cache": _section(cache)}
     settings = validate(Settings, Document("accelerate", sections))
     subjects = _subjects(pipe)
     for subject in subjects:
         _require_cache(settings.cache, subject)
+    chosen = settings.attention
+    policy_of = None if isinstance(chosen, Dense) else lambda: make_policy(chosen)
+    if policy_of and ring > 1 and policy_of().data_dependent:
+        reason = "looks at all keys, which no rank of a ring has"
+        raise InputError(f"accelerate: ring must be 1, not {ring}: attention {chosen.policy} {reason}")
+    always = not isinstance(chosen, Dense) and chosen.crossover == "always"
+    mesh = join_sequence(seq, ring, next(subjects[0].model.parameters()).device)
+    sequences = [PipelineSequence(subject, mesh) if seq > 1 else None for subject in subjects]
     restore(pipe)
-    for subject in subjects:
-        if not isinstance(settings.attention, Dense):
-            policy = make_policy(settings.attention)
-            _Acceleration(subject, pipe, policy, always=settings.attention.crossover == "always")
+    for subject, sequence in zip(subjects, sequences, strict=True):
+        if policy_of or sequence:
+            policy = policy_of() if policy_of else None
+            _Acceleration(subject, pipe, policy, sequence, always=always)
         if not isinstance(settings.cache, NoCache):
-            CacheAcceleration(subject, pipe, settings.cache)
+            CacheAcceleration(subject, pipe, settings.cache, sequence)
     return pipe
 
 
 def restore(pipe: Pipeline) -> Pipeline:
-    """Undo ``accelerate``: what stood in its place before stands there again."""
+    """Undo ``accelerate``: what stood in its place before stands there again. Ranks that have joined stay together."""
     for subject in _subjects(pipe):
         processor = subject.attention(subject.layers[0]).processor
         if isinstance(processor, PolicyProcessor) and isinstance(processor.attend, PolicyAttend):
@@ -96,10 +115,13 @@ def _subjects(pipe: Any) -> list[Subject]:
 
 
 class _Acceleration:
-    """One transformer with a policy: processors of ours in its attention, and a hook that sees where it is."""
+    """One transformer with a policy, or over ranks: our processors in its attention, and hooks that see its calls."""
 
-    def __init__(self, subject: Subject, pipe: Any, policy: Policy, *, always: bool) -> None:
+    def __init__(
+        self, subject: Subject, pipe: Any, policy: Policy | None, sequence: PipelineSequence | None, *, always: bool
+    ) -> None:
         self._subject, self._policy, self._always = subject, policy, always
+        self.sequence = sequence
         self.clock = PipelineClock(pipe)
         self.runtime: SparseRuntime | None = None
         self.tokens: TokenMap | None = None
@@ -108,28 +130,37 @@ class _Acceleration:
         for index, layer in enumerate(self._layers):
             layer.set_processor(subject.processor(PolicyAttend(index, self)))
         self._hook = subject.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        if sequence:
+            sequence.install()
 
     def remove(self) -> None:
         self._hook.remove()
+        if self.sequence:
+            self.sequence.remove()
         for layer, processor in zip(self._layers, self._before, strict=True):
             layer.set_processor(processor)
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: the step it is at, by its timestep among the scheduler's."""
         call = self._subject.call(args, kwargs)
-        if self.clock.tick(call["timestep"]) or self.runtime is None:
-            self.runtime = SparseRuntime(self._policy, len(self._layers), self.clock.num_steps, always=self._always)
-        tokens = self._subject.tokens(call)
-        if tokens != self.tokens and not self.runtime.pays(tokens, call["hidden_states"].device):
+        is_new, tokens = self.clock.tick(call["timestep"]), self._subject.tokens(call)
+        if self._policy:
+            self._prepare(self._policy, tokens, call["hidden_states"].device, is_new=is_new)
+        self.tokens = tokens
+
+    def _prepare(self, policy: Policy, tokens: TokenMap, device: torch.device, *, is_new: bool) -> None:
+        """A new run begins with a memory of its own; where the policy would be slower, say so."""
+        if is_new or self.runtime is None:
+            self.runtime = SparseRuntime(policy, len(self._layers), self.clock.num_steps, always=self._always)
+        if tokens != self.tokens and not self.runtime.pays(tokens, device):
             warnings.warn(
                 f"longvid.accelerate: attention to {tokens.num_keys} tokens is faster dense here, so it stays dense",
                 stacklevel=2,
             )
-        self.tokens = tokens
 
 
 class PolicyAttend:
-    """Attention of one layer in which a policy chooses the scores."""
+    """Attention of one layer in which a policy chooses the scores, or which other ranks share."""
 
     def __init__(self, index: int, owner: _Acceleration) -> None:
         self._index, self.owner = index, owner
@@ -140,11 +171,19 @@ class PolicyAttend:
         return self.owner.tokens.num_text
 
     def __call__(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        clock, runtime, tokens = self.owner.clock, self.owner.runtime, self.owner.tokens
-        assert runtime is not None and tokens is not None
-        place = Place(clock.run, clock.branch, self._index, clock.step)
-        sparse = runtime.at(place, tokens, q_BLHD.device)
-        if sparse is None:
+        attention, sequence = self._attention(q_BLHD.device), self.owner.sequence
+        if attention is None and sequence is None:
             return attend(q_BLHD, k_BLHD, v_BLHD)
         with torch.no_grad():
-            return sparse.whole(q_BLHD, k_BLHD, v_BLHD, Heads.all(q_BLHD.shape[2]))
+            attention = attention or DenseAttention()
+            if sequence is None:
+                return attention.whole(q_BLHD, k_BLHD, v_BLHD, Heads.all(q_BLHD.shape[2]))
+            return sequence.attend((q_BLHD, k_BLHD, v_BLHD), self.num_text, attention)
+
+    def _attention(self, device: torch.device) -> Attention | None:
+        """By the policy; None: dense."""
+        clock, runtime, tokens = self.owner.clock, self.owner.runtime, self.owner.tokens
+        if runtime is None:
+            return None
+        assert tokens is not None
+        return runtime.at(Place(clock.run, clock.branch, self._index, clock.step), tokens, device)

@@ -17,6 +17,7 @@ from longvid.cache.plan import CachePlan, Module, StepPlan
 from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import Policy, plan_cache
 from longvid.cache.taylor import Series
+from longvid.models.accelerate_sequence import PipelineSequence
 from longvid.models.accelerate_subjects import Subject
 from longvid.models.clock import PipelineClock
 
@@ -29,11 +30,15 @@ class CacheAcceleration:
     """Stands in for the ``forward`` of the transformer, of its layers, and where modules are cached of those.
 
     ``forward`` is set on the instances and taken away again: no module, parameter or hook of the model changes. With
-    guidance the decision of the prompt's pass holds for the negative's.
+    guidance the decision of the prompt's pass holds for the negative's. With `sequence` each rank remembers what its
+    tokens are given, and all decide by the sums over all of them.
     """
 
-    def __init__(self, subject: Subject, pipeline: Any, settings: Policy) -> None:
+    def __init__(
+        self, subject: Subject, pipeline: Any, settings: Policy, sequence: PipelineSequence | None = None
+    ) -> None:
         self._subject, self._settings, self._clock = subject, settings, PipelineClock(pipeline)
+        self._sequence = sequence
         self._num_layers = len(subject.layers)
         self._runtime = CacheRuntime(CachePlan(()))
         self._first_step = 0
@@ -139,9 +144,12 @@ class CacheAcceleration:
         if clock.branch:
             return
         assert self._entering is not None
-        probe = runtime.probe(self._entering, hidden, 0, hidden.shape[1])
+        sequence = self._sequence
+        start, num_tokens = (sequence.part.start, sequence.num_tokens) if sequence else (0, hidden.shape[1])
+        probe = runtime.probe(self._entering, hidden, start, num_tokens)
         if self._plan.treatment == "gated":
-            self._is_left_out = runtime.decide(clock.run, runtime.judge(clock.run, clock.step, probe))
+            sums = runtime.judge(clock.run, clock.step, probe)
+            self._is_left_out = runtime.decide(clock.run, sequence.sum(sums) if sequence else sums)
             runtime.note(clock.run, is_left_out=self._is_left_out)
         if not self._is_left_out:
             runtime.learn_gate(clock.run, clock.step, probe)

@@ -43,12 +43,15 @@ class Subject(ABC):
     """A transformer whose attention or layers are to be accelerated.
 
     `states` are the arguments of a layer that it returns changed; `arguments` those of the whole transformer, in order.
-    `modules` names a layer's modules; empty where text and video go through them together.
+    `modules` names a layer's modules; empty where text and video go through them together. `rope_dim` is that of the
+    tokens in rotary tables; `modulation` are the dims of a layer's `temb` where that may have a row a token, in dim 1.
     """
 
     states: tuple[str, ...] = ("hidden_states",)
     arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "timestep")
     modules: Mapping[Module, str] = {}
+    rope_dim = 0
+    modulation = 0
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -90,6 +93,8 @@ class WanSubject(Subject):
 
     arguments = ("hidden_states", "timestep")
     modules: Mapping[Module, str] = {"self": "attn1", "text": "attn2", "ffn": "ffn"}
+    rope_dim = 1
+    modulation = 4
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -110,6 +115,8 @@ class LtxSubject(Subject):
 
     arguments = (*Subject.arguments, "encoder_attention_mask", "num_frames", "height", "width")
     modules: Mapping[Module, str] = {"self": "attn1", "text": "attn2", "ffn": "ff"}
+    rope_dim = 1
+    modulation = 3
 
     def grid(self, call: Call) -> tuple[int, int, int]:
         return call["num_frames"], call["height"], call["width"]

@@ -14,7 +14,7 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.models.parts import ModelPart
 from longvid.models.weights import Loading
 from longvid.parallel.executor import Finished
-from longvid.parallel.sequence import SequenceAttention, WholeSequence
+from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import Stage
 from longvid.plan import ModelFacts
 from longvid.sampler import Sampler
@@ -132,15 +132,12 @@ class StageOptions:
             "is_first": part.is_first,
             "is_last": part.is_last,
             "first_layer": part.layers.start,
+            "sequence": self.sequence,
             "attention": self.attention,
             "cache": self.cache,
         }
 
     vin: Path | None = None
-
-    @property
-    def spread(self) -> SequenceAttention:
-        return self.sequence or WholeSequence()
 
 
 class Checkpoint(Protocol):

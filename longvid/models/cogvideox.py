@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.joint_attention import JointContext, joint_attention
 from longvid.models.joint_stage import JointStage
-from longvid.parallel.sequence import Rope
+from longvid.parallel.sequence import Rope, SequenceAttention
 from longvid.parallel.stage import Unit
 
 
@@ -38,7 +38,7 @@ class CogVideoXStage(JointStage):
         self.width = config.num_attention_heads * config.attention_head_dim
         self._together, self._text_tokens = config.patch_size_t or 1, config.max_text_seq_length
         for index, block in enumerate(dit.transformer_blocks):
-            block.attn1.set_processor(QueueJointAttention(index))
+            block.attn1.set_processor(QueueJointAttention(index, self.sequence))
         self._texts: list[Sequence[Tensor]] = []
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
@@ -82,10 +82,13 @@ class CogVideoXStage(JointStage):
         video, text = self.dit.transformer_blocks[index](video, text, temb, context)
         return video, text
 
-    def unpatch(self, own: Tensor, temb: Tensor, unit: Unit) -> Tensor:
+    def project(self, video: Tensor, temb: Tensor) -> Tensor:
+        patches: Tensor = self.dit.proj_out(self.dit.norm_out(self.dit.norm_final(video), temb=temb))
+        return patches
+
+    def unpatch(self, patches: Tensor, unit: Unit) -> Tensor:
         height, width = self.token_grid(unit.latent_size)
         count, patch = unit.num_predicted, self.dit.config.patch_size
-        patches = self.dit.proj_out(self.dit.norm_out(self.dit.norm_final(own), temb=temb))
         cells = patches.view(count, height, width, -1, self._together, patch, patch)  # [F, h, w, C, T, p, p]
         latents: Tensor = cells.permute(4, 3, 0, 1, 5, 2, 6).reshape(-1, count, height * patch, width * patch)
         return latents.float()
@@ -117,8 +120,8 @@ class CogVideoXStage(JointStage):
 class QueueJointAttention:
     """Joint attention of one layer of the stage; a layer hands its ``image_rotary_emb`` on to it unread."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, sequence: SequenceAttention) -> None:
+        self.index, self.sequence = index, sequence
 
     def __call__(
         self,
@@ -135,7 +138,8 @@ class QueueJointAttention:
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         text, video = zip(*((x[:, :text_tokens], x[:, text_tokens:]) for x in (query, key, value)), strict=True)
-        out: Tensor = attn.to_out[0](joint_attention(self.index, text, video, image_rotary_emb).flatten(2))
+        joined = joint_attention(self.index, text, video, image_rotary_emb, self.sequence)
+        out: Tensor = attn.to_out[0](joined.flatten(2))
         return out[:, text_tokens:], out[:, :text_tokens]
 
 

@@ -107,11 +107,8 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     """Refuse settings that the model's family cannot serve, before weights are loaded. Raises InputError."""
     if not isinstance(settings.attention, Dense):
         require_sparse(facts, f"attention.policy must be dense, not {settings.attention.policy}")
-    if settings.cache.is_of_modules and not facts.module_caches:
-        raise InputError(
-            f"cache.policy {settings.cache.policy}: layers of {facts.family} models take text and video together, so "
-            "they are left out whole, not module by module: use cache.level output or last_layer, and no table"
-        )
+    if facts.joint_text:
+        _require_joint(facts, settings)
     if cache.regions:
         _require_regions(facts, settings)
     if settings.memory.vae_rows and facts.family != "wan":
@@ -130,6 +127,18 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
             "a forecast would go on with one's velocities where the other takes over",
         )
         raise InputError(f"cache.policy must be none, not {chosen}: {facts.name} has two experts, and {reason}")
+
+
+def _require_joint(facts: ModelFacts, settings: Settings) -> None:
+    """Refuse what cannot be where layers take text and video together."""
+    if settings.cache.is_of_modules:
+        raise InputError(
+            f"cache.policy {settings.cache.policy}: layers of {facts.family} models take text and video together, so "
+            "they are left out whole, not module by module: use cache.level output or last_layer, and no table"
+        )
+    if settings.sequence.backend == "xfuser":
+        reason = f"has no attention in which text asks, too, as in {facts.family} models"
+        raise InputError(f"sequence.backend must be longvid or deepspeed: xfuser {reason}")
 
 
 def _require_regions(facts: ModelFacts, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.joint_attention import JointContext, joint_attention
 from longvid.models.joint_stage import JointStage
-from longvid.parallel.sequence import Rope
+from longvid.parallel.sequence import Rope, SequenceAttention
 from longvid.parallel.stage import Unit
 
 
@@ -47,7 +47,7 @@ class HunyuanStage(JointStage):
         self.width = dit.config.num_attention_heads * dit.config.attention_head_dim
         self._guidance = torch.tensor([guidance], dtype=self.dtype, device=self.device) * 1000.0
         for index, block in enumerate(self.layers):
-            block.attn.set_processor(QueueDualAttention(index))
+            block.attn.set_processor(QueueDualAttention(index, self.sequence))
         self._prompts: list[Sequence[HunyuanPrompt]] = []
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
@@ -99,10 +99,13 @@ class HunyuanStage(JointStage):
         video, text = self.layers[index](video, text, temb, None, context)
         return video, text
 
-    def unpatch(self, own: Tensor, temb: Tensor, unit: Unit) -> Tensor:
+    def project(self, video: Tensor, temb: Tensor) -> Tensor:
+        patches: Tensor = self.dit.proj_out(self.dit.norm_out(video, temb))
+        return patches
+
+    def unpatch(self, patches: Tensor, unit: Unit) -> Tensor:
         height, width = self.token_grid(unit.latent_size)
         count, patch = unit.num_predicted, self.dit.config.patch_size
-        patches = self.dit.proj_out(self.dit.norm_out(own, temb))
         cells = patches.view(count, height, width, -1, patch, patch)  # [F, h, w, C, p, p]
         latents: Tensor = cells.permute(3, 0, 1, 4, 2, 5).reshape(-1, count, height * patch, width * patch)
         return latents.float()
@@ -124,8 +127,8 @@ class QueueDualAttention:
     A dual layer has projections of its own for text.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, sequence: SequenceAttention) -> None:
+        self.index, self.sequence = index, sequence
 
     def __call__(
         self,
@@ -137,7 +140,8 @@ class QueueDualAttention:
     ) -> tuple[Tensor, Tensor]:
         num_text = encoder_hidden_states.shape[1]
         text, video = dual_projections(attn, encoder_hidden_states, hidden_states)
-        return dual_outputs(attn, joint_attention(self.index, text, video, image_rotary_emb).flatten(2), num_text)
+        out = joint_attention(self.index, text, video, image_rotary_emb, self.sequence)
+        return dual_outputs(attn, out.flatten(2), num_text)
 
 
 def dual_projections(attn: Any, text_1NE: Tensor, video_1SE: Tensor) -> tuple[list[Tensor], list[Tensor]]:

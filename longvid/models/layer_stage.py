@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
-from longvid.parallel.sequence import Attention, DenseAttention, KvPart, without_scene
+from longvid.parallel.attention import Attention, DenseAttention
+from longvid.parallel.sequence import Around, KvPart, SequenceAttention, WholeSequence, without_scene
 from longvid.parallel.stage import Begun, Output, Unit
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.tokens import TokenMap
@@ -38,14 +39,18 @@ def dense_everywhere(_index: int) -> Attention:
     return DenseAttention()
 
 
+def equal_costs(_index: int) -> None:
+    """Without a policy that makes some heads cost more than others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
     """What attention needs besides its input: one a forward pass and guidance branch.
 
     ``left`` and ``right`` hold the neighbours' K/V a layer, ``num_left`` is how many tokens the left one's are. K/V of
-    the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each. ``attention`` gives that of
-    a layer of the stage. A layer of which no K/V are computed stores those that an earlier step stored: for each span a
-    layer's, ``kept``.
+    the spans in ``store`` (of the unit's tokens) are appended to ``stored``, a layer each. ``attention`` and
+    ``head_costs`` give those of a layer of the stage. A layer of which no K/V are computed stores those that an earlier
+    step stored: for each span a layer's, ``kept``.
 
     Layers in ``sharing`` also read ``shared``, how the scene before ended, in the place before token ``shared_stop`` of
     the tokens that positions are given to; with ``stores_scene`` the last of ``store`` is such an end, kept by them
@@ -58,6 +63,7 @@ class LayerContext:
     store: tuple[slice, ...] = ()
     stored: list[list[KvPart]] = field(default_factory=list)
     attention: Callable[[int], Attention] = dense_everywhere
+    head_costs: Callable[[int], Sequence[float] | None] = equal_costs
     kept: tuple[list[KvPart], ...] = ()
     shared: list[KvPart] | None = None
     shared_stop: int = 0
@@ -71,6 +77,19 @@ class LayerContext:
     def store_at(self, index: int) -> tuple[slice, ...]:
         """The spans of which a layer stores K/V."""
         return self.store if index in self.sharing else without_scene(self.store, self.stores_scene)
+
+    def around(self, index: int, **more: Any) -> Around:
+        """What a layer's attention reads besides its input; ``more`` are the fields that not all families share."""
+        fields: dict[str, Any] = {
+            "left": self.left[index] if self.left else None,
+            "right": self.right[index] if self.right else None,
+            "num_left": self.num_left,
+            "store": self.store_at(index),
+            "head_costs": self.head_costs(index),
+            "shared": self.shared_at(index),
+            "shared_stop": self.shared_stop,
+        }
+        return Around(**fields, **more)
 
     def keep_earlier(self, index: int) -> None:
         """For a layer of which no K/V are computed."""
@@ -106,8 +125,9 @@ class LayerStage(ABC):
     """Some layers of a transformer; implements the executor's Stage.
 
     ``first_layer`` is the first one's place in the model. ``branches`` are those that it runs: 0 follows the prompts,
-    1 the negatives. ``attention`` makes self-attention sparse, ``cache`` leaves layers or modules out. A family says
-    how a unit enters, how a layer is run, and what the last one's output means (`passes`).
+    1 the negatives. ``sequence`` spreads a unit's tokens over ranks, ``attention`` makes self-attention sparse,
+    ``cache`` leaves layers or modules out. A family says how a unit enters, how a layer is run, and what the last one's
+    output means (`passes`).
     """
 
     def __init__(
@@ -117,12 +137,14 @@ class LayerStage(ABC):
         is_first: bool = True,
         is_last: bool = True,
         first_layer: int = 0,
+        sequence: SequenceAttention | None = None,
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
     ) -> None:
         self.branches = tuple(branches)
         self.is_first, self.is_last = is_first, is_last
         self.first_layer = first_layer
+        self.sequence = sequence or WholeSequence()
         self.attention, self.cache = attention, cache
 
     @property
@@ -210,6 +232,10 @@ class LayerStage(ABC):
             return runtime.at(place, tokens, device) or DenseAttention()
 
         return at
+
+    def layer_costs(self, index: int) -> Sequence[float] | None:
+        """What each head of a layer of the stage costs beside the others."""
+        return self.attention.policy.head_costs(self.first_layer + index) if self.attention else None
 
     def entering(self, unit: Unit) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
         """What each branch begins with where the stage is not the first: [1, l, E] as the stage before left it.

@@ -14,8 +14,10 @@ from longvid.models.configs import Configs, extra_facts, read_configs
 from longvid.models.facts import find_model
 from longvid.models.families import FAMILIES, family_of, read_facts
 from longvid.models.lora import open_loras
+from longvid.models.offload import require_zero
 from longvid.models.quantize import require_torchao
 from longvid.models.weights import Loading
+from longvid.parallel.comm import LONE, Group
 from longvid.settings import Settings
 
 
@@ -36,8 +38,8 @@ def checkpoint_of(pipeline: Any) -> Checkpoint:
     return _open(Configs("pipeline", index, extra, origin if extra else None, loaded), pipeline)
 
 
-def open_loading(checkpoint: Checkpoint, settings: Settings, device: torch.device) -> Loading:
-    """What becomes of the transformer's weights as they are read.
+def open_loading(checkpoint: Checkpoint, settings: Settings, device: torch.device, peers: Group = LONE) -> Loading:
+    """What becomes of the transformer's weights as they are read; `peers` share a unit's tokens.
 
     Raises InputError for LoRAs that do not fit, and for what this machine or a pipeline in memory cannot do.
     """
@@ -51,10 +53,21 @@ def open_loading(checkpoint: Checkpoint, settings: Settings, device: torch.devic
         return Loading()
     if memory.offload == "host" and device.type == "cpu":
         raise InputError("memory.offload must be none or disk, not host: the layers run from host memory as it is")
+    if memory.offload == "zero":
+        _require_peers(settings, device, peers)
     if memory.quantize != "none":
         require_torchao()
     names = next(family.parts for family in FAMILIES if family.name == checkpoint.facts.family)
-    return Loading(open_loras(settings.model.lora, root, names.original), memory)
+    return Loading(open_loras(settings.model.lora, root, names.original), memory, peers)
+
+
+def _require_peers(settings: Settings, device: torch.device, peers: Group) -> None:
+    """Refuse to spread weights where they cannot be. Raises InputError."""
+    if peers.size == 1:
+        raise InputError("memory.offload: zero spreads weights over the ranks of mesh.seq, and here that is 1: set it")
+    if settings.memory.quantize != "none":
+        raise InputError("memory.offload: zero splits no weights of 8 bits: memory.quantize must be none")
+    require_zero(device)
 
 
 def _open(configs: Configs, pipeline: Any) -> Checkpoint:

@@ -1,6 +1,7 @@
 """LTX-Video's model as a stage of the queue. Attention is Wan's: only what is around it differs.
 
-Shapes: C channels, F latents (left context, then own), S tokens a latent, L = F·S, E width, H heads, D of a head.
+Shapes: C channels, F latents (left context, then own), S tokens a latent, L = F·S, l of them on this rank, E width, H
+heads, D of a head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from longvid.models.wan_attention import (
     TextKv,
     text_kv,
 )
-from longvid.parallel.sequence import Rope, WholeSequence
+from longvid.parallel.sequence import Rope, length
 from longvid.parallel.stage import Unit
 
 
@@ -45,7 +46,7 @@ class LtxStage(LayerStage):
         self._heads, width = dit.config.num_attention_heads, dit.config.attention_head_dim
         self._width = self._heads * width
         for index, block in enumerate(dit.transformer_blocks):
-            block.attn1.set_processor(QueueSelfAttention(index, WholeSequence()))
+            block.attn1.set_processor(QueueSelfAttention(index, self.sequence))
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
                 block.ff = CachedFeedForward(index, block.ff)
@@ -76,23 +77,25 @@ class LtxStage(LayerStage):
         return known[id(states)]
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
-        """[branches, L, E] for F latents."""
-        return (self.num_branches, num_latents * latent_size[0] * latent_size[1], self._width), self.dtype
+        """[branches, l, E] for F latents."""
+        part = self.sequence.part(num_latents * math.prod(latent_size))
+        return (self.num_branches, length(part), self._width), self.dtype
 
     def passes(self, unit: Unit) -> list[Pass]:
         """Each branch of a unit as it enters the stage."""
         num_latents, per_latent = len(unit.timesteps), math.prod(unit.latent_size)
         num_tokens = num_latents * per_latent
-        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent)
-        entering, anchors = self._enter(unit) if self.is_first else self.entering(unit)
+        part = self.sequence.part(num_tokens)
+        temb, modulation = self._modulation(unit.timesteps.tolist(), per_latent, part)
+        entering, anchors = self._enter(unit, part) if self.is_first else self.entering(unit)
         passes = []
         for index, (branch, texts) in enumerate(zip(self.branches[: unit.num_branches], self._texts, strict=False)):
             run = self.run_module(unit, branch)
-            spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, slice(0, num_tokens))
+            spans = text_spans(unit.chunk.prompts[-num_latents:], texts, per_latent, part)
             context = self._context(unit, index, run)
             layer = partial(self._layer, TextContext(spans, run), modulation, context)
-            head = partial(self._head, temb, unit)
-            passes.append(Pass(branch, entering[index], anchors[index], context, layer, head, num_tokens))
+            ways = context, layer, partial(self._head, temb, unit), num_tokens
+            passes.append(Pass(branch, entering[index], anchors[index], *ways, start=part.start))
         return passes
 
     def _layer(self, text: TextContext, modulation: Tensor, context: SelfContext, index: int, hidden: Tensor) -> Tensor:
@@ -102,10 +105,10 @@ class LtxStage(LayerStage):
         out: Tensor = block(hidden, text, modulation, context)
         return out
 
-    def _enter(self, unit: Unit) -> tuple[Sequence[Tensor], Sequence[None]]:
-        """What each branch begins with, [1, L, E]."""
+    def _enter(self, unit: Unit, part: slice) -> tuple[Sequence[Tensor], Sequence[None]]:
+        """What each branch begins with, [1, l, E]."""
         assert unit.latents is not None
-        entering = self.dit.proj_in(unit.latents.flatten(1).T[None].to(self.dtype))
+        entering = self.dit.proj_in(unit.latents.flatten(1).T[None, part].to(self.dtype))
         return [entering] * self.num_branches, [None] * self.num_branches
 
     def _context(self, unit: Unit, index: int, run: RunModule) -> SelfContext:
@@ -116,20 +119,25 @@ class LtxStage(LayerStage):
             **context_of(unit, index, height * width),
             rope=self._rope(before + len(unit.timesteps) + after, height, width),
             attention=self.layer_attention(unit, self.branches[index], tokens, self._device),
+            head_costs=self.layer_costs,
             run=run,
         )
 
     def _head(self, temb: Tensor, unit: Unit, hidden: Tensor) -> Tensor:
-        """The output layer on the tokens of `num_predicted` latents: fp32 [C, F, h, w]."""
+        """The output layer on the last `num_predicted` latents: fp32 [C, F, h, w], on every rank of the sequence."""
         count, (height, width) = unit.num_predicted, unit.latent_size
-        own = count * height * width
-        shift, scale = (self.dit.scale_shift_table[None, None] + temb[:, -own:, None]).unbind(2)
-        tokens = self.dit.proj_out(self.dit.norm_out(hidden[:, -own:]) * (1 + scale) + shift)
+        own, num_tokens = count * height * width, len(unit.timesteps) * height * width
+        if hidden.shape[1] == num_tokens:  # all tokens are here: those of the left context need no velocity
+            hidden, temb, num_tokens = hidden[:, -own:], temb[:, -own:], own
+        shift, scale = (self.dit.scale_shift_table[None, None] + temb[:, :, None]).unbind(2)
+        tokens = self.dit.proj_out(self.dit.norm_out(hidden) * (1 + scale) + shift)
+        if tokens.shape[1] != own or num_tokens != own:
+            tokens = self.sequence.gather(tokens, num_tokens)[:, -own:]
         latents: Tensor = tokens[0].T.reshape(-1, count, height, width)
         return latents.float()
 
-    def _modulation(self, timesteps: Sequence[float], per_latent: int) -> tuple[Tensor, Tensor]:
-        """Time embedding [1, L or 1, E] and modulation [1, L or 1, 6·E]; one row when all levels are equal."""
+    def _modulation(self, timesteps: Sequence[float], per_latent: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Time embedding [1, l or 1, E] and modulation [1, l or 1, 6·E]; one row when all levels are equal."""
         for t in set(timesteps) - self._times.keys():
             modulation, temb = self.dit.time_embed(
                 torch.tensor([t], device=self._device), batch_size=1, hidden_dtype=self.dtype
@@ -139,7 +147,7 @@ class LtxStage(LayerStage):
             temb, modulation = self._times[timesteps[0]]
             return temb[None], modulation[None]
         rows = zip(*(self._times[t] for t in timesteps), strict=True)
-        temb, modulation = (torch.cat(row).repeat_interleave(per_latent, dim=0)[None] for row in rows)
+        temb, modulation = (torch.cat(row).repeat_interleave(per_latent, dim=0)[None, part] for row in rows)
         return temb, modulation
 
     def _rope(self, num_latents: int, height: int, width: int) -> Rope:

@@ -41,6 +41,5 @@ def ltx_facts(configs: Configs) -> ModelFacts:
         max_latents=UNBOUNDED,
         num_heads=int(transformer["num_attention_heads"]),
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
-        splits_tokens=False,
         goes_on=False,
     )

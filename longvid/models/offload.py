@@ -1,21 +1,26 @@
-"""Layers that wait in host memory or in the checkpoint's files, and come to the device ahead of use.
+"""Layers that wait in host memory, in the checkpoint's files or on other ranks, and come to the device for use.
 
 Two groups of layers are on the device: the one at work, and the next, which a thread fetches in the meantime; after the
 last comes the first again, as passes follow each other. From pinned host memory the copies run on a stream of their
 own. A layer out of turn (its prompt's K/V, a step that a cache leaves out) is waited for, so only speed depends on the
 order. What is computed is the same to the last bit.
+
+With `zero` (ZeRO-Inference; Rajbhandari et al. 2020, arXiv:1910.02054; Aminabadi et al. 2022, arXiv:2207.00032) each of
+the ranks that share a unit's tokens keeps a part of every weight, and DeepSpeed gathers one group of layers at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from longvid.errors import InputError
+from longvid.parallel.comm import Group
 from longvid.settings import MemorySettings
 
 FillLayer = Callable[[int, nn.Module, torch.device], None]
@@ -63,17 +68,13 @@ class LayerWindow:
 
     def __init__(self, layers: nn.ModuleList, source: Source, device: torch.device, group: int) -> None:
         self._layers, self._source, self._device = layers, source, device
-        indices = range(len(layers))
-        self._groups = [indices[start : start + group] for start in range(0, len(layers), group)]
+        self._groups = _groups(len(layers), group)
         self._here: int | None = None
         self._coming: tuple[int, Future[list[Weights]]] | None = None
         self._fetcher = ThreadPoolExecutor(1, "longvid-offload")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._released: torch.cuda.Event | None = None
-        for number, members in enumerate(self._groups):
-            for index in members:
-                for module in layers[index].modules():  # a prompt's K/V use some modules alone
-                    module.register_forward_pre_hook(lambda _module, _inputs, number=number: self.bring(number))
+        _bring_when_called(layers, self._groups, self.bring)
 
     def bring(self, number: int) -> None:
         """Have a group's weights in its layers."""
@@ -128,11 +129,74 @@ class LayerWindow:
                 _put(self._layers[index], name, _parameter(torch.empty(0, dtype=value.dtype, device=self._device)))
 
 
+class ZeroLayers:
+    """Layers of which every rank of `peers` keeps a part, by DeepSpeed's ZeRO-3; one group of them is whole.
+
+    The peers must call layers in the same order, as ranks that share a unit's tokens do. Each reads all weights once, a
+    layer at a time. Raises InputError where DeepSpeed is not installed, or works on another kind of device.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], fill: FillLayer, device: torch.device, group: int, peers: Group
+    ) -> None:
+        self._zero = require_zero(device)
+        self._layers, self._groups = layers, _groups(len(layers), group)
+        self._here: int | None = None
+        self._gathered: Any = None
+        handle = peers.library_handle()
+        for index, layer in enumerate(layers):
+            fill(index, layer, device)
+            dtype = next(layer.parameters()).dtype
+            self._zero.Init(module=layer, data_parallel_group=handle, mem_efficient_linear=False, dtype=dtype)
+        _bring_when_called(layers, self._groups, self.bring)
+
+    def bring(self, number: int) -> None:
+        """Have a group's weights whole, and no other's."""
+        if number == self._here:
+            return
+        if self._gathered is not None:
+            self._gathered.__exit__(None, None, None)
+        members = (self._layers[index] for index in self._groups[number])
+        self._gathered = self._zero.GatheredParameters([weight for layer in members for weight in layer.parameters()])
+        self._gathered.__enter__()
+        self._here = number
+
+
+def require_zero(device: torch.device) -> Any:
+    """DeepSpeed's module of ZeRO, for ranks that are connected. Raises InputError where it is of no use."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(f"memory.offload: zero needs deepspeed ({error}): pip install longvid[deepspeed]") from error
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() != device.type:
+        both = f"DeepSpeed works on {accelerator.device_name()} here, and runtime.device is {device.type}"
+        raise InputError(f"memory.offload: {both}: set the variable DS_ACCELERATOR to {device.type}")
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+    return deepspeed.zero
+
+
 def offload_layers(layers: nn.ModuleList, fill: FillLayer, device: torch.device, memory: MemorySettings) -> None:
     """Have layers without weights come to the device when they are called."""
     blank = copy.deepcopy(layers[0])
     source = FromDisk(blank, fill) if memory.offload == "disk" else FromHost(blank, fill, len(layers))
     LayerWindow(layers, source, device, memory.group)
+
+
+def _groups(num_layers: int, size: int) -> list[range]:
+    """Layers that come together."""
+    indices = range(num_layers)
+    return [indices[start : start + size] for start in range(0, num_layers, size)]
+
+
+def _bring_when_called(
+    layers: Sequence[nn.Module] | nn.ModuleList, groups: Sequence[range], bring: Callable[[int], None]
+) -> None:
+    """Have a group brought before any module of its layers runs: a prompt's K/V use some modules alone."""
+    for number, members in enumerate(groups):
+        for index in members:
+            for module in layers[index].modules():
+                module.register_forward_pre_hook(lambda _module, _inputs, number=number: bring(number))
 
 
 def _put(layer: nn.Module, name: str, value: nn.Parameter) -> None:

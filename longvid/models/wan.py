@@ -42,7 +42,7 @@ from longvid.models.wan_attention import (
     text_kv,
 )
 from longvid.models.wan_layer import Levels, join_levels, take_layer
-from longvid.parallel.sequence import Rope, SequenceAttention, WholeSequence
+from longvid.parallel.sequence import Rope, SequenceAttention
 from longvid.parallel.stage import KeyLatents, Unit
 from longvid.plan import PromptBlend
 from longvid.sparsity.runtime import SparseRuntime
@@ -76,15 +76,15 @@ class WanStage(LayerStage):
             is_first=is_first,
             is_last=is_last,
             first_layer=first_layer,
+            sequence=sequence,
             attention=attention,
             cache=cache,
         )
         self.dit = dit.eval()
         self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
-        self._sequence = sequence or WholeSequence()
         for index, block in enumerate(dit.blocks):
             take_layer(block)
-            block.attn1.set_processor(QueueSelfAttention(index, self._sequence))
+            block.attn1.set_processor(QueueSelfAttention(index, self.sequence))
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
                 block.ffn = CachedFeedForward(index, block.ffn)
@@ -157,7 +157,7 @@ class WanStage(LayerStage):
 
     def hidden_shape(self, num_latents: int, latent_size: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
         """[branches, l, E] for this rank's part of the tokens of F latents."""
-        part = self._sequence.part(num_latents * (latent_size[0] // 2) * (latent_size[1] // 2))
+        part = self.sequence.part(num_latents * (latent_size[0] // 2) * (latent_size[1] // 2))
         return (self.num_branches, part.stop - part.start, self.dit.scale_shift_table.shape[-1]), self.dtype
 
     def passes(self, unit: Unit) -> list[Pass]:
@@ -165,7 +165,7 @@ class WanStage(LayerStage):
         grid = _token_grid(unit)
         per_latent, num_latents = math.prod(grid), len(unit.timesteps)
         num_tokens = num_latents * per_latent
-        part = self._sequence.part(num_tokens)
+        part = self.sequence.part(num_tokens)
         levels = self._levels(unit.timesteps.tolist(), per_latent, part)
         active = self._active(unit, per_latent)
         entering, anchors = self._enter(unit, part) if self.is_first else self.entering(unit)
@@ -227,7 +227,7 @@ class WanStage(LayerStage):
             **context_of(unit, index, math.prod(grid)),
             rope=self._rope(before + len(unit.timesteps) + after, *grid),
             attention=self.layer_attention(unit, self.branches[index], tokens, self.dit.scale_shift_table.device),
-            head_costs=self._head_costs,
+            head_costs=self.layer_costs,
             run=run,
             queries=active.tokens if active is not None else None,
             complete=self._complete(unit, self.branches[index], active),
@@ -258,9 +258,6 @@ class WanStage(LayerStage):
 
         return complete
 
-    def _head_costs(self, index: int) -> Sequence[float] | None:
-        return self.attention.policy.head_costs(self.first_layer + index) if self.attention else None
-
     def _head(
         self, levels: Levels, unit: Unit, grid: tuple[int, int], branch: int, active: Active | None, hidden: Tensor
     ) -> Tensor:
@@ -278,7 +275,7 @@ class WanStage(LayerStage):
             last = self.first_layer + len(self.layers) - 1
             patches = self.cache.regions.velocity((unit.chunk.index, branch, last), patches, active)
         elif num_tokens != own or patches.shape[1] != own:
-            patches = self._sequence.gather(patches, num_tokens)[:, -own:]
+            patches = self.sequence.gather(patches, num_tokens)[:, -own:]
         out = patches.reshape(unit.num_predicted, *grid, 2, 2, -1)
         channels = out.shape[-1]
         velocity: Tensor = out.permute(5, 0, 1, 3, 2, 4).reshape(channels, -1, grid[0] * 2, grid[1] * 2).float()

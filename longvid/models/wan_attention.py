@@ -7,8 +7,8 @@ contexts below travel in their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longvid.kernels import rows
 from longvid.kernels.dense import attend
 from longvid.models.layer_stage import LayerContext, RunModule, run_module
-from longvid.parallel.sequence import Around, Rope, SequenceAttention
+from longvid.parallel.sequence import Rope, SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""
@@ -34,13 +34,12 @@ CompleteKv = Callable[[int, Tensor, Tensor], LayerKv]
 class SelfContext(LayerContext):
     """What self-attention needs besides its input.
 
-    ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. ``head_costs`` gives
-    those of a layer of the stage. Where only ``queries`` of the unit's tokens are in the pass, ``complete`` gives a
-    layer's K/V of all. What ``read_tokens`` gives is added to a layer's own attention.
+    ``rope`` covers the left neighbour's tokens, all of the unit's, and the right neighbour's. Where only ``queries`` of
+    the unit's tokens are in the pass, ``complete`` gives a layer's K/V of all. What ``read_tokens`` gives is added to a
+    layer's own attention.
     """
 
     rope: Rope
-    head_costs: Callable[[int], Sequence[float] | None] = field(default=lambda _layer: None)
     run: RunModule = run_module
     queries: Tensor | None = None
     complete: CompleteKv | None = None
@@ -68,18 +67,8 @@ class QueueSelfAttention:
         value = attn.to_v(hidden).view(shape)
         if context.complete:
             key, value = context.complete(self.index, key, value)
-        around = Around(
-            queries=context.queries,
-            rope=context.rope,
-            left=context.left[self.index] if context.left else None,
-            right=context.right[self.index] if context.right else None,
-            num_left=context.num_left,
-            store=context.store_at(self.index),
-            attention=context.attention(self.index),
-            head_costs=context.head_costs(self.index),
-            shared=context.shared_at(self.index),
-            shared_stop=context.shared_stop,
-        )
+        attention = context.attention(self.index)
+        around = context.around(self.index, rope=context.rope, queries=context.queries, attention=attention)
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)
         if context.read_tokens:

@@ -138,7 +138,7 @@ class WanCheckpoint:
             dit = self.load_layers(part, dtype, device, name, options.loading)
             kind = WanStage if self.facts.image == "none" else WanImageStage
             adapter = vin.to(device, dtype) if vin else None
-            return kind(dit, sequence=options.sequence, vin=adapter, **options.of(part))
+            return kind(dit, vin=adapter, **options.of(part))
 
         if self.facts.boundary_ratio is None:
             return stage("transformer")

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 from longvid.errors import InputError
 from longvid.models.configs import Configs, read_json
 from longvid.models.lora import Lora
-from longvid.models.offload import FillLayer, offload_layers
+from longvid.models.offload import FillLayer, ZeroLayers, offload_layers
 from longvid.models.parts import ModelPart, PartNames, read_shapes
 from longvid.models.quantize import quantize_layer
+from longvid.parallel.comm import LONE, Group
 from longvid.settings import MemorySettings
 
 
@@ -31,10 +32,14 @@ def take_layers(part: ModelPart, layers: nn.ModuleList, start: int = 0) -> nn.Mo
 
 @dataclass(frozen=True)
 class Loading:
-    """What becomes of a transformer's weights: LoRAs are added, layers are quantized, and wait elsewhere."""
+    """What becomes of a transformer's weights: LoRAs are added, layers are quantized, and wait elsewhere.
+
+    `peers` are the ranks that share a unit's tokens, of which each can keep a part.
+    """
 
     loras: Sequence[Lora] = ()
     memory: MemorySettings = field(default_factory=MemorySettings)
+    peers: Group = LONE
 
 
 def load_part(
@@ -72,8 +77,11 @@ def load_part(
         if loading.memory.quantize != "none" and not is_end[index]:
             quantize_layer(layer, loading.memory.quantize)
 
-    first = 0
-    for layers in (getattr(dit.eval(), name) for name in names.lists):
+    first, lists = 0, [getattr(dit.eval(), name) for name in names.lists]
+    if loading.memory.offload == "zero":
+        ZeroLayers([layer for layers in lists for layer in layers], fill, device, loading.memory.group, loading.peers)
+        return dit
+    for layers in lists:
         if loading.memory.offload == "none":
             for index, layer in enumerate(layers, first):
                 fill(index, layer, device)

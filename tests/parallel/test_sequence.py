@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from longvid.errors import InputError, RuntimeFailure
 from longvid.kernels.dense import attend
+from longvid.parallel.attention import JointSpan, Text
 from longvid.parallel.comm import Group, new_group
 from longvid.parallel.mesh import make_mesh
 from longvid.parallel.sequence import (
@@ -173,6 +174,42 @@ def sparse_error(sequence, settings):
     return (ours - alone).abs().max().item()
 
 
+def run_joint(sequence, num_tokens, lengths):
+    """Units whose text sees and is seen: text, this rank's tokens put together, and what was stored for the next unit.
+
+    Of two prompts the second comes in gradually. Rotary rows differ from head to head.
+    """
+    generator = torch.Generator().manual_seed(3)
+    edge, outputs, left = num_tokens // 2, [], None
+    spans = [JointSpan(slice(0, edge), 0), JointSpan(slice(edge, num_tokens), 0)]
+    if len(lengths) > 1:
+        spans = [JointSpan(slice(0, edge), 0), JointSpan(slice(edge, edge + 4), 0, 1, 0.3)]
+        spans.append(JointSpan(slice(edge + 4, num_tokens), 1))
+    for num_left in (0, 8):
+        text = Text(*torch.randn(3, 1, sum(lengths), HEADS, WIDTH, generator=generator), lengths, spans)
+        qkv = torch.randn(3, 1, num_tokens, HEADS, WIDTH, generator=generator)
+        angles = torch.randn(1, num_left + num_tokens, HEADS, WIDTH // 2, generator=generator).repeat_interleave(2, -1)
+        store = (slice(num_tokens - 8, num_tokens),)
+        seen = {"left": left, "num_left": num_left, "shared": left, "shared_stop": num_left}
+        around = Around((angles.cos(), angles.sin()), **seen, store=store, text=text)
+        out, [left] = sequence.attend(*qkv[:, :, sequence.part(num_tokens)], around)
+        outputs.append(out[:, : sum(lengths)].flatten(2))
+        outputs.append(sequence.gather(out[:, sum(lengths) :].flatten(2).contiguous(), num_tokens))
+    return outputs
+
+
+def joint_error(sequence, group, num_tokens=37):
+    """The largest difference of text and tokens from one rank's; and text must have the same bits on all ranks."""
+    errors = []
+    for lengths in ([6], [3, 5]):
+        ours = run_joint(sequence, num_tokens, lengths)
+        alone = run_joint(WholeSequence(), num_tokens, lengths)
+        errors += [(a - b).abs().max() for a, b in zip(ours, alone, strict=True)]
+        for text in ours[::2]:
+            assert all(torch.equal(text, other) for other in group.all_gather(text, [text.shape] * group.size))
+    return max(errors).item()
+
+
 # ------------------------------------------------------------------------------------------------ what the ranks run
 
 
@@ -300,6 +337,9 @@ def cases(rank):
         "gather both": lambda: gather_error(four[2]),
         "stored ulysses": lambda: stored_error(UNEVEN, four[1].ulysses, four[1].ring),
         "stored both": lambda: stored_error(UNEVEN, four[2].ulysses, four[2].ring),
+        "text in ulysses": lambda: joint_error(UspAttention(four[1].ulysses, four[1].ring), four[1].seq),
+        "text in a ring": lambda: joint_error(UspAttention(four[4].ulysses, four[4].ring), four[4].seq),
+        "text in both": lambda: joint_error(UspAttention(four[2].ulysses, four[2].ring), four[2].seq),
         "dealt heads": lambda: error_against_one_rank(
             UNEVEN, UspAttention(four[2].ulysses, four[2].ring), costs=(0.1, 1.0, 0.9, 0.2)
         ),
@@ -316,6 +356,7 @@ def cases(rank):
         found["ring 3"] = lambda: error_against_one_rank(UNEVEN, UspAttention(alone, three))
     if find_spec("deepspeed") is not None and rank < 2:
         found["deepspeed"] = lambda: deepspeed_case(pairs[1])
+        found["deepspeed with text"] = lambda: joint_error(DeepSpeedAttention(pairs[1].seq), pairs[1].seq, 36)
         found["deepspeed against ours"] = lambda: deepspeed_against_ours(pairs[1])
     return {**found, "lost member": lambda: lost_member(four[1])}
 
@@ -400,6 +441,11 @@ def test_sparse_attention_over_ranks_is_that_of_one_rank(found, name):
     assert worst(found, name) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["text in ulysses", "text in a ring", "text in both"])
+def test_text_beside_tokens_over_ranks_gives_what_one_rank_gives(found, name):
+    assert worst(found, name) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["ulysses 3", "ring 3"])
 def test_attention_over_three_ranks_is_that_of_one_rank(found, name):
     assert worst(found, name, range(3)) < 1e-5
@@ -432,7 +478,7 @@ def test_a_lone_rank_has_a_process_group_for_libraries(found):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed against ours"])
+@pytest.mark.parametrize("name", ["deepspeed", "deepspeed with text", "deepspeed against ours"])
 def test_deepspeed_is_attention_of_one_rank(found, name):
     assert worst(found, name, range(2)) < 1e-5
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvid.models.joint_attention import JointContext, JointSpan, joint_attention
+from longvid.models.joint_attention import JointContext, joint_attention
 from longvid.models.wan import WanStage
+from longvid.parallel.attention import JointSpan
+from longvid.parallel.sequence import WholeSequence
 from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 
@@ -71,8 +73,8 @@ def test_joint_attention_is_such_a_layout() -> None:
     text, video = [noise(i, 1, 6, 2, 8) for i in range(3)], [noise(3 + i, 1, 10, 2, 8) for i in range(3)]
 
     def attend(text: list[Tensor], video: list[Tensor]) -> Tensor:
-        context: Any = JointContext(rope=None, spans=spans, text_lengths=[3, 3])
-        return joint_attention(0, text, video, context)[0].flatten(1).T
+        context: Any = JointContext(rope=None, num_tokens=10, spans=spans, text_lengths=[3, 3])
+        return joint_attention(0, text, video, context, WholeSequence())[0].flatten(1).T
 
     before = attend(text, video)
     for prompt in (0, 1):
