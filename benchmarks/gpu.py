@@ -154,6 +154,11 @@ def checks(device: torch.device) -> Iterator[Check]:
                     dtype,
                     functools.partial(both, "attention", *inputs, k_bias=bias),
                 )
+        if has_descriptors(device) and dtype != torch.float32:
+            for size in (64, 128):
+                layout = random_layout(even_blocks(400, size), even_blocks(500, size), one_group(3)).to(device)
+                inputs = random_qkv(device, dtype, 2, 400, 500, 3, 128)
+                yield f"attention by descriptors, {size}", dtype, functools.partial(both, "described", *inputs, layout)
         q, k, _ = random_qkv(device, dtype, 2, 400, 500, 3, 64)
         lse = torch.einsum("blhd,bthd->blht", q.double(), k.double()).div(8).logsumexp(-1).float()
         for name, layout in test_layouts(device):
@@ -162,10 +167,29 @@ def checks(device: torch.device) -> Iterator[Check]:
                 yield f"pool, {name}", dtype, functools.partial(both, "pool", q, layout.q)
 
 
+def has_descriptors(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    from longvid.kernels import block_sparse
+
+    return block_sparse.chip_of(device) in block_sparse.DESCRIPTOR_CHIPS
+
+
+def described(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """Attention with keys and values read by the copy engine; raises where the chip or the tensors do not suit."""
+    from longvid.kernels import block_sparse
+
+    if not block_sparse.suits_descriptors(k, v):
+        raise RuntimeError("descriptors do not serve this chip")
+    return block_sparse.forward(q, k, v, layout, 1 / math.sqrt(q.shape[3]), None, "descriptors")
+
+
 def both(kernel: str, *inputs: Any, **options: Any) -> tuple[Any, Any]:
     """What a kernel and its oracle make of the same inputs."""
     if kernel == "attention":
         return sparse_attention(*inputs, **options), reference.sparse_attention(*inputs, **options)
+    if kernel == "described":
+        return described(*inputs), reference.sparse_attention(*inputs)
     if kernel == "mass":
         return [block_mass(*inputs)], [reference.block_mass(*inputs)]
     return pool(*inputs), reference.pool(*inputs)
@@ -370,10 +394,23 @@ def time_point(
     planning_s = seconds(find, q.device)
     return {
         **figures(layout.density(), attention_s, planning_s, dense_s, num_scores(q, k), q.shape[3]),
+        **time_described(q, k, v, layout, out),
         **(time_flex(q, k, v, layout, tile, out) if with_flex else {"flex_s": "not timed here"}),
         "error": error,
         "ok": error <= TOLERANCE[q.dtype],
     }
+
+
+def time_described(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, out: Tensor) -> dict[str, Any]:
+    """Seconds with descriptors in place of pointers, or why there are none, and how far the output is from theirs."""
+    try:
+        difference = float((described(q, k, v, layout)[0] - out).abs().amax())
+        return {
+            "described_s": seconds(lambda: described(q, k, v, layout), q.device),
+            "described_difference": difference,
+        }
+    except Exception as error:
+        return {"described_s": why(error), "described_difference": None}
 
 
 def time_flex(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, tile: int, out: Tensor) -> dict[str, Any]:

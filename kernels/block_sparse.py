@@ -7,6 +7,7 @@ Prefixes: p_ pointer, b_ tile of values, o_ offsets, m_ mask, i_ index.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -64,10 +65,24 @@ CONFIGS: dict[str, dict[int, tuple[Config, Config]]] = {
 FP32_CONFIGS = {64: Config(32, 32, 4, 1, 32), 128: Config(32, 32, 8, 1, 32), 256: Config(16, 32, 8, 1, 32)}
 
 
+Loads = Literal["pointers", "descriptors"]
+"""How keys and values are read: each row by its address, or a tile at once by the chip's copy engine (TMA)."""
+DESCRIPTOR_CHIPS = ("sm_90", "sm_100")
+
+
 def forward(
-    q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, layout: BlockLayout, scale: float, k_bias: Tensor | None
+    q_BLHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    k_bias: Tensor | None,
+    loads: Loads = "pointers",
 ) -> Partial:
-    """See `dispatch.sparse_attention`. Waits for nothing on the device."""
+    """See `dispatch.sparse_attention`. Waits for nothing on the device.
+
+    `loads`: descriptors serve where `suits_descriptors` says so, elsewhere they are pointers.
+    """
     batch, num_queries, num_heads, head_dim = q_BLHD.shape
     num_keys = k_BTHD.shape[1]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q_BLHD, k_BTHD, v_BTHD))
@@ -75,13 +90,14 @@ def forward(
     config, block_n = choose_config(q, layout)
     size = layout.k.size if layout.k.size is not None and layout.k.size % block_n == 0 else 0
     steps = None if size else key_steps(layout, num_keys, block_n)
+    is_described = loads == "descriptors" and size > 0 and suits_descriptors(k, v)
     tile_row, tile_first = query_tiles(layout, num_queries, config.block_m)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     forward_kernel[tile_row.shape[1], batch * num_heads](
         q,
-        k,
-        v,
+        describe(k, block_n) if is_described else k,
+        describe(v, block_n) if is_described else v,
         bias,
         out,
         lse,
@@ -114,10 +130,30 @@ def forward(
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
         BLOCK_D=padded(head_dim),
+        DESCRIBED=is_described,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out, lse
+
+
+def suits_descriptors(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read them: 16 bits, head dims of a tile's width, rows at multiples of 16 bytes."""
+    return all(
+        x.dtype != torch.float32
+        and x.shape[3] == padded(x.shape[3])
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+        and (x.device.type != "cuda" or chip_of(x.device) in DESCRIPTOR_CHIPS)
+        for x in tensors
+    )
+
+
+def describe(x_BTHD: Tensor, block_n: int) -> Any:
+    """Tiles of so many tokens of one head, as Triton's `TensorDescriptor`, which it has from 3.4 on."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x_BTHD, [1, block_n, 1, x_BTHD.shape[3]])
 
 
 def padded(head_dim: int) -> int:
@@ -245,15 +281,28 @@ def load_rows(p_x, o_token, m_token, stride, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def load_keys(
+    p_x, o_token, m_token, stride, i_b, i_h, i_place,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_N, BLOCK_D] of x: by address, or from a place on by a descriptor, which reads 0 past the end."""
+    if DESCRIBED:
+        b_x = p_x.load([i_b, i_place, i_h, 0]).reshape([BLOCK_N, BLOCK_D])
+    else:
+        b_x = load_rows(p_x, o_token, m_token, stride, D, BLOCK_D)
+    return b_x
+
+
+@triton.jit
 def attend_step(
     b_q, b_acc, b_max, b_sum,
-    p_k, p_v, p_bias, p_order, o_place, m_place,
+    p_k, p_v, p_bias, p_order, i_b, i_h, i_place, o_place, m_place,
     stride_kt, stride_vt, stride_bias, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Take in one tile of keys: the new accumulator, maximum and sum (online softmax, base 2)."""
     o_token = load_tokens(p_order, o_place, m_place)
-    b_k = load_rows(p_k, o_token, m_place, stride_kt, D, BLOCK_D)
+    b_k = load_keys(p_k, o_token, m_place, stride_kt, i_b, i_h, i_place, D, BLOCK_N, BLOCK_D, DESCRIBED)
     b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_token * stride_bias, mask=m_place)
@@ -264,7 +313,7 @@ def attend_step(
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # (-inf) - (-inf) would be NaN
     b_weights = tl.exp2(b_scores - b_shift[:, None])
     b_decay = tl.exp2(b_max - b_shift)
-    b_v = load_rows(p_v, o_token, m_place, stride_vt, D, BLOCK_D)
+    b_v = load_keys(p_v, o_token, m_place, stride_vt, i_b, i_h, i_place, D, BLOCK_N, BLOCK_D, DESCRIBED)
     b_acc = tl.dot(b_weights.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
     return b_acc, b_new, b_sum * b_decay + tl.sum(b_weights, 1)
 
@@ -279,12 +328,12 @@ def forward_kernel(
     stride_group, stride_q_offsets, stride_q_order, stride_k_order,
     num_queries, num_keys, num_heads, num_rows, max_steps, scale_log2,
     D: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head against all key blocks of its row.
 
     SIZE: the length of every key block but the last, a multiple of BLOCK_N; 0: ragged, the steps are listed. WHOLE: nor
-    is the last one shorter.
+    is the last one shorter. DESCRIBED: p_k and p_v are descriptors; not for ragged blocks.
     """
     i_tile, i_b, i_h = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     i_group = tl.load(p_group + i_b * stride_group + i_h)
@@ -299,8 +348,9 @@ def forward_kernel(
         p_k_order += i_g * stride_k_order
     if p_bias is not None:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h
-    p_k += i_b.to(tl.int64) * stride_kb + i_h * stride_kh
-    p_v += i_b.to(tl.int64) * stride_vb + i_h * stride_vh
+    if not DESCRIBED:
+        p_k += i_b.to(tl.int64) * stride_kb + i_h * stride_kh
+        p_v += i_b.to(tl.int64) * stride_vb + i_h * stride_vh
 
     o_place = tl.load(p_tile_first + i_g * tl.num_programs(0) + i_tile) + tl.arange(0, BLOCK_M)
     m_query = o_place < tl.load(p_q_offsets + i_row + 1)
@@ -317,11 +367,12 @@ def forward_kernel(
         num_steps = tl.where(i_group < 0, 0, (tl.load(p_row_ptr + 1) - i_begin) * STEPS)
         for i_step in range(0, num_steps):
             i_col = tl.load(p_col + i_begin + i_step // STEPS)
-            o_key = i_col * SIZE + (i_step % STEPS) * BLOCK_N + tl.arange(0, BLOCK_N)
+            i_key = i_col * SIZE + (i_step % STEPS) * BLOCK_N
+            o_key = i_key + tl.arange(0, BLOCK_N)
             m_key = None if WHOLE else o_key < num_keys
             b_acc, b_max, b_sum = attend_step(
-                b_q, b_acc, b_max, b_sum, p_k, p_v, p_bias, p_k_order, o_key, m_key,
-                stride_kt, stride_vt, stride_bias_t, scale_log2, D, BLOCK_D,
+                b_q, b_acc, b_max, b_sum, p_k, p_v, p_bias, p_k_order, i_b, i_h, i_key, o_key, m_key,
+                stride_kt, stride_vt, stride_bias_t, scale_log2, D, BLOCK_N, BLOCK_D, DESCRIBED,
             )  # fmt: skip
     else:
         i_row += i_g * num_rows
@@ -329,11 +380,12 @@ def forward_kernel(
         p_step_first += i_row.to(tl.int64) * max_steps
         p_step_stop += i_row.to(tl.int64) * max_steps
         for i_step in range(0, num_steps):
-            o_key = tl.load(p_step_first + i_step) + tl.arange(0, BLOCK_N)
+            i_key = tl.load(p_step_first + i_step)
+            o_key = i_key + tl.arange(0, BLOCK_N)
             m_key = o_key < tl.load(p_step_stop + i_step)
             b_acc, b_max, b_sum = attend_step(
-                b_q, b_acc, b_max, b_sum, p_k, p_v, p_bias, p_k_order, o_key, m_key,
-                stride_kt, stride_vt, stride_bias_t, scale_log2, D, BLOCK_D,
+                b_q, b_acc, b_max, b_sum, p_k, p_v, p_bias, p_k_order, i_b, i_h, i_key, o_key, m_key,
+                stride_kt, stride_vt, stride_bias_t, scale_log2, D, BLOCK_N, BLOCK_D, DESCRIBED,
             )  # fmt: skip
 
     b_any = tl.where(b_sum == 0.0, 1.0, b_sum)  # no visible key: out 0, LSE -inf

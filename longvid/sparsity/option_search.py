@@ -84,7 +84,7 @@ class OptionJudge:
         chosen_SNH = choose_all(errors_SNHO, densities, even, self._how)
         picked = np.take_along_axis(errors_SNHO, chosen_SNH[..., None], -1)
         used, numbers = np.unique(chosen_SNH, return_inverse=True)
-        kept: list[list[list[int]]] = numbers.reshape(chosen_SNH.shape).tolist()
+        placed: list[list[list[int]]] = numbers.reshape(chosen_SNH.shape).tolist()
         return Choices(
             model=model,
             num_layers=num_layers,
@@ -97,7 +97,7 @@ class OptionJudge:
             even_error=float(errors_SNHO[..., even].mean()),
             options=tuple(Option(value=self._values[i], density=float(densities[i])) for i in used),
             spans=self._how.starts,
-            chosen=tuple(tuple(tuple(heads) for heads in layers) for layers in kept),
+            chosen=tuple(tuple(tuple(heads) for heads in layers) for layers in placed),
         )
 
 

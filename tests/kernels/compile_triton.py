@@ -30,13 +30,19 @@ VARIANTS = {
     64: {"tail": TAIL, "gathered": GATHERED},
     128: {"tail": TAIL, "whole": WHOLE, "ragged": RAGGED, "gathered": GATHERED},
 }
+DESCRIBED = {
+    64: {"described": {**WHOLE, "DESCRIBED": True}, "gathered": GATHERED},
+    128: {"described": {**TAIL, "DESCRIBED": True}, "whole": WHOLE, "ragged": RAGGED, "gathered": GATHERED},
+}
 LISTED = ("p_num_steps", "p_step_first", "p_step_stop")
 OPTIONAL = ("p_bias", "p_q_order", "p_k_order")
 
 
-def type_of(name, dtype):
+def type_of(name, dtype, constants):
     if name.isupper():
         return "constexpr"
+    if name in ("p_k", "p_v") and constants.get("DESCRIBED"):
+        return f"tensordesc<{dtype}[1,{constants['BLOCK_N']},1,{constants['D']}]>"
     if name.startswith("p_"):
         of_data, of_fp32 = IS_DATA.match(name), IS_FP32.match(name)
         return f"*{dtype if of_data else 'fp32' if of_fp32 else 'i1' if name == 'p_mask' else 'i32'}"
@@ -46,9 +52,10 @@ def type_of(name, dtype):
 def compile_kernel(kernel, chip, dtype, constants, num_warps=4, num_stages=1):
     """The compiled kernel; `constants` by name, None for pointers that are not given."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else type_of(name, dtype) for name in names}
+    signature = {name: "constexpr" if name in constants else type_of(name, dtype, constants) for name in names}
     places = {names.index(name): value for name, value in constants.items()}
-    aligned = [i for i, name in enumerate(names) if ALIGNED.match(name) and i not in places]
+    described = ("p_k", "p_v") if constants.get("DESCRIBED") else ()
+    aligned = [i for i, name in enumerate(names) if ALIGNED.match(name) and i not in places and name not in described]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -74,17 +81,19 @@ def facts(compiled):
         spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)))
         text = compiled.asm["ptx"]
         products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", text))
-        loads = len(re.findall(r"\bcp\.async\.c[ag]\.shared", text))
+        loads = len(re.findall(r"\bcp\.async\.(?:c[ag]\.shared|bulk\.tensor)", text))
     return {"spilled": spilled, "products": products, "loads": loads, "shared": compiled.metadata.shared}
 
 
 def forward_cases(chip):
     """Every configuration of the table for head dims 64 and 128."""
-    for head_dim, variants in VARIANTS.items():
+    by_dim = DESCRIBED if chip in block_sparse.DESCRIPTOR_CHIPS else VARIANTS
+    for head_dim, variants in by_dim.items():
         for config in dict.fromkeys(block_sparse.CONFIGS[chip][head_dim]):
             for name, variant in variants.items():
                 constants = {"D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": config.block_m}
-                constants |= {key: variant[key] for key in ("SIZE", "WHOLE")}
+                constants |= {"SIZE": variant["SIZE"], "WHOLE": variant["WHOLE"]}
+                constants["DESCRIBED"] = variant.get("DESCRIBED", False)
                 constants["BLOCK_N"] = config.block_n if variant["SIZE"] else config.ragged_n
                 absent = (() if variant.get("options") else OPTIONAL) + (LISTED if variant["SIZE"] else ())
                 constants |= dict.fromkeys(absent)

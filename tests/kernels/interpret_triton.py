@@ -38,8 +38,8 @@ def random_layout(q, k, num_groups, batch, num_heads, density=0.5):
     return make_layout(q, k, mask, group)
 
 
-def assert_attends(q, k, v, layout, bias=None, scale=0.3):
-    out, lse = block_sparse.forward(q, k, v, layout, scale, bias)
+def assert_attends(q, k, v, layout, bias=None, scale=0.3, loads="pointers"):
+    out, lse = block_sparse.forward(q, k, v, layout, scale, bias, loads)
     expected_out, expected_lse = reference.sparse_attention(q, k, v, layout, scale=scale, k_bias=bias)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     tolerance = TOLERANCE[q.dtype]
@@ -65,11 +65,25 @@ def test_head_dims_are_padded(head_dim):
 @pytest.mark.parametrize(
     ("size", "num_keys"), [(16, 64), (64, 192), (64, 130), (48, 100), (20, 70), (128, 128), (128, 192)]
 )
-def test_blocks_of_one_size_with_and_without_a_shorter_last_one(size, num_keys, ordered):
+def test_blocks_of_one_size_with_and_without_a_shorter_last_one(size, num_keys, ordered, monkeypatch):
     q, k = even_blocks(100, size), even_blocks(num_keys, size)
     if ordered:
         q, k = (Blocks(x.offsets, torch.randperm(n)[None].int(), x.size) for x, n in ((q, 100), (k, num_keys)))
-    assert_attends(*random_inputs(1, 100, num_keys, 2, 16, torch.float16), random_layout(q, k, 2, 1, 2))
+    inputs, layout = random_inputs(1, 100, num_keys, 2, 16, torch.float16), random_layout(q, k, 2, 1, 2)
+    assert_attends(*inputs, layout)
+    if size in (64, 128) and not ordered:
+        described = []
+        describe = block_sparse.describe
+        monkeypatch.setattr(block_sparse, "describe", lambda *args: described.append(args) or describe(*args))
+        assert_attends(*inputs, layout, loads="descriptors")
+        assert len(described) == 2
+
+
+def test_descriptors_serve_tensors_that_the_copy_engine_can_read():
+    fits = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    assert block_sparse.suits_descriptors(fits)
+    for x in (fits.float(), fits[..., :40], fits[..., :40].contiguous(), fits.flatten()[1:513].view(1, 4, 2, 64)):
+        assert not block_sparse.suits_descriptors(fits, x)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 70), (1, 1, 70), (2, 1, 70), (1, 3, 70)])
