@@ -12,12 +12,12 @@ import math
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from longvid.errors import RuntimeFailure
 
 HEADER_BYTES = 64
 _TAGS = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -392,7 +393,21 @@ class Group:
                     dist.P2POp(dist.irecv, received, before, group=self.handle),
                 ]
             )
-        return lambda: self._finish(works, sent, received)
+        return lambda: self._finish(works, received, sent)
+
+    def trade(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Callable[[], None]:
+        """Begin to give tensors to members, and to fill contiguous ones with what members give; call it to wait.
+
+        Only those named here take part, each with what the other expects.
+        """
+        sent = {member: tensor.contiguous() for member, tensor in gives.items()}
+        ops = [dist.P2POp(dist.isend, tensor, self.ranks[member], group=self.handle) for member, tensor in sent.items()]
+        ops += [dist.P2POp(dist.irecv, tensor, self.ranks[member], group=self.handle) for member, tensor in takes.items()]
+        if not ops:
+            return lambda: None
+        with self._together():
+            works = dist.batch_isend_irecv(ops)
+        return lambda: self._finish(works, None, sent, takes)
 
     def library_handle(self) -> Any:
         """The process group for a library that makes its own calls; a lone rank gets one in which it is alone."""
@@ -400,12 +415,12 @@ class Group:
             return self.handle
         return dist.new_group(list(self.ranks), use_local_synchronization=True)
 
-    def _finish(self, works: Sequence[Any], sent: Tensor, received: Tensor) -> Tensor:
-        """Wait for both ways: `sent` must not be freed before."""
+    def _finish(self, works: Sequence[Any], result: T, *_kept: object) -> T:
+        """Wait for both ways: what is sent and received must not be freed before."""
         with self._together():
             for work in works:
                 work.wait()
-        return received
+        return result
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count, takewhile
 from typing import Protocol
 
@@ -11,7 +11,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longvid.models.wan_vae_bands import BandedDecoder
-from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
+from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State, as_ncthw
+from longvid.models.wan_vae_shared import SharedDecoder, rows_of
+from longvid.parallel.comm import Group
+
+_NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
 
 class WanStreamDecoder:
@@ -26,6 +30,7 @@ class WanStreamDecoder:
         self.vae = vae.eval()
         on_cpu = vae.post_quant_conv.weight.device.type == "cpu"
         self._decoder: _Decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
+        self._shared: SharedDecoder | None = None
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
@@ -35,6 +40,16 @@ class WanStreamDecoder:
     def split_rows(self, rows: int) -> None:
         """Decode so many rows of latents at a time from here on, for memory; it forgets the shot."""
         self._decoder = BandedDecoder(self.vae, rows)
+        self.reset()
+
+    def share_rows(self, group: Group) -> None:
+        """Decode together with the other members of a group from here on, each its rows; it forgets the shot.
+
+        All members call `reset`, `push`, `load_state` and `whole_state` together. The first one has the latents, and
+        gets the frames; the latents of the others say the shape alone, and they get the frames of their rows.
+        """
+        self._shared = SharedDecoder(self.vae, group)
+        self._decoder = self._shared
         self.reset()
 
     def reset(self) -> None:
@@ -48,8 +63,18 @@ class WanStreamDecoder:
 
         A shot's first latent gives 1 frame, each later one as many as the temporal ratio (4).
         """
-        weight = self.vae.post_quant_conv.weight
-        latents = latents[None].to(weight.device) * self._std.to(weight.device) + self._mean.to(weight.device)
+        if self._shared is None:
+            return self._decode(latents)
+        bands = self._shared.share(latents.shape[2])
+        own = bands.deal(latents.to(self._device), dim=2)
+        if not bands.own:
+            self._is_first = False
+            return _NO_FRAMES
+        return bands.collect(self._decode(own), dim=1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        weight, device = self.vae.post_quant_conv.weight, self._device
+        latents = latents[None].to(device) * self._std.to(device) + self._mean.to(device)
         frames = []
         for i in range(latents.shape[2]):
             x = self._decoder(latents[:, :, i : i + 1].to(weight.dtype), self._state, self._is_first)
@@ -62,8 +87,14 @@ class WanStreamDecoder:
         return 1 + (num_latents - 1) * self.vae.config.scale_factor_temporal if num_latents else 0
 
     def state(self) -> dict[str, Tensor]:
-        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on."""
+        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on.
+
+        Of a decoder that shares rows it is the part of these: `join_states` makes a whole one of all parts.
+        """
         state = {"is_first": torch.tensor(self._is_first)}
+        if self._shared and not self._is_first:
+            own = self._shared.bands.own
+            state["rows"] = torch.tensor([own.start, own.stop, self._shared.bands.height])
         for i, inputs in enumerate(self._state):
             if isinstance(inputs, Tensor):
                 state[f"conv_{i}"] = inputs
@@ -75,10 +106,15 @@ class WanStreamDecoder:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
+        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state.
+
+        One that shares rows takes a whole state, too, or a part that has its rows.
+        """
         self.reset()
         self._is_first = bool(state["is_first"])
-        device = self.vae.post_quant_conv.weight.device
+        if self._shared and not self._is_first:
+            state = _own_rows(state, self._shared)
+        device = self._device
         for i in range(len(self._state)):
             if f"{REPEAT}_{i}" in state:
                 self._state[i] = REPEAT
@@ -87,6 +123,49 @@ class WanStreamDecoder:
             elif f"conv_{i}_0" in state:
                 bands = takewhile(state.__contains__, (f"conv_{i}_{band}" for band in count()))
                 self._state[i] = [state[name].to(device) for name in bands]
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The state of a whole decode, on the first member of the group that shares rows; nothing on the others."""
+        state, shared = self.state(), self._shared
+        if shared is None or self._is_first:
+            return state
+        rows = state.pop("rows")
+        whole = {
+            name: as_ncthw(shared.bands.collect(_as_thwc(value), dim=1)) if name.startswith("conv") else value
+            for name, value in state.items()
+        }
+        return {} if rows[0] else whole
+
+    @property
+    def _device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
+
+
+def join_states(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One state of a whole decode, of the parts of it that the members of a group have; or of one that is whole."""
+    with_rows = [part for part in parts if "rows" not in part or part["rows"][0] < part["rows"][1]]
+    with_rows.sort(key=lambda part: int(part["rows"][0]) if "rows" in part else 0)
+    first = {name: value for name, value in with_rows[0].items() if name != "rows"}
+    for name in first:
+        if name.startswith("conv"):
+            first[name] = as_ncthw(torch.cat([_as_thwc(part[name]) for part in with_rows], dim=1))
+    return first
+
+
+def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, Tensor]:
+    """What this member needs of a whole state, or of a part that has its rows."""
+    whole = state["conv_0"].shape[3] if "rows" not in state else 0
+    start, stop, height = state["rows"].tolist() if "rows" in state else (0, whole, whole)
+    own = shared.share(height).own
+    return {
+        name: rows_of(value, range(start, stop), own) if name.startswith("conv") else value
+        for name, value in state.items()
+        if own or not name.startswith("conv")
+    }
+
+
+def _as_thwc(entry: Tensor) -> Tensor:
+    return entry[0].permute(1, 2, 3, 0)
 
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:
