@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, takewhile
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State, as_ncthw
+from longvid.models.wan_vae_line import PartDecoder
 from longvid.models.wan_vae_shared import SharedDecoder, rows_of
 from longvid.parallel.comm import Group
 
@@ -31,6 +32,7 @@ class WanStreamDecoder:
         on_cpu = vae.post_quant_conv.weight.device.type == "cpu"
         self._decoder: _Decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
         self._shared: SharedDecoder | None = None
+        self._part: PartDecoder | None = None
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
@@ -51,6 +53,38 @@ class WanStreamDecoder:
         self._shared = SharedDecoder(self.vae, group)
         self._decoder = self._shared
         self.reset()
+
+    def take_part(self, index: int, count: int) -> None:
+        """Have some of the layers alone from here on, one of so many parts; `hand_on` takes the place of `push`."""
+        self._part = PartDecoder(self.vae, index, count)
+        self.reset()
+
+    @torch.no_grad()
+    def hand_on(self, x: Tensor) -> Tensor:
+        """What this part makes of latents fp32 [C, F, h, w], if it is the first, or of what the part before made of them
+        [T, H, W, C]. The last part's are frames uint8 on the CPU, as of `push`.
+        """
+        part = self._part
+        assert part is not None
+        made = []
+        for latent in self._normalised(x).split(1, dim=2) if part.is_first else self._by_latents(x, part):
+            y = part(latent, self._state, self._is_first)
+            made.append(self._frames(y) if part.is_last else y)
+            self._is_first = False
+        return torch.cat(made)
+
+    def handed_shape(self, num_latents: int, height: int, width: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of what comes to a part that is not the first, of latents that do not begin a shot."""
+        part = self._part
+        assert part is not None
+        weight = self.vae.post_quant_conv.weight
+        shape = (num_latents * part.frames, height * part.scale, width * part.scale, part.channels)
+        return shape, weight.dtype
+
+    def _by_latents(self, x: Tensor, part: PartDecoder) -> Iterator[Tensor]:
+        first = [1] if self._is_first else []
+        rest = (len(x) - len(first)) // part.frames
+        yield from x.split([*first, *[part.frames] * rest])
 
     def reset(self) -> None:
         """Forget the shot: the next latent pushed is a first latent, which holds one frame."""
@@ -73,14 +107,20 @@ class WanStreamDecoder:
         return bands.collect(self._decode(own), dim=1)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        weight, device = self.vae.post_quant_conv.weight, self._device
-        latents = latents[None].to(device) * self._std.to(device) + self._mean.to(device)
         frames = []
-        for i in range(latents.shape[2]):
-            x = self._decoder(latents[:, :, i : i + 1].to(weight.dtype), self._state, self._is_first)
-            frames.append(_unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1))
+        for latent in self._normalised(latents).split(1, dim=2):
+            frames.append(self._frames(self._decoder(latent, self._state, self._is_first)))
             self._is_first = False
         return torch.cat(frames)
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """As the decoder takes them: [1, C, F, h, w]."""
+        weight, device = self.vae.post_quant_conv.weight, self._device
+        latents = latents[None].to(device) * self._std.to(device) + self._mean.to(device)
+        return latents.to(weight.dtype)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        return _unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1)
 
     def frames_after(self, num_latents: int) -> int:
         """Frames that so many latents of a shot have given."""
@@ -89,7 +129,7 @@ class WanStreamDecoder:
     def state(self) -> dict[str, Tensor]:
         """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on.
 
-        Of a decoder that shares rows it is the part of these: `join_states` makes a whole one of all parts.
+        Of a decoder that shares rows, or has some layers alone, it is a part: `join_states` makes a whole one of all.
         """
         state = {"is_first": torch.tensor(self._is_first)}
         if self._shared and not self._is_first:
@@ -115,7 +155,7 @@ class WanStreamDecoder:
         if self._shared and not self._is_first:
             state = _own_rows(state, self._shared)
         device = self._device
-        for i in range(len(self._state)):
+        for i in self._part.entries if self._part else range(len(self._state)):
             if f"{REPEAT}_{i}" in state:
                 self._state[i] = REPEAT
             elif f"conv_{i}" in state:
@@ -142,14 +182,20 @@ class WanStreamDecoder:
 
 
 def join_states(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One state of a whole decode, of the parts of it that the members of a group have; or of one that is whole."""
-    with_rows = [part for part in parts if "rows" not in part or part["rows"][0] < part["rows"][1]]
-    with_rows.sort(key=lambda part: int(part["rows"][0]) if "rows" in part else 0)
-    first = {name: value for name, value in with_rows[0].items() if name != "rows"}
-    for name in first:
-        if name.startswith("conv"):
-            first[name] = as_ncthw(torch.cat([_as_thwc(part[name]) for part in with_rows], dim=1))
-    return first
+    """One state of a whole decode, of the parts of it that several ranks have; or of one that is whole."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for part in parts:
+        first_row = int(part["rows"][0]) if "rows" in part else 0
+        for name in part.keys() - {"rows"}:
+            found.setdefault(name, []).append((first_row, part[name]))
+    return {name: _join_rows(pieces) if name.startswith("conv") else pieces[0][1] for name, pieces in found.items()}
+
+
+def _join_rows(pieces: list[tuple[int, Tensor]]) -> Tensor:
+    if len(pieces) == 1:
+        return pieces[0][1]
+    in_order = sorted(pieces, key=lambda piece: piece[0])
+    return as_ncthw(torch.cat([_as_thwc(rows) for _, rows in in_order], dim=1))
 
 
 def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, Tensor]:

@@ -48,11 +48,11 @@ class ChannelsLastDecoder:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
         self._post_quant = _Convolution(vae.post_quant_conv)
-        self._conv_in = CausalConvolution(decoder.conv_in, scratch)
+        self.conv_in = CausalConvolution(decoder.conv_in, scratch)
         mid = decoder.mid_block
-        self._mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
+        self.mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            self._mid += [_Attention(attention), ResidualBlock(resnet, scratch)]
+            self.mid += [_Attention(attention), ResidualBlock(resnet, scratch)]
         self.up = [UpBlock(block, scratch) for block in decoder.up_blocks]
         self.conv_out = CausalConvolution(decoder.conv_out, scratch, decoder.norm_out)
 
@@ -72,8 +72,8 @@ class ChannelsLastDecoder:
 
     def enter(self, latents: Tensor, cache: Cache) -> Tensor:
         """What works on latents: all up to the attention within frames, and behind it. [F, h, w, C']."""
-        x = self._conv_in(self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous()), cache)
-        for layer in self._mid:
+        x = self.conv_in(self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous()), cache)
+        for layer in self.mid:
             x = layer(x, cache)
         return x
 
@@ -156,6 +156,10 @@ class CausalConvolution:
         """Frames of the past that it sees."""
         self._scratch = scratch
 
+    @property
+    def num_weights(self) -> int:
+        return self.conv.weight.numel()
+
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         num_frames, height, *rest = x.shape
         halo = self.conv.halo(cache)
@@ -202,6 +206,16 @@ class ResidualBlock:
         self.conv1 = CausalConvolution(block.conv1, scratch, block.norm1)
         self.conv2 = CausalConvolution(block.conv2, scratch, block.norm2)
         self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
+
+    @property
+    def num_inputs(self) -> int:
+        """Channels of what comes to it."""
+        return self.conv1.conv.weight.shape[1]
+
+    @property
+    def num_weights(self) -> int:
+        shortcut = 0 if self.shortcut is None else self.shortcut.weight.numel()
+        return self.conv1.num_weights + self.conv2.num_weights + shortcut
 
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         y = self.conv2(self.conv1(x, cache), cache)
