@@ -44,6 +44,12 @@ GRACE_S = 10.0
 """How long `close` gives the other ranks to end a checkpoint that is under way."""
 
 
+class StatefulDecoder(Protocol):
+    """A decoder, or some layers of one."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Holder:
     """Whose state it is: a rank, and the layers and branches of the whole model of which it keeps K/V.
@@ -60,6 +66,8 @@ class Holder:
     cache: CacheRuntime | None = None
     owner: Callable[[int], int] = lambda chunk: 0
     reader: Callable[[int], int | None] = lambda chunk: None
+    decoder: StatefulDecoder | None = None
+    """Its part of the decoder's layers, where it has some and not all."""
 
     def has(self, chunk: int) -> bool:
         """Whether this rank has a part in a chunk."""
@@ -98,6 +106,8 @@ class Saved:
     film: FilmState | None = None
     memory: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
     cached: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
+    decoder: Tensors = field(default_factory=dict)
+    """The state of the whole decoder, on ranks that decode."""
 
     def live(self, sampler: Sampler) -> Live:
         """What lives on, for the executor."""
@@ -237,6 +247,8 @@ class CheckpointSaver:
             if film.last is not None:
                 tensors["last"] = film.last
             names |= {"segments": film.writer.segments, "short": list(film.writer.short)}
+        elif self._holder.decoder:
+            tensors |= {f"decoder/{name}": value for name, value in self._holder.decoder.state().items()}
         self._start(_Job(done, tensors, names))
 
     def close(self) -> None:
@@ -443,7 +455,9 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
                 return holder.sees(int(rest.partition("/")[0]))
             case "solver":
                 return mesh.is_owner and holder.has(int(rest.partition("/")[0]))
-            case "decoder" | "frames" | "last":
+            case "decoder":
+                return mesh.is_leader or holder.decoder is not None
+            case "frames" | "last":
                 return mesh.is_leader
         return name.rpartition("/")[0] in own_kv
 
@@ -463,6 +477,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
             borders={v: value for v, value in latents.items() if not holder.has(v.chunk)},
             solvers={chunk: _under(f"solver/{chunk}", tensors) for chunk in own},
             film=_film(manifest, tensors) if mesh.is_leader else None,
+            decoder=_under("decoder", tensors),
             memory=memory,
             cached=cached,
         )

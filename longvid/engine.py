@@ -41,7 +41,16 @@ from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.live import LivePrompter, Wish, Wishes
 from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, Prompt, RowsDecoder, StageOptions
+from longvid.models.checkpoint import (
+    Checkpoint,
+    Condition,
+    FamilyStage,
+    FilmInputs,
+    PartsDecoder,
+    Prompt,
+    RowsDecoder,
+    StageOptions,
+)
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
@@ -185,9 +194,13 @@ class Engine:
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
         self._loading = open_loading(checkpoint, settings, self.device)
+        self._line = self._num_decoding()
+        if mesh.is_owner and mesh.place.chunk < self._line:
+            self._decoder = checkpoint.load_decoder(dtype, self.device)
+        if self._parts:
+            self._parts.take_part(self._line - 1 - mesh.place.chunk, self._line)
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
-            self._decoder = checkpoint.load_decoder(dtype, self.device)
             if settings.memory.vae_rows:
                 cast(RowsDecoder, self._decoder).split_rows(settings.memory.vae_rows)
             self.vae = self._decoder.vae
@@ -227,6 +240,22 @@ class Engine:
         """A film's: noise levels may depend on the tokens of its largest unit."""
         per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
         return self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
+
+    def _num_decoding(self) -> int:
+        """Ranks that have the decoder's layers between them: owners of chunks, who all finish them at once.
+
+        On a GPU the leader decodes alone: there the layers of a whole decode are diffusers', which round otherwise.
+        """
+        topology = self.mesh.topology
+        if topology.stage > 1 or self.device.type != "cpu" or self.settings.memory.vae_rows:
+            return 1
+        return min(topology.chunk, self.facts.decoder_parts)
+
+    @property
+    def _parts(self) -> PartsDecoder | None:
+        """This rank's part of the decoder, if it has one and not all."""
+        has_part = self.mesh.is_owner and self.mesh.place.chunk < self._line and self._line > 1
+        return cast(PartsDecoder, self._decoder) if has_part else None
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
@@ -410,6 +439,9 @@ class Engine:
             (load_ending(film.path, film.ending, self.device) for film in job.films if film.ending), None
         )
         tools.decoders = FilmDecoders(self._decoder) if self.mesh.is_leader else None
+        for before in tools.saved:
+            if before and self._parts and not self.mesh.is_leader:
+                self._parts.load_state(before.decoder)
         with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
                 films.open(tools.saved, self.settings.output, tools.ended)
@@ -428,7 +460,8 @@ class Engine:
             return owners[chunk + 1] if has_reader else None
 
         branches = self._stage.branches
-        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader)
+        decoder = self._parts
+        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader, decoder)
 
     def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
         """What the leader knows of a film before it begins."""
@@ -587,7 +620,7 @@ class Engine:
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
-            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
+            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, line=self._line)
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
             self._stage,
@@ -601,6 +634,10 @@ class Engine:
             sharing=self._sharing(),
             recalled=tools.ended.last if tools.ended else None,
             cache=self.cache,
+            line=self._line,
+            decoder=_Part(self._parts, images, (height, width), self.mesh.place.chunk + 1 == self._line)
+            if self._parts
+            else None,
             saver=tools.saver,
             prompter=tools.prompter,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
@@ -619,7 +656,7 @@ class Engine:
                 film = plan.film_of(finished.chunk)
                 tools.lasts[film] = self._last_of_shot(finished, tools.lasts.get(film))
                 image = images[finished.chunk.shot]
-                yield finished if image is None or self._images is None else self._images.finish(finished, image)
+                yield replace(finished, latents=image.show(finished.latents, finished.chunk)) if image else finished
         finally:
             self._executor = None
 
@@ -741,7 +778,10 @@ class Engine:
         if chunk.start == 0:
             self._decoder.reset()
         is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
-        frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
+        if self._parts and finished.halfway is not None:
+            frames: Frames = self._parts.hand_on(finished.halfway).numpy()
+        else:
+            frames = self._decoder.push(finished.latents, is_last).numpy()
         left = max(0, shot.num_frames - self._decoder.frames_after(chunk.start))
         self._behind_the_end = frames[left:]
         return frames[:left]
@@ -830,6 +870,25 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
 
 def _as_it_is(sampler: Sampler) -> Sampler:
     return sampler
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of the decoder, for the executor. `images` are the shots'; `latent_size` is (h, w)."""
+
+    decoder: PartsDecoder
+    images: Sequence[Condition | None]
+    latent_size: tuple[int, int]
+    is_first: bool
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        if chunk.start == 0:
+            self.decoder.reset()
+        image = self.images[chunk.shot] if self.is_first else None
+        return self.decoder.hand_on(image.show(x, chunk) if image else x)
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        return self.decoder.handed_shape(chunk.num_latents, *self.latent_size)
 
 
 class _RoundCounter:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longvid.parallel.pipeline import Look, RankAction, Receive, Send, name_of
+from longvid.parallel.pipeline import DecodePart, Look, RankAction, Receive, Send, name_of
 from longvid.parallel.schedule import Encode, Forecast, Forward, Fuse, Gate, Step
 
 KINDS = ("compute", "receive", "send", "decode", "write")
@@ -31,6 +31,8 @@ class Trace:
         match action:
             case Encode() | Look() | Gate() | Forward() | Forecast() | Fuse() | Step():
                 self.add("compute", name_of(action), start, end)
+            case DecodePart():
+                self.add("decode", name_of(action), start, end)
             case Receive():
                 self.add("receive", name_of(action), start, end)
             case Send():

@@ -21,10 +21,13 @@ from longvid.errors import RuntimeFailure
 from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.pipeline import (
+    BULKY,
     SAVE_NOTICE,
     Border,
     Boundary,
+    DecodePart,
     DropBorder,
+    Halfway,
     Hidden,
     Look,
     Message,
@@ -71,10 +74,14 @@ LOOK_AHEAD = 32
 
 @dataclass(frozen=True)
 class Finished:
-    """A chunk's finished latents fp32 [C, num_latents, h, w], the receiver's to keep."""
+    """A chunk's finished latents fp32 [C, num_latents, h, w], the receiver's to keep.
+
+    Where several ranks decode, `halfway` is what the others made of them.
+    """
 
     chunk: Chunk
     latents: Tensor
+    halfway: Tensor | None = None
 
 
 @dataclass
@@ -99,8 +106,22 @@ class Live:
     tokens: dict[GlobalVersion, Tensor] = field(default_factory=dict)
     brought: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Global tokens that units bring along from the stage before."""
+    halfway: dict[int, Tensor] = field(default_factory=dict)
+    """Chunks on their way through the decoder."""
     seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """What global tokens see of each chunk's key latents, packed: see `longvid.parallel.vin`."""
+
+
+class DecoderPart(Protocol):
+    """Some of the decoder's layers."""
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """What they make of a chunk's finished latents, or of what the part before them made."""
+        ...
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        """Of what the part before them makes of a chunk; the first number says nothing."""
+        ...
 
 
 KEPT = -1
@@ -165,6 +186,9 @@ class Executor:
     recalled: Tensor | None = None
     """The last latents of the film that goes on, fp32 [C, as many as left context, h, w]; on ranks of stage 0."""
     cache: CacheRuntime | None = None
+    line: int = 1
+    """Ranks that have the decoder's layers between them; `decoder` is this one's part, if there are several."""
+    decoder: DecoderPart | None = None
     saver: Saver | None = None
     prompter: Prompter | None = None
     on_action: OnAction | None = None
@@ -212,7 +236,7 @@ class Executor:
         self, actions: Iterable[Action], plan: Plan, done: int
     ) -> Iterator[tuple[RankAction, Incoming | None]]:
         """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
-        whole = rank_program(actions, self.mesh.topology, self.mesh.rank)
+        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.line)
         program = (action for action in whole if action.round > done)
         ahead: deque[tuple[RankAction, Incoming | None]] = deque()
         posted: Counter[int] = Counter()
@@ -220,10 +244,10 @@ class Executor:
             while ahead and (action is None or len(ahead) >= LOOK_AHEAD or not self._may_post(action, posted)):
                 ready, incoming = ahead.popleft()
                 yield ready, incoming
-                if isinstance(ready, Receive) and isinstance(ready.message, Hidden):
+                if isinstance(ready, Receive) and isinstance(ready.message, BULKY):
                     posted[ready.source] -= 1
             if isinstance(action, Receive):
-                if isinstance(action.message, Hidden):
+                if isinstance(action.message, BULKY):
                     posted[action.source] += 1
                 shape, dtype = self._shape(action.message, plan)
                 is_sized = self._is_sized(action.message)
@@ -232,7 +256,7 @@ class Executor:
                 ahead.append((action, None))
 
     def _may_post(self, action: RankAction, posted: Counter[int]) -> bool:
-        if not isinstance(action, Receive) or not isinstance(action.message, Hidden):
+        if not isinstance(action, Receive) or not isinstance(action.message, BULKY):
             return True
         return posted[action.source] < self.buffers
 
@@ -266,7 +290,12 @@ class Executor:
             case Finish(latents=version):
                 live.solvers.pop(version.chunk, None)  # that of another owner's chunk is there
                 if self.mesh.is_leader:
-                    return Finished(plan.chunks[version.chunk], live.latents[version].clone())
+                    halfway = live.halfway.pop(version.chunk, None)
+                    return Finished(plan.chunks[version.chunk], live.latents[version].clone(), halfway)
+            case DecodePart(latents=version):
+                assert self.decoder is not None
+                x = live.halfway.pop(version.chunk) if version.chunk in live.halfway else live.latents[version]
+                live.halfway[version.chunk] = self.decoder.hand_on(plan.chunks[version.chunk], x)
             case DropLatents(latents=version):
                 del live.latents[version]
             case DropKv(kv=kv):
@@ -506,6 +535,8 @@ class Executor:
                 comm.send(header, torch.stack(parts), action.to)
             case Verdict() | Notice():
                 comm.send(header, _NOTHING, action.to)
+            case Halfway(chunk=i):
+                comm.send(header, live.halfway.pop(i), action.to, window=self.buffers, is_sized=is_sized)
             case Border(latents=version):
                 count = plan.chunks[version.chunk + 1].num_left
                 comm.send(header, live.latents[version][:, -count:], action.to)
@@ -537,6 +568,8 @@ class Executor:
                 live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
             case Border(latents=version):
                 live.borders[version] = value
+            case Halfway(chunk=i):
+                live.halfway[i] = value
             case Seen(chunk=first, step=k):
                 live.seen |= {(i, k): part for i, part in enumerate(value, first)}
             case LatentVersion():
@@ -549,6 +582,9 @@ class Executor:
             heads, tokens, width = self._global_stage().part_shape
             return (message.num_chunks, heads, tokens, width + 1), torch.float32
         chunk = plan.chunks[message.chunk]
+        if isinstance(message, Halfway):
+            assert self.decoder is not None
+            return self.decoder.shape(chunk)
         if isinstance(message, Hidden):
             num_latents = chunk.num_latents + chunk.num_left * message.with_left
             shape, dtype = self.stage.hidden_shape(num_latents, self.latent_size)
@@ -569,7 +605,11 @@ class Executor:
         return shape, torch.float32
 
     def _is_sized(self, message: Message) -> bool:
-        """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states."""
+        """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states. What the
+        decoder makes of a shot's first chunk has fewer frames.
+        """
+        if isinstance(message, Halfway):
+            return True
         return self.cache is not None and isinstance(message, Hidden | Velocity | Overlap | Verdict)
 
     # ------------------------------------------------------------------------------------------------------- decisions
@@ -627,5 +667,7 @@ def _unit_of(message: Message) -> tuple[int, int]:
             return i, k
         case Notice(round=n):
             return -1, n
+        case Halfway(chunk=i):
+            return i, -1
         case _:
             return message.chunk, message.step

@@ -142,7 +142,19 @@ class Seen:
         return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
 
 
-Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | LatentVersion
+@dataclass(frozen=True, slots=True)
+class Halfway:
+    """What a part of the decoder's layers made of a finished chunk, for the rank that has those behind them."""
+
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"halfway c{self.chunk}"
+
+
+Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | Halfway | LatentVersion
+BULKY = Hidden | Halfway
+"""Messages of which no more are under way between two ranks than there are buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +235,23 @@ class Look:
         return f"{self.round:5}  look     at {' '.join(map(str, self.own))}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """Have finished latents, or what was made of them so far, go through this rank's part of the decoder."""
+
+    round: int
+    latents: LatentVersion
+
+    @property
+    def handed(self) -> Halfway:
+        """What this part makes, for the next; and what the part before made."""
+        return Halfway(self.latents.chunk)
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  decode   part of c{self.latents.chunk}"
+
+
+RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look | DecodePart
 
 
 def name_of(action: RankAction) -> str:
@@ -231,16 +259,17 @@ def name_of(action: RankAction) -> str:
     return str(action)[5:].strip()
 
 
-def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> Iterator[RankAction]:
+def rank_program(actions: Iterable[Action], topology: Topology, rank: int, line: int = 1) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
+    The first `line` owners of the `chunk` axis have the decoder's layers between them, the last of them the first layers.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
         actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
     if place.stage == 0:
-        return _FirstStage(topology, place).program(actions)
+        return _FirstStage(topology, place, line).program(actions)
     return _later_stage(actions, topology, place)
 
 
@@ -415,6 +444,7 @@ class _FirstStage:
 
     topology: Topology
     place: Coordinate
+    line: int = 1
 
     def __post_init__(self) -> None:
         self.late: deque[RankAction] = deque()
@@ -425,6 +455,10 @@ class _FirstStage:
         self.due: dict[LatentVersion, Receive] = {}
         self.borders: set[LatentVersion] = set()
         self.tokens: set[GlobalVersion] = set()
+        self.coming: deque[RankAction] = deque()
+        """Latents that finished in this round on other ranks, where several decode, and ..."""
+        self.decoding: deque[RankAction] = deque()
+        """... what becomes of all that did."""
 
     def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         for action in _with_ends(actions):
@@ -469,6 +503,9 @@ class _FirstStage:
         while self.late:
             yield self.pop()
         yield from self.notices.end()
+        self.decode()
+        while self.late:
+            yield self.pop()
 
     @property
     def is_owner(self) -> bool:
@@ -534,6 +571,7 @@ class _FirstStage:
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
         other chunks: the next round's may not overtake them."""
+        self.decode()
         if self.is_owner:
             self.late.append(SaveLatents(end.round, tuple(z for z in end.latents if z in self.own)))
         yield from self.flush_until(end.round - 1)
@@ -541,6 +579,12 @@ class _FirstStage:
         for _ in range(crossing[-1] + 1 if crossing else 0):
             yield self.pop()
         yield Boundary(end.round, end.kv)
+
+    def decode(self) -> None:
+        """Take up what finished in the round."""
+        self.late += [*self.coming, *self.decoding]
+        self.coming.clear()
+        self.decoding.clear()
 
     def is_crossing(self, action: RankAction) -> bool:
         if not isinstance(action, Send | Receive):
@@ -614,23 +658,35 @@ class _FirstStage:
             self.late += self.lend(n, made)
 
     def finish(self, action: Finish) -> None:
-        """The leader hands chunks out, those of other owners as they come."""
-        n, latents = action.round, action.latents
-        is_own = self.run.has(latents.chunk)
-        if self.is_leader and not is_own:
-            source = self.rank(chunk=self.run.owner(latents.chunk))
+        """The leader hands chunks out, those of other owners as they come.
+
+        They also go to the owner that has the decoder's first layers, and through all others that have some: at the
+        round's end, when every owner has done its own, so that all decode at once.
+        """
+        if not self.is_owner:
+            return
+        n, latents, place, handed = action.round, action.latents, self.place.chunk, Halfway(action.latents.chunk)
+        owner, takers = self.run.owner(latents.chunk), {0, self.line - 1}
+        coming, decoding = (self.coming, self.decoding) if self.line > 1 else (self.late, self.late)
+        if owner == place:
+            self.late += [Send(n, latents, self.rank(chunk=taker)) for taker in sorted(takers - {place})]
+        elif place in takers:
             if latents in self.due:  # the owner sent that before
-                self.late.append(self.take_border(latents))
-            self.late += [Receive(n, latents, source), action, DropLatents(n, latents)]
-        elif self.is_owner and is_own:
-            self.late.append(action)
-            if not self.is_leader:
-                self.late.append(Send(n, latents, self.rank(chunk=0)))
+                coming.append(self.take_border(latents))
+            coming.append(Receive(n, latents, self.rank(chunk=owner)))
+        if place + 1 < self.line:
+            decoding.append(Receive(n, handed, self.rank(chunk=place + 1)))
+        if 0 < place < self.line:
+            decoding += [DecodePart(n, latents), Send(n, handed, self.rank(chunk=place - 1))]
+        if owner == place or place == 0:
+            decoding.append(action)
+        if owner != place and place in takers:
+            decoding.append(DropLatents(n, latents))
 
     def drop(self, action: DropLatents) -> None:
         if action.latents in self.own:
             self.own.remove(action.latents)
-            self.late.append(action)
+            (self.decoding if self.decoding else self.late).append(action)
         elif action.latents in self.borders:
             self.borders.remove(action.latents)
             self.late.append(DropBorder(action.round, action.latents))

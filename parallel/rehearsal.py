@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import Hidden, Message, RankAction, Receive, Send, rank_program
+from longvid.parallel.pipeline import BULKY, Message, RankAction, Receive, Send, rank_program
 from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
@@ -51,7 +51,7 @@ def rehearse(
     latency: Callable[[Message], float] = lambda message: 0.0,
     together: Sequence[tuple[int, ...]] = (),
 ) -> Rehearsal:
-    """Carry out all programs, with `capacity` hidden states under way from one rank to another.
+    """Carry out all programs, with `capacity` bulky messages under way from one rank to another.
 
     A message counts until its receiver comes to it; real receives are posted earlier, which can only help. Velocities
     and latents are small, and bounded by how long programs put steps off: they never hold their sender up. The
@@ -79,10 +79,12 @@ def rehearse(
 
 
 def rehearse_schedule(
-    make_actions: Callable[[], Iterable[Action]], topology: Topology, buffers: int, cost: Cost = nothing
+    make_actions: Callable[[], Iterable[Action]], topology: Topology, buffers: int, cost: Cost = nothing, line: int = 1
 ) -> Rehearsal:
-    """Rehearse a schedule on a mesh. `make_actions` gives the schedule anew for every rank: it is a stream."""
-    programs = [rank_program(make_actions(), topology, rank) for rank in range(topology.num_ranks)]
+    """Rehearse a schedule on a mesh, with so many ranks `line` that decode. `make_actions` gives the schedule anew for
+    every rank: it is a stream.
+    """
+    programs = [rank_program(make_actions(), topology, rank, line) for rank in range(topology.num_ranks)]
     groups = {topology.group(rank, "seq") for rank in range(topology.num_ranks)} if topology.seq > 1 else ()
     return rehearse(programs, buffers, cost, together=sorted(groups))
 
@@ -117,7 +119,7 @@ def stage_costs(
 
 @dataclass
 class _Channel:
-    """Messages under way, each with its time of arrival, and when those before were taken out."""
+    """Messages under way, each with its time of arrival; of bulky ones their number, and when those before were taken."""
 
     messages: deque[tuple[Message, float]] = field(default_factory=deque)
     taken: deque[float] = field(default_factory=deque)
@@ -176,13 +178,13 @@ class _Rank:
 
     def send(self, action: Send, latency: float) -> bool:
         channel = self.channels.setdefault((self.index, action.to), _Channel())
-        if isinstance(action.message, Hidden):
+        if isinstance(action.message, BULKY):
             if channel.num_sent - channel.num_taken >= self.capacity:
                 return False
             if channel.num_sent >= self.capacity:
                 self.clock = max(self.clock, channel.taken.popleft())
+            channel.num_sent += 1
         channel.messages.append((action.message, self.clock + latency))
-        channel.num_sent += 1
         return True
 
     def receive(self, action: Receive) -> bool:
@@ -193,7 +195,7 @@ class _Rank:
         if message != action.message:
             raise ScheduleError(f"rank {self.index}: {str(action).strip()}, but {message} comes")
         self.clock = max(self.clock, arrival)
-        if isinstance(message, Hidden):
+        if isinstance(message, BULKY):
             channel.taken.append(self.clock)
-        channel.num_taken += 1
+            channel.num_taken += 1
         return True

@@ -56,7 +56,7 @@ class WanStreamDecoder:
 
     def take_part(self, index: int, count: int) -> None:
         """Have some of the layers alone from here on, one of so many parts; `hand_on` takes the place of `push`."""
-        self._part = PartDecoder(self.vae, index, count)
+        self._decoder = self._part = PartDecoder(self.vae, index, count)
         self.reset()
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ class PartDecoder(ChannelsLastDecoder):
 
     def __init__(self, vae: AutoencoderKLWan, index: int, count: int) -> None:
         super().__init__(vae)
-        assert 0 <= index < count <= num_parts(len(self.up))
+        assert 0 <= index < count <= 1 + len(self.up)
         works = [_enter_work(self), *_up_works(self)]
         bounds = most_even(works, count)
         self._blocks = range(*bounds[index : index + 2])
@@ -56,11 +56,6 @@ class PartDecoder(ChannelsLastDecoder):
         for block in self._blocks:
             x = self.up[block - 1](x, cache, first_chunk) if block else self.enter(x, cache)
         return as_ncthw(self.conv_out(x, cache)) if self.is_last else x
-
-
-def num_parts(num_up_blocks: int) -> int:
-    """How many parts a decoder has at most."""
-    return 1 + num_up_blocks
 
 
 def most_even(works: list[int], count: int) -> list[int]:
