@@ -22,7 +22,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
+from typing import Literal, Protocol
 
+from longvid.parallel.decoding import Decode, DecodeAction, Decoding, HandOut, Piece
 from longvid.parallel.schedule import (
     Action,
     Admit,
@@ -152,7 +154,66 @@ class Halfway:
         return f"halfway c{self.chunk}"
 
 
-Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | Halfway | LatentVersion
+@dataclass(frozen=True, slots=True)
+class PieceLatents:
+    """Finished latents that the receiver is to decode."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"latents {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFrames:
+    """What was made of a piece, for the leader."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"frames {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderState:
+    """Where a film's decoder is before it comes to a piece."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"decoder before {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """Where a film's decoder is when all chunks that finished until `round` are decoded, if a checkpoint or the film's
+    end asks for it. With `is_asked` the leader's question, which is all in the header.
+    """
+
+    film: int
+    round: int
+    is_end: bool = False
+    is_asked: bool = False
+
+    def __str__(self) -> str:
+        return f"{'ask for ' * self.is_asked}decoder of film {self.film} after {self.round}"
+
+
+Message = (
+    Hidden
+    | Velocity
+    | Verdict
+    | Overlap
+    | Border
+    | Notice
+    | Seen
+    | Halfway
+    | LatentVersion
+    | PieceLatents
+    | PieceFrames
+    | DecoderState
+    | KeptState
+)
 BULKY = Hidden | Halfway
 """Messages of which no more are under way between two ranks than there are buffers."""
 
@@ -236,22 +297,85 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodePart:
+class HandOn:
     """Have finished latents, or what was made of them so far, go through this rank's part of the decoder."""
 
     round: int
     latents: LatentVersion
 
-    @property
-    def handed(self) -> Halfway:
-        """What this part makes, for the next; and what the part before made."""
-        return Halfway(self.latents.chunk)
-
     def __str__(self) -> str:
         return f"{self.round:5}  decode   part of c{self.latents.chunk}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look | DecodePart
+@dataclass(frozen=True, slots=True)
+class KeepState:
+    """On the leader, which has it: remember where a film's decoder is, as `KeptState` says."""
+
+    round: int
+    film: int
+    is_end: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  keep     decoder of film {self.film}"
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """All frames of a chunk are on the leader: hand them out."""
+
+    round: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  show     c{self.chunk}"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFilms:
+    """On the leader: all chunks that finished until the end of `round` are decoded and shown."""
+
+    round: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  save     films"
+
+
+RankAction = (
+    Action
+    | Send
+    | Receive
+    | Boundary
+    | SaveLatents
+    | DropBorder
+    | Look
+    | HandOn
+    | Decode
+    | KeepState
+    | Show
+    | SaveFilms
+)
+
+When = Literal["now", "late", "awaited"]
+"""Of what the leader does for decoding: at once; in its turn behind what is put off; or when that came in its turn."""
+
+
+class DecodingParts(Protocol):
+    """Decoding as all ranks know it."""
+
+    @property
+    def plan(self) -> Decoding: ...
+
+    def takes_part(self, place: Coordinate) -> bool: ...
+
+    def part(self, topology: Topology, place: Coordinate) -> DecodePart: ...
+
+
+class DecodePart(Protocol):
+    """A rank's part in decoding."""
+
+    def of(self, action: DecodeAction) -> Iterator[tuple[When, RankAction]]:
+        """What the rank does for an action, and when. On later stages all of it is done at once."""
+        ...
 
 
 def name_of(action: RankAction) -> str:
@@ -259,18 +383,25 @@ def name_of(action: RankAction) -> str:
     return str(action)[5:].strip()
 
 
-def rank_program(actions: Iterable[Action], topology: Topology, rank: int, line: int = 1) -> Iterator[RankAction]:
+def rank_program(
+    actions: Iterable[Action], topology: Topology, rank: int, decoding: DecodingParts | None = None, line: int = 1
+) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
-    The first `line` owners of the `chunk` axis have the decoder's layers between them, the last of them the first layers.
+    With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents. The first `line`
+    owners of the `chunk` axis have the decoder's layers between them, the last of them the first layers.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
         actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
+    stream: Iterable[_StreamAction] = _with_ends(actions)
+    part = None
+    if decoding and decoding.takes_part(place):
+        stream, part = decoding.plan.spread(stream), decoding.part(topology, place)
     if place.stage == 0:
-        return _FirstStage(topology, place, line).program(actions)
-    return _later_stage(actions, topology, place)
+        return _FirstStage(topology, place, part, line).program(stream)
+    return _later_stage(stream, topology, place, part)
 
 
 def place_of(chunk: int, group: range, size: int) -> int:
@@ -343,6 +474,9 @@ class _End:
     kv: tuple[KvVersion, ...]
 
 
+_StreamAction = Action | _End | DecodeAction
+
+
 def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
     """The actions, with ends between the rounds."""
     latents: dict[LatentVersion, None] = {}
@@ -369,7 +503,7 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
 
 
 def _later_stage(  # noqa: C901 - one match over all actions
-    actions: Iterable[Action], topology: Topology, place: Coordinate
+    stream: Iterable[_StreamAction], topology: Topology, place: Coordinate, decoding: DecodePart | None
 ) -> Iterator[RankAction]:
     """Receive, forward, send: only K/V live here."""
     run = _Run(place.chunk, topology.chunk)
@@ -380,7 +514,10 @@ def _later_stage(  # noqa: C901 - one match over all actions
         rank_after = topology.rank(place._replace(stage=stage + 1))
     owner = Coordinate(place.replica, 0, place.chunk, 0, 0)
     passed: list[Boundary] = []
-    for action in _with_ends(actions):
+    for action in stream:
+        if isinstance(action, DecodeAction):
+            yield from (own for _, own in decoding.of(action)) if decoding else ()
+            continue
         yield from notices.before(action)
         match action:
             case _End(round=n, kv=kv) if place.chunk:
@@ -438,16 +575,26 @@ class _Notices:
             yield Receive(self.round, Notice(self.round), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """An action of an earlier round that is put off in `round`."""
+
+    round: int
+    action: RankAction
+
+
 @dataclass
 class _FirstStage:
     """The program of a rank at stage 0: forwards at once, steps as late as they can be."""
 
     topology: Topology
     place: Coordinate
+    decoding: DecodePart | None = None
     line: int = 1
 
     def __post_init__(self) -> None:
-        self.late: deque[RankAction] = deque()
+        self.late: deque[RankAction | _Late] = deque()
+        self.round = 0
         self.put_off: set[LatentVersion] = set()
         self.run = _Run(self.place.chunk, self.topology.chunk)
         self.notices = _Notices(self.topology, self.place)
@@ -457,11 +604,15 @@ class _FirstStage:
         self.tokens: set[GlobalVersion] = set()
         self.coming: deque[RankAction] = deque()
         """Latents that finished in this round on other ranks, where several decode, and ..."""
-        self.decoding: deque[RankAction] = deque()
+        self.closing: deque[RankAction] = deque()
         """... what becomes of all that did."""
 
-    def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
-        for action in _with_ends(actions):
+    def program(self, stream: Iterable[_StreamAction]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
+        for action in stream:
+            if isinstance(action, DecodeAction):
+                yield from self.decode(action)
+                continue
+            self.round = action.round
             yield from self.notices.before(action)
             match action:
                 case _End():
@@ -503,7 +654,7 @@ class _FirstStage:
         while self.late:
             yield self.pop()
         yield from self.notices.end()
-        self.decode()
+        self.close_round()
         while self.late:
             yield self.pop()
 
@@ -571,7 +722,7 @@ class _FirstStage:
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
         other chunks: the next round's may not overtake them."""
-        self.decode()
+        self.close_round()
         if self.is_owner:
             self.late.append(SaveLatents(end.round, tuple(z for z in end.latents if z in self.own)))
         yield from self.flush_until(end.round - 1)
@@ -580,13 +731,28 @@ class _FirstStage:
             yield self.pop()
         yield Boundary(end.round, end.kv)
 
-    def decode(self) -> None:
+    def close_round(self) -> None:
         """Take up what finished in the round."""
-        self.late += [*self.coming, *self.decoding]
+        self.late += [*self.coming, *self.closing]
         self.coming.clear()
-        self.decoding.clear()
+        self.closing.clear()
 
-    def is_crossing(self, action: RankAction) -> bool:
+    def decode(self, action: DecodeAction) -> Iterator[RankAction]:
+        """The leader's part in decoding. What others send is received in the order in which they send it."""
+        if self.decoding is None:
+            return
+        if isinstance(action, HandOut):
+            yield from self.flush_until(action.round)
+        for when, own in self.decoding.of(action):
+            if when == "late":
+                self.late.append(_Late(self.round, own))
+            elif when == "now":
+                yield own
+            else:
+                while any(isinstance(late, _Late) and late.action == own for late in self.late):
+                    yield self.pop()
+
+    def is_crossing(self, action: RankAction | _Late) -> bool:
         if not isinstance(action, Send | Receive):
             return False
         other = action.to if isinstance(action, Send) else action.source
@@ -667,7 +833,7 @@ class _FirstStage:
             return
         n, latents, place, handed = action.round, action.latents, self.place.chunk, Halfway(action.latents.chunk)
         owner, takers = self.run.owner(latents.chunk), {0, self.line - 1}
-        coming, decoding = (self.coming, self.decoding) if self.line > 1 else (self.late, self.late)
+        coming, closing = (self.coming, self.closing) if self.line > 1 else (self.late, self.late)
         if owner == place:
             self.late += [Send(n, latents, self.rank(chunk=taker)) for taker in sorted(takers - {place})]
         elif place in takers:
@@ -675,18 +841,18 @@ class _FirstStage:
                 coming.append(self.take_border(latents))
             coming.append(Receive(n, latents, self.rank(chunk=owner)))
         if place + 1 < self.line:
-            decoding.append(Receive(n, handed, self.rank(chunk=place + 1)))
+            closing.append(Receive(n, handed, self.rank(chunk=place + 1)))
         if 0 < place < self.line:
-            decoding += [DecodePart(n, latents), Send(n, handed, self.rank(chunk=place - 1))]
+            closing += [HandOn(n, latents), Send(n, handed, self.rank(chunk=place - 1))]
         if owner == place or place == 0:
-            decoding.append(action)
+            closing.append(action)
         if owner != place and place in takers:
-            decoding.append(DropLatents(n, latents))
+            closing.append(DropLatents(n, latents))
 
     def drop(self, action: DropLatents) -> None:
         if action.latents in self.own:
             self.own.remove(action.latents)
-            (self.decoding if self.decoding else self.late).append(action)
+            (self.closing or self.late).append(action)
         elif action.latents in self.borders:
             self.borders.remove(action.latents)
             self.late.append(DropBorder(action.round, action.latents))
@@ -704,6 +870,8 @@ class _FirstStage:
 
     def pop(self) -> RankAction:
         action = self.late.popleft()
+        if isinstance(action, _Late):
+            return action.action
         match action:
             case Step(chunk=i, step=k):
                 self.put_off.discard(LatentVersion(i, k + 1))

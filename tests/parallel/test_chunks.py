@@ -22,7 +22,7 @@ from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, DecodePart, Receive, SaveLatents, place_of, rank_program
+from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, HandOn, Receive, SaveLatents, place_of, rank_program
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,
@@ -265,7 +265,7 @@ def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_fi
     rounds = list(range(rules.num_rounds(len(chunks), steps) - 1))
     saved, line = defaultdict(set), topology.chunk if decode_together else 1
     for rank in range(topology.num_ranks):
-        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, line))
+        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, line=line))
         boundaries = [action.round for action in program if isinstance(action, Boundary)]
         if place.stage == 0 or place.chunk:
             assert boundaries == rounds
@@ -285,17 +285,17 @@ def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_fi
 
 
 def test_owners_that_decode_together_take_as_long_as_the_slowest_part(make_film):
-    """But for the way of the first chunk to the leader."""
+    """But for the first round, in which borders are noise, and the first chunk's way to the leader."""
     chunks, steps, rules = make_film([241], 6, 1).chunks, 4, ChunkRules(64)
 
     def cost(rank, action):
         parts = [0.8, 1.0, 0.9]
-        is_decoding = isinstance(action, DecodePart) or (isinstance(action, Finish) and rank == 0)
+        is_decoding = isinstance(action, HandOn) or (isinstance(action, Finish) and rank == 0)
         return 1.0 if isinstance(action, Forward) else parts[rank] * is_decoding
 
     topology = Topology(chunk=3)
     found = rehearse_schedule(lambda: chunk_schedule(chunks, steps, rules), topology, 2, cost, line=3)
-    assert found.makespan <= max(found.busy) + 2 + 0.9 + 0.8
+    assert found.makespan <= 1.07 * max(found.busy)
 
 
 def test_ranks_with_equal_runs_do_not_wait_for_each_other(make_film):

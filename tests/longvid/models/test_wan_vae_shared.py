@@ -104,7 +104,9 @@ def resumed_error(group: Group, layout: str, height: int, folder: Path) -> float
     decoder = WanStreamDecoder(vae)
     decoder.share_rows(group)
     decoder.load_state(before)  # of one rank
-    errors = [difference(decoder.push(latents[:, 3:]), after) if group.index == 0 else 0.0 * len(decoder.push(latents[:, 3:]))]
+    errors = [
+        difference(decoder.push(latents[:, 3:]), after) if group.index == 0 else 0.0 * len(decoder.push(latents[:, 3:]))
+    ]
     decoder.reset()
     decoder.push(latents[:, :3])
     own = decoder.state()
