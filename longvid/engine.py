@@ -490,14 +490,8 @@ class Engine:
         tools.ended = next(
             (load_ending(film.path, film.ending, self.device) for film in job.films if film.ending), None
         )
-        if self._has_part and not self.mesh.is_leader:
-            for saved in tools.saved:
-                if saved:
-                    self._part.load_state(saved.decoder)
-        elif tools.decoders and not self.mesh.is_leader:
-            for index, saved in enumerate(tools.saved):
-                if state := saved.decoder if saved else tools.ended and tools.ended.decoder:
-                    tools.decoders.load(index, state)
+        if not self.mesh.is_leader:
+            self._go_on_decoding(tools)
         with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
                 films.open(tools.saved, self.settings.output, tools.ended)
@@ -507,6 +501,15 @@ class Engine:
             self._write(films, on_event, tools)
         if trace and tools.trace:
             self._write_trace(Path(trace), tools.trace, job.plan, on_event)
+
+    def _go_on_decoding(self, tools: _Tools) -> None:
+        """Put the decoder of a rank besides the leader where checkpoints say."""
+        for index, saved in enumerate(tools.saved):
+            state = saved.decoder if saved else tools.ended and tools.ended.decoder
+            if state and self._has_part:
+                self._part.load_state(state)
+            elif state and tools.decoders:
+                tools.decoders.load(index, state)
 
     def _holder(self, plan: Plan) -> Holder:
         owners = self._owners(plan)

@@ -656,8 +656,6 @@ class Executor:
                 live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
             case Border(latents=version):
                 live.borders[version] = value
-            case Halfway(chunk=i):
-                live.halfway[i] = value
             case Seen(chunk=first, step=k):
                 live.seen |= {(i, k): part for i, part in enumerate(value, first)}
             case LatentVersion():
@@ -669,6 +667,8 @@ class Executor:
         match message:
             case PieceLatents(piece=piece):
                 live.pieces[piece] = value
+            case Halfway(chunk=i):
+                live.halfway[i] = value
             case PieceFrames(piece=piece):
                 live.frames.setdefault(piece.chunk, {})[piece.first] = value
             case DecoderState(piece=piece):
@@ -682,13 +682,9 @@ class Executor:
         if isinstance(message, Seen):
             heads, tokens, width = self._global_stage().part_shape
             return (message.num_chunks, heads, tokens, width + 1), torch.float32
-        if isinstance(message, PieceLatents):
-            count = message.piece.stop - message.piece.first
-            return (self.facts.latent_channels, count, *self.latent_size), torch.float32
+        if isinstance(message, PieceLatents | Halfway):
+            return self._shape_for_decoding(message, plan)
         chunk = plan.chunks[message.chunk]
-        if isinstance(message, Halfway):
-            assert self.part is not None
-            return self.part.shape(chunk)
         if isinstance(message, Hidden):
             num_latents = chunk.num_latents + chunk.num_left * message.with_left
             shape, dtype = self.stage.hidden_shape(num_latents, self.latent_size)
@@ -708,9 +704,17 @@ class Executor:
             return (self.stage.num_branches, *shape), torch.float32
         return shape, torch.float32
 
+    def _shape_for_decoding(self, message: PieceLatents | Halfway, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
+        if isinstance(message, Halfway):
+            assert self.part is not None
+            return self.part.shape(plan.chunks[message.chunk])
+        count = message.piece.stop - message.piece.first
+        return (self.facts.latent_channels, count, *self.latent_size), torch.float32
+
     def _is_sized(self, message: Message) -> bool:
-        """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states. What the
-        decoder makes of a shot's first chunk has fewer frames.
+        """With a cache that leaves layers out, a unit's messages may be empty, or hold more than hidden states.
+
+        What the decoder makes of a shot's first chunk has fewer frames.
         """
         if isinstance(message, Halfway):
             return True

@@ -127,7 +127,7 @@ def stage_costs(
 
 @dataclass
 class _Channel:
-    """Messages under way, each with its time of arrival; of bulky ones their number, and when those before were taken."""
+    """Messages under way, each with its time of arrival; of bulky ones how many, and when those before were taken."""
 
     messages: deque[tuple[Message, float]] = field(default_factory=deque)
     taken: deque[float] = field(default_factory=deque)

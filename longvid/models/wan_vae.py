@@ -61,8 +61,8 @@ class WanStreamDecoder:
 
     @torch.no_grad()
     def hand_on(self, x: Tensor) -> Tensor:
-        """What this part makes of latents fp32 [C, F, h, w], if it is the first, or of what the part before made of them
-        [T, H, W, C]. The last part's are frames uint8 on the CPU, as of `push`.
+        """What this part makes of latents fp32 [C, F, h, w], if it is the first, or of what the part before made of
+        them [T, H, W, C]. The last part's are frames uint8 on the CPU, as of `push`.
         """
         part = self._part
         assert part is not None
@@ -129,7 +129,7 @@ class WanStreamDecoder:
     def state(self) -> dict[str, Tensor]:
         """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on.
 
-        Of a decoder that shares rows, or has some layers alone, it is a part: `join_states` makes a whole one of all.
+        Of one that shares rows, or has some layers alone, it is a part: `join_states` makes a whole one of all.
         """
         state = {"is_first": torch.tensor(self._is_first)}
         if self._shared and not self._is_first:

@@ -17,7 +17,7 @@ from longvid.models.wan_vae_layers import Cache, ChannelsLastDecoder, ResidualBl
 
 
 class PartDecoder(ChannelsLastDecoder):
-    """One of `count` parts of the decoder's layers, in their order: those up to the attention, or some upsampling blocks.
+    """One of `count` parts of the decoder's layers, in order: those around the attention, or some upsampling blocks.
 
     The parts are the most even ones by the number of multiplications.
     """
@@ -59,7 +59,7 @@ class PartDecoder(ChannelsLastDecoder):
 
 
 def most_even(works: list[int], count: int) -> list[int]:
-    """Bounds of `count` runs, none of them empty, the largest of which is as small as can be; of equal ones the last is."""
+    """Bounds of `count` runs, none empty, the largest of which is as small as can be; of equal ones the last is."""
 
     def sizes(bounds: tuple[int, ...]) -> tuple[int, int]:
         sums = [sum(works[a:b]) for a, b in pairwise(bounds)]

@@ -1,8 +1,8 @@
 """The Wan VAE's decoder with its rows dealt out to the ranks of a group, which decode every latent together.
 
-Each rank has a band of the latent's rows and, in every layer, of what becomes of them. A convolution that sees three rows
-is given one row of the band above and one of the band below, or zeros at the image's ends. What it keeps of the past is
-of its own rows, so state and activations of a rank fall with the number of ranks. The attention in the middle sees the
+Each has a band of the latent's rows and, in every layer, of what becomes of them. A convolution that sees three rows is
+given one row of the band above and one of the band below, or zeros at the image's ends. What it keeps of the past is of
+its own rows, so state and activations of a rank fall with the number of ranks. The attention in the middle sees the
 whole frame, which is no larger than a latent there: its input is gathered, and every rank computes all of it.
 
 Nothing is computed otherwise than in a whole decode but for the height of what a convolution is given.
@@ -50,7 +50,7 @@ class Bands:
         return range(*(self.height * min(i, busy) // busy for i in (member, member + 1)))
 
     def deal(self, whole: Tensor, dim: int) -> Tensor:
-        """Give everybody's rows of the first member's tensor to them; what is this one's. Others' say the shape alone."""
+        """This member's rows of the first one's tensor; those of the others say the shape alone."""
         sizes = [len(self.of(member)) * (whole.shape[dim] // self.height) for member in range(self.group.size)]
         index = self.group.index
         if index == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,6 @@ def test_runs_are_as_even_as_they_go(works: list[int], data: st.DataObject) -> N
     count = data.draw(st.integers(1, len(works)))
     bounds = most_even(works, count)
     assert bounds[0] == 0 and bounds[-1] == len(works) and len(bounds) == count + 1
-    runs = [works[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    runs = [works[a:b] for a, b in pairwise(bounds)]
     assert all(runs)
     assert max(map(sum, runs)) <= -(-sum(works) // count) + max(works)

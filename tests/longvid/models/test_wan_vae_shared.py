@@ -1,4 +1,4 @@
-"""A decode whose rows are dealt out to ranks is the whole decode: four gloo processes, in groups of two, three and four.
+"""A decode whose rows are dealt out to ranks is the whole decode: groups of two, three and four gloo processes.
 
 The file is its own worker: with a folder it forks the ranks, each of which runs all cases and writes what it found.
 """
@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def shared_error(group: Group, layout: str, height: int, dtype: torch.dtype = torch.float32) -> float:
-    """How far the first member's frames, uint8, are from those of a whole decode; the others have their rows of them."""
+    """How far the first member's frames, uint8, are from a whole decode's; the others have their rows of them."""
     vae, latents = make_vae(layout, dtype), make_latents(height)
     whole = WanStreamDecoder(vae).push(latents)
     decoder = WanStreamDecoder(vae)
@@ -96,30 +97,28 @@ def float_error(group: Group, layout: str, height: int) -> float:
 
 
 def resumed_error(group: Group, layout: str, height: int, folder: Path) -> float:
-    """A shot that goes on as another number of ranks than it began with: as one, and as all, after parts were joined."""
+    """A shot that one rank began and the group goes on with; and whether the group's state is that of one rank.
+
+    Every member leaves its part of the state in the folder.
+    """
     vae, latents = make_vae(layout), make_latents(height, 6)
     whole = WanStreamDecoder(vae)
     whole.push(latents[:, :3])
-    before, after = {name: value.clone() for name, value in whole.state().items()}, whole.push(latents[:, 3:])
+    before = {name: value.clone() for name, value in whole.state().items()}
+    after = whole.push(latents[:, 3:])
     decoder = WanStreamDecoder(vae)
     decoder.share_rows(group)
-    decoder.load_state(before)  # of one rank
-    errors = [
-        difference(decoder.push(latents[:, 3:]), after) if group.index == 0 else 0.0 * len(decoder.push(latents[:, 3:]))
-    ]
+    decoder.load_state(before)
+    frames = decoder.push(latents[:, 3:])
     decoder.reset()
     decoder.push(latents[:, :3])
-    own = decoder.state()
-    gathered = decoder.whole_state()
+    own, gathered = decoder.state(), decoder.whole_state()
     torch.save(own, folder / f"part_{group.size}_{group.index}")
-    if group.index == 0:
-        errors += [state_difference(gathered, before)]
-    else:
-        errors += [float(len(gathered))]
-    decoder.reset()
-    decoder.load_state(own)  # its own part
-    decoder.push(latents[:, 3:])
-    return max(errors)
+    decoder.load_state(own)
+    again = decoder.push(latents[:, 3:])
+    if group.index:
+        return float(len(gathered)) + difference(frames, again)
+    return max(difference(frames, after), difference(again, after), state_difference(gathered, before))
 
 
 def state_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -136,11 +135,12 @@ def cases(rank: int, folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
         if group is None:
             continue
         for layout in LAYOUTS:
-            yield f"float {layout} {size}", lambda group=group, layout=layout: float_error(group, layout, 5)  # type: ignore[misc]
-            yield f"uint8 {layout} {size}", lambda group=group, layout=layout: shared_error(group, layout, 6)  # type: ignore[misc]
-        yield f"bfloat16 {size}", lambda group=group: shared_error(group, "2.2", 7, torch.bfloat16)  # type: ignore[misc]
-        yield f"fewer rows {size}", lambda group=group, size=size: shared_error(group, "2.1", size - 1)  # type: ignore[misc]
-        yield f"resumed {size}", lambda group=group: resumed_error(group, "2.2", 5, folder)  # type: ignore[misc]
+            yield f"float {layout} {size}", partial(float_error, group, layout, 5)
+            yield f"uint8 {layout} {size}", partial(shared_error, group, layout, 6)
+        yield f"fewer rows {size}", partial(shared_error, group, "2.1", size - 1)
+        yield f"resumed {size}", partial(resumed_error, group, "2.2", 5, folder)
+        if size == 3:
+            yield f"bfloat16 {size}", partial(shared_error, group, "2.2", 7, torch.bfloat16)
 
 
 def run_rank(rank: int, folder: Path) -> None:
@@ -209,9 +209,8 @@ def test_shared_rows_are_those_of_a_whole_decode_to_the_last_bit(folder: Path, l
     assert worst(folder, f"uint8 {layout}", size) == 0
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_shared_rows_in_half_precision_round_alike(folder: Path, size: int) -> None:
-    assert worst(folder, "bfloat16", size) <= 1
+def test_shared_rows_in_half_precision_round_alike(folder: Path) -> None:
+    assert worst(folder, "bfloat16", 3) <= 1
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
