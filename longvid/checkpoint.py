@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
+from longvid.decode import join_states
 from longvid.ending import Ending
 from longvid.errors import InputError, Preempted, RuntimeFailure
 from longvid.hls import sync, write_whole
@@ -249,7 +250,8 @@ class CheckpointSaver:
             self._latents = job
             return
         if self._holder.decoder:
-            job.tensors.update({f"decoder/{name}": value for name, value in self._holder.decoder.state().items()})
+            own = f"decoder@{self._holder.mesh.rank}"
+            job.tensors.update({f"{own}/{name}": value for name, value in self._holder.decoder.state().items()})
         self._start(job)
 
     def save_film(self) -> None:
@@ -459,7 +461,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
 
     def is_wanted(name: str) -> bool:
         kind, _, rest = name.partition("/")
-        match kind:
+        match kind.partition("@")[0]:
             case "memory" | "cached":
                 chunk, branch, layer, seq = map(int, rest.split("/")[:4])
                 is_here = branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
@@ -490,7 +492,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
             borders={v: value for v, value in latents.items() if not holder.has(v.chunk)},
             solvers={chunk: _under(f"solver/{chunk}", tensors) for chunk in own},
             film=_film(manifest, tensors) if mesh.is_leader else None,
-            decoder=_under("decoder", tensors),
+            decoder=_decoder(tensors),
             memory=memory,
             cached=cached,
         )
@@ -498,9 +500,15 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
         raise InputError(f"{film}: its checkpoint lacks {error}; {ANEW}") from None
 
 
+def _decoder(tensors: Tensors) -> Tensors:
+    """The state of the whole decoder, of which the leader and others may have saved a part each."""
+    kinds = dict.fromkeys(name.partition("/")[0] for name in tensors if name.startswith("decoder"))
+    return join_states(_under(kind, tensors) for kind in kinds)
+
+
 def _film(manifest: Manifest, tensors: Tensors) -> FilmState:
     writer = WriterState(manifest.segments, tensors["frames"].cpu().numpy(), tuple(manifest.short))
-    return FilmState(_under("decoder", tensors), writer, tensors.get("last"))
+    return FilmState(_decoder(tensors), writer, tensors.get("last"))
 
 
 def _kv_span(version: KvVersion, tensors: Tensors, holder: Holder) -> list[list[KvPart]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -150,3 +150,21 @@ def unpack_state(packed: Tensor) -> dict[str, Tensor]:
         flat = packed[first + at : first + at + size].clone().view(getattr(torch, dtype))
         state[name] = flat.as_strided(shape, stride)
     return state
+
+
+def join_states(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One state of a whole decoder, of the parts that ranks have: of layers, or of `rows` (start, stop, height)."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for part in parts:
+        first_row = int(part["rows"][0]) if "rows" in part else 0
+        for name in part.keys() - {"rows"}:
+            found.setdefault(name, []).append((first_row, part[name]))
+    return {name: _join_rows(pieces) for name, pieces in found.items()}
+
+
+def _join_rows(pieces: list[tuple[int, Tensor]]) -> Tensor:
+    """Rows [1, C, T, H, W] of several ranks, or what is the same on all; the channels stay innermost in memory."""
+    if len(pieces) == 1 or pieces[0][1].dim() < 5:
+        return pieces[0][1]
+    in_order = [rows.permute(0, 2, 3, 4, 1) for _, rows in sorted(pieces, key=lambda piece: piece[0])]
+    return torch.cat(in_order, dim=2).permute(0, 4, 1, 2, 3)

@@ -50,7 +50,9 @@ from longvid.models.checkpoint import (
     PartsDecoder,
     Prompt,
     RowsDecoder,
+    SharedRowsDecoder,
     StageOptions,
+    StreamDecoder,
 )
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
@@ -63,10 +65,10 @@ from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares, deal_work
-from longvid.parallel.executor import Executor, Finished, OnAction
+from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import name_of, place_of
+from longvid.parallel.pipeline import DecodingOwners, name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
     ChunkRules,
@@ -201,7 +203,7 @@ class Engine:
         self._loading = open_loading(checkpoint, settings, self.device)
         self.shares: Shares | None = None
         """Where stages decode: how that is dealt out."""
-        self._line = self._num_in_line()
+        self._owners_decode = self._decoding_owners()
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
         if mesh.is_leader or self._has_part:
@@ -245,25 +247,43 @@ class Engine:
         per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
         return self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
 
-    def _num_in_line(self) -> int:
-        """Owners of chunks that have the decoder's layers between them, for all finish their chunks at once.
+    def _decoding_owners(self) -> DecodingOwners:
+        """Who decodes with the leader: owners of chunks, for all finish theirs at once.
 
-        On a GPU the leader decodes alone: there the layers of a whole decode are diffusers', which round otherwise.
+        On a GPU they do so by rows alone: there the layers of a whole decode are diffusers', which round otherwise.
         """
-        topology = self.mesh.topology
-        if topology.stage > 1 or self.device.type != "cpu" or self.settings.memory.vae_rows:
-            return 1
-        return min(topology.chunk, self.facts.decoder_parts)
+        chosen, topology = self.settings.mesh.decode, self.mesh.topology
+        if chosen == "rows" and topology.stage > 1:
+            raise InputError(
+                f"mesh.decode=rows: ranks of chunk share rows, so mesh.stage must be 1, not {topology.stage}"
+            )
+        if topology.stage > 1 or chosen == "leader" or self.settings.memory.vae_rows:
+            return DecodingOwners()
+        if chosen == "rows":
+            return DecodingOwners(topology.chunk, by_rows=True)
+        parts = self.facts.decoder_parts if self.device.type == "cpu" else 1
+        return DecodingOwners(min(topology.chunk, parts))
 
     @property
     def _has_part(self) -> bool:
-        """Whether this rank has some of the decoder's layers, and others have the rest."""
-        return self.mesh.is_owner and self.mesh.place.chunk < self._line and self._line > 1
+        """Whether this rank decodes together with others: some of the layers, or some rows."""
+        size = self._owners_decode.size
+        return self.mesh.is_owner and self.mesh.place.chunk < size and size > 1
 
-    @property
-    def _part(self) -> PartsDecoder:
-        assert self._has_part
-        return cast(PartsDecoder, self._decoder)
+    def _take_part(self) -> None:
+        size = self._owners_decode.size
+        if self._owners_decode.by_rows:
+            cast(SharedRowsDecoder, self._decoder).share_rows(self.mesh.owners)
+        else:
+            cast(PartsDecoder, self._decoder).take_part(size - 1 - self.mesh.place.chunk, size)
+
+    def _part_in_decoding(self, images: Sequence[Condition | None], latent_size: tuple[int, int]) -> DecoderPart | None:
+        if not self._has_part:
+            return None
+        if self._owners_decode.by_rows:
+            return _Rows(self._decoder)
+        is_first = self.mesh.place.chunk + 1 == self._owners_decode.size
+        return _Part(cast(PartsDecoder, self._decoder), images, latent_size, is_first)
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
@@ -297,7 +317,7 @@ class Engine:
         if self.settings.memory.vae_rows:
             cast(RowsDecoder, self._decoder).split_rows(self.settings.memory.vae_rows)
         if self._has_part:
-            self._part.take_part(self._line - 1 - self.mesh.place.chunk, self._line)
+            self._take_part()
 
     def _dealt_work(self) -> tuple[tuple[range, ...], Shares | None]:
         """Each stage's layers, and what it decodes."""
@@ -507,7 +527,7 @@ class Engine:
         for index, saved in enumerate(tools.saved):
             state = saved.decoder if saved else tools.ended and tools.ended.decoder
             if state and self._has_part:
-                self._part.load_state(state)
+                self._decoder.load_state(state)
             elif state and tools.decoders:
                 tools.decoders.load(index, state)
 
@@ -527,7 +547,7 @@ class Engine:
             self.cache,
             owners.__getitem__,
             reader,
-            self._part if self._has_part else None,
+            self._decoder if self._has_part else None,
             self._decodes,
         )
 
@@ -695,10 +715,9 @@ class Engine:
                 topology,
                 buffers,
                 decoding=tools.decoding,
-                line=self._line,
+                owners=self._owners_decode,
             )
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
-        is_first = self.mesh.place.chunk + 1 == self._line
         self._executor = Executor(
             self._stage,
             self._sampler,
@@ -713,8 +732,8 @@ class Engine:
             cache=self.cache,
             decoding=tools.decoding,
             decoder=tools.decoders if isinstance(tools.decoders, StageDecoders) else None,
-            line=self._line,
-            part=_Part(self._part, images, (height, width), is_first) if self._has_part else None,
+            owners=self._owners_decode,
+            part=self._part_in_decoding(images, (height, width)),
             shown=lambda finished: self._shown(finished, images),
             saver=tools.saver,
             prompter=tools.prompter,
@@ -860,8 +879,8 @@ class Engine:
         made = finished.frames
         if finished.halfway is not None:
             if chunk.start == 0:
-                self._part.reset()
-            made = self._part.hand_on(finished.halfway)
+                self._decoder.reset()
+            made = cast(PartsDecoder, self._decoder).hand_on(finished.halfway)
         if made is None:
             made = push(self._decoder, plan, chunk, range(chunk.num_latents), finished.latents)
         frames: Frames = made.numpy()
@@ -953,6 +972,21 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
 
 def _as_it_is(sampler: Sampler) -> Sampler:
     return sampler
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows in decoding, for the executor; the leader deals out the latents."""
+
+    decoder: StreamDecoder
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        if chunk.start == 0:
+            self.decoder.reset()
+        return self.decoder.push(x)
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        raise AssertionError(f"nothing of chunk {chunk.index} goes from rank to rank but rows")
 
 
 @dataclass(frozen=True)

@@ -151,10 +151,10 @@ def share_decoding(costs: Costs, bounds: Sequence[range], chunk_latents: int) ->
 
 
 def deal_work(
-    costs: Costs, num_stages: int, decode: Literal["stages", "leader"], chunk_latents: int
+    costs: Costs, num_stages: int, decode: Literal["stages", "rows", "leader"], chunk_latents: int
 ) -> tuple[tuple[range, ...], Shares | None]:
     """Each stage's layers, and what it decodes; None: the leader decodes alone, and has fewer layers for it."""
-    if decode == "leader" or num_stages == 1:
+    if decode != "stages" or num_stages == 1:
         return split_layers(costs, num_stages), None
     bounds = split_layers(replace(costs, decode=0.0), num_stages)
     return bounds, share_decoding(costs, bounds, chunk_latents)

@@ -23,10 +23,12 @@ from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.pipeline import (
     BULKY,
+    LEADER_DECODES,
     SAVE_NOTICE,
     Border,
     Boundary,
     DecoderState,
+    DecodingOwners,
     DecodingParts,
     DropBorder,
     Halfway,
@@ -130,7 +132,7 @@ class Live:
 
 
 class DecoderPart(Protocol):
-    """Some of the decoder's layers."""
+    """Some of the decoder's layers, or some rows in all of them."""
 
     def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
         """What they make of a chunk's finished latents, or of what the part before them made."""
@@ -210,8 +212,8 @@ class Executor:
     decoding: DecodingParts | None = None
     decoder: PieceDecoder | None = None
     """Where stages decode, how that is dealt out, and what this rank has for it."""
-    line: int = 1
-    """Owners that have the decoder's layers between them; `part` is this one's, if there are several."""
+    owners: DecodingOwners = LEADER_DECODES
+    """Who decodes with the leader; `part` is what this rank does of it, if there are several."""
     part: DecoderPart | None = None
     shown: Callable[[Finished], Finished] = lambda finished: finished
     """On the leader: what a film shows of finished latents."""
@@ -262,7 +264,7 @@ class Executor:
         self, actions: Iterable[Action], plan: Plan, done: int
     ) -> Iterator[tuple[RankAction, Incoming | None]]:
         """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
-        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.decoding, self.line)
+        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.decoding, self.owners)
         program = (action for action in whole if action.round > done)
         ahead: deque[tuple[RankAction, Incoming | None]] = deque()
         posted: Counter[int] = Counter()
@@ -329,7 +331,9 @@ class Executor:
             case HandOn(latents=version):
                 assert self.part is not None
                 x = live.halfway.pop(version.chunk) if version.chunk in live.halfway else live.latents[version]
-                live.halfway[version.chunk] = self.part.hand_on(plan.chunks[version.chunk], x)
+                made = self.part.hand_on(plan.chunks[version.chunk], x)
+                if not self.owners.by_rows:
+                    live.halfway[version.chunk] = made
             case DropLatents(latents=version):
                 del live.latents[version]
             case DropKv(kv=kv):

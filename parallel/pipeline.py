@@ -378,19 +378,42 @@ class DecodePart(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DecodingOwners:
+    """The first `size` owners of the `chunk` axis decode together.
+
+    Each has some of the decoder's layers, the last owner the first of them; or some rows, all of the same latent.
+    """
+
+    size: int = 1
+    by_rows: bool = False
+
+    @property
+    def takers(self) -> set[int]:
+        """The places of those that finished latents go to."""
+        return set(range(self.size)) if self.by_rows else {0, self.size - 1}
+
+
+LEADER_DECODES = DecodingOwners()
+
+
 def name_of(action: RankAction) -> str:
     """An action without its round, for people."""
     return str(action)[5:].strip()
 
 
 def rank_program(
-    actions: Iterable[Action], topology: Topology, rank: int, decoding: DecodingParts | None = None, line: int = 1
+    actions: Iterable[Action],
+    topology: Topology,
+    rank: int,
+    decoding: DecodingParts | None = None,
+    owners: DecodingOwners = LEADER_DECODES,
 ) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
-    With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents. The first `line`
-    owners of the `chunk` axis have the decoder's layers between them, the last of them the first layers.
+    With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents, and `owners` says
+    who decodes with it.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
@@ -400,7 +423,7 @@ def rank_program(
     if decoding and decoding.takes_part(place):
         stream, part = decoding.plan.spread(stream), decoding.part(topology, place)
     if place.stage == 0:
-        return _FirstStage(topology, place, part, line).program(stream)
+        return _FirstStage(topology, place, part, owners).program(stream)
     return _later_stage(stream, topology, place, part)
 
 
@@ -590,7 +613,7 @@ class _FirstStage:
     topology: Topology
     place: Coordinate
     decoding: DecodePart | None = None
-    line: int = 1
+    owners: DecodingOwners = LEADER_DECODES
 
     def __post_init__(self) -> None:
         self.late: deque[RankAction | _Late] = deque()
@@ -722,7 +745,10 @@ class _FirstStage:
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
         other chunks: the next round's may not overtake them."""
+        meets = self.owners.by_rows and bool(self.closing)
         self.close_round()
+        while meets and self.late:  # who has come to its rows waits for the others, and may not owe them anything
+            yield self.pop()
         if self.is_owner:
             self.late.append(SaveLatents(end.round, tuple(z for z in end.latents if z in self.own)))
         yield from self.flush_until(end.round - 1)
@@ -826,24 +852,27 @@ class _FirstStage:
     def finish(self, action: Finish) -> None:
         """The leader hands chunks out, those of other owners as they come.
 
-        They also go to the owner that has the decoder's first layers, and through all others that have some: at the
-        round's end, when every owner has done its own, so that all decode at once.
+        They also go to the owners that decode with it: at the round's end, when every owner has done its own, so that
+        all decode at once.
         """
         if not self.is_owner:
             return
         n, latents, place, handed = action.round, action.latents, self.place.chunk, Halfway(action.latents.chunk)
-        owner, takers = self.run.owner(latents.chunk), {0, self.line - 1}
-        coming, closing = (self.coming, self.closing) if self.line > 1 else (self.late, self.late)
+        owner, size, takers = self.run.owner(latents.chunk), self.owners.size, self.owners.takers
+        coming, closing = (self.coming, self.closing) if size > 1 else (self.late, self.late)
         if owner == place:
             self.late += [Send(n, latents, self.rank(chunk=taker)) for taker in sorted(takers - {place})]
         elif place in takers:
             if latents in self.due:  # the owner sent that before
                 coming.append(self.take_border(latents))
             coming.append(Receive(n, latents, self.rank(chunk=owner)))
-        if place + 1 < self.line:
+        by_layers = not self.owners.by_rows
+        if by_layers and place + 1 < size:
             closing.append(Receive(n, handed, self.rank(chunk=place + 1)))
-        if 0 < place < self.line:
-            closing += [HandOn(n, latents), Send(n, handed, self.rank(chunk=place - 1))]
+        if 0 < place < size:
+            closing.append(HandOn(n, latents))
+        if by_layers and 0 < place < size:
+            closing.append(Send(n, handed, self.rank(chunk=place - 1)))
         if owner == place or place == 0:
             closing.append(action)
         if owner != place and place in takers:

@@ -14,7 +14,17 @@ from functools import cache
 
 from longvid.parallel.decoding import Decode
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import BULKY, DecodingParts, Message, RankAction, Receive, Send, rank_program
+from longvid.parallel.pipeline import (
+    BULKY,
+    LEADER_DECODES,
+    DecodingOwners,
+    DecodingParts,
+    Message,
+    RankAction,
+    Receive,
+    Send,
+    rank_program,
+)
 from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
@@ -85,10 +95,10 @@ def rehearse_schedule(
     buffers: int,
     cost: Cost = nothing,
     decoding: DecodingParts | None = None,
-    line: int = 1,
+    owners: DecodingOwners = LEADER_DECODES,
 ) -> Rehearsal:
     """Rehearse a schedule on a mesh. `make_actions` gives the schedule anew for every rank: it is a stream."""
-    programs = [rank_program(make_actions(), topology, rank, decoding, line) for rank in range(topology.num_ranks)]
+    programs = [rank_program(make_actions(), topology, rank, decoding, owners) for rank in range(topology.num_ranks)]
     groups = {topology.group(rank, "seq") for rank in range(topology.num_ranks)} if topology.seq > 1 else ()
     return rehearse(programs, buffers, cost, together=sorted(groups))
 

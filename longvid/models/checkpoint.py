@@ -13,6 +13,7 @@ from torch import Tensor
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.parts import ModelPart
 from longvid.models.weights import Loading
+from longvid.parallel.comm import Group
 from longvid.parallel.sequence import SequenceAttention, WholeSequence
 from longvid.parallel.stage import Stage
 from longvid.plan import ModelFacts
@@ -104,6 +105,14 @@ class RowsDecoder(StreamDecoder, Protocol):
 
     def split_rows(self, rows: int) -> None:
         """Decode so many rows of latents at a time, for memory."""
+        ...
+
+
+class SharedRowsDecoder(StreamDecoder, Protocol):
+    """One whose rows can be dealt out to ranks, as that of the Wan family."""
+
+    def share_rows(self, group: Group) -> None:
+        """Decode together with the other members of a group from here on: all call `push` at the same time."""
         ...
 
 

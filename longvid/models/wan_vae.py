@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from typing import Protocol
 
@@ -179,23 +179,6 @@ class WanStreamDecoder:
     @property
     def _device(self) -> torch.device:
         return self.vae.post_quant_conv.weight.device
-
-
-def join_states(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One state of a whole decode, of the parts of it that several ranks have; or of one that is whole."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-    for part in parts:
-        first_row = int(part["rows"][0]) if "rows" in part else 0
-        for name in part.keys() - {"rows"}:
-            found.setdefault(name, []).append((first_row, part[name]))
-    return {name: _join_rows(pieces) if name.startswith("conv") else pieces[0][1] for name, pieces in found.items()}
-
-
-def _join_rows(pieces: list[tuple[int, Tensor]]) -> Tensor:
-    if len(pieces) == 1:
-        return pieces[0][1]
-    in_order = sorted(pieces, key=lambda piece: piece[0])
-    return as_ncthw(torch.cat([_as_thwc(rows) for _, rows in in_order], dim=1))
 
 
 def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, Tensor]:

@@ -22,7 +22,16 @@ from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, HandOn, Receive, SaveLatents, place_of, rank_program
+from longvid.parallel.pipeline import (
+    SAVE_NOTICE,
+    Boundary,
+    DecodingOwners,
+    HandOn,
+    Receive,
+    SaveLatents,
+    place_of,
+    rank_program,
+)
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,
@@ -242,15 +251,15 @@ TOPOLOGIES = st.builds(
 )
 
 
-@given(films(), TOPOLOGIES, st.integers(1, 4))
+@given(films(), TOPOLOGIES, st.integers(1, 4), st.booleans())
 @settings(deadline=None)
-def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, film, topology, line):
+def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, film, topology, line, by_rows):
     """However many owners decode together."""
     *_, steps, rules = film
     chunks, actions = schedule(make_film, film)
-    line = min(line, topology.chunk)
+    owners = DecodingOwners(min(line, topology.chunk), by_rows)
     found = rehearse_schedule(
-        lambda: actions, topology, 1, lambda _, action: float(isinstance(action, Forward)), line=line
+        lambda: actions, topology, 1, lambda _, action: float(isinstance(action, Forward)), owners=owners
     )
     within = topology.num_ranks // topology.chunk
     assert sum(found.busy) == len(chunks) * (steps - len(rules.forecast)) * within
@@ -263,9 +272,9 @@ def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_fi
     chunks, actions = schedule(make_film, film)
     *_, steps, rules = film
     rounds = list(range(rules.num_rounds(len(chunks), steps) - 1))
-    saved, line = defaultdict(set), topology.chunk if decode_together else 1
+    saved, owners = defaultdict(set), DecodingOwners(topology.chunk if decode_together else 1)
     for rank in range(topology.num_ranks):
-        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, line=line))
+        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, owners=owners))
         boundaries = [action.round for action in program if isinstance(action, Boundary)]
         if place.stage == 0 or place.chunk:
             assert boundaries == rounds
@@ -294,7 +303,7 @@ def test_owners_that_decode_together_take_as_long_as_the_slowest_part(make_film)
         return 1.0 if isinstance(action, Forward) else parts[rank] * is_decoding
 
     topology = Topology(chunk=3)
-    found = rehearse_schedule(lambda: chunk_schedule(chunks, steps, rules), topology, 2, cost, line=3)
+    found = rehearse_schedule(lambda: chunk_schedule(chunks, steps, rules), topology, 2, cost, owners=DecodingOwners(3))
     assert found.makespan <= 1.07 * max(found.busy)
 
 

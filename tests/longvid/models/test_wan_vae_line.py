@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import longvid
-from longvid.models.wan_vae import WanStreamDecoder, join_states
+from longvid.decode import join_states
+from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.wan_vae_line import PartDecoder, most_even
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longvid.models.wan_vae import WanStreamDecoder, join_states
+from longvid.decode import join_states
+from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.wan_vae_layers import ChannelsLastDecoder
 from longvid.models.wan_vae_shared import Bands
 from longvid.parallel.comm import Group, new_group
