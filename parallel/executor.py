@@ -93,8 +93,8 @@ class Finished:
 
     chunk: Chunk
     latents: Tensor
-    halfway: Tensor | None = None
     frames: Tensor | None = None
+    halfway: Tensor | None = None
 
 
 @dataclass
@@ -327,7 +327,7 @@ class Executor:
                     live.finished[version.chunk] = live.latents[version]
                 elif self.mesh.is_leader:
                     halfway = live.halfway.pop(version.chunk, None)
-                    return Finished(plan.chunks[version.chunk], live.latents[version].clone(), halfway)
+                    return Finished(plan.chunks[version.chunk], live.latents[version].clone(), halfway=halfway)
             case HandOn(latents=version):
                 assert self.part is not None
                 x = live.halfway.pop(version.chunk) if version.chunk in live.halfway else live.latents[version]
