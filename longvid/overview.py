@@ -17,6 +17,7 @@ from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import Action, make_schedule, rules_of
 from longvid.parallel.topology import AXES, Topology, choose_topology, workload
 from longvid.parallel.verify import Report, grid, simulate
+from longvid.parallel.verify_decoding import simulate_decoding
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings
 
@@ -60,10 +61,14 @@ class Overview:
         share = plan_cache(settings.cache, steps, facts.num_layers).share
         bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode, settings.queue.chunk_latents)
         decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
+        if decoding:
+            simulate_decoding(decoding.plan.spread(make_schedule(plan, settings)), plan.chunks, plan.films)
         cost = stage_costs(costs, topology, bounds, steps, share)
         buffers = settings.mesh.buffers
         rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, buffers, cost, decoding)
-        memory = stage_memory(plan, settings, facts, report, topology, bounds, weights)
+        memory = stage_memory(
+            plan, settings, facts, report, topology, bounds, weights, decodes=shares.of_stages if shares else ()
+        )
         return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory, decoding)
 
     def as_json(self) -> dict[str, Any]:

@@ -4,13 +4,14 @@ A streaming decoder goes on from a state, and its frames are the same wherever a
 in *pieces* of a few latents, and each stage decodes some of them. The state goes from stage to stage like any other
 message, and is in one place alone; the frames go to the leader, which writes them in order.
 
-    round       4                           5
-    stage 0     k3 c3[0:3] k2 k1 k0         k3 c4[0:3] k2 k1 k0
-    stage 1     k3 k2 c3[3:6] k1 k0         k3 k2 c4[3:6] k1 k0
+    stage 0     c3[0:3]  k0 k1 k2 k3 k4 k5  c4[0:3]  k0 k1 k2 k3 k4 k5
+    stage 1              c3[3:6]  k0 k1 k2 k3 k4 k5  c4[3:6]  k0 k1 k2 k3 k4 k5
 
-A chunk that finishes in round n is handed out when round n + LAG begins: all that the first stage puts off is done by
-then. Its pieces are spread over the units of that round; or, where the next chunk finishes later, over the rounds until
-then. All actions have the round in which the chunk finished, for a checkpoint after that round has its frames.
+A stage is behind the one before by what that has done more, so a state that goes to the next stage comes when it is
+needed. Back to the first it has the rest of the round. A chunk that finishes in round n is handed out when round
+n + LAG begins: all that the first stage puts off is done by then. Where the next chunk finishes some rounds later, its
+pieces are spread over these. All actions have the round in which the chunk finished, for a checkpoint after that round
+has its frames.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
-from math import floor
+from math import sqrt
 from typing import Literal, Protocol, TypeVar
 
 from longvid.parallel.partition import Costs, split_layers
@@ -28,6 +29,8 @@ from longvid.plan import Chunk, FilmSpan, Plan
 
 LAG = 2
 """Rounds from a chunk's last step until it is handed out: the first stage puts steps off until the next round ends."""
+GOLDEN_RATIO = (sqrt(5) - 1) / 2
+"""Its multiples fill the numbers from 0 to 1 as evenly as any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +120,13 @@ class Shares:
     turn_latents: int
 
     def stage(self, index: int) -> int:
-        """The stage that decodes a film's latent. What rounding takes from a stage in one turn, it gets in another."""
+        """The stage that decodes a film's latent. Turns begin a part of a latent later, each another, so that stages
+        whose parts are no whole latents get them all the same.
+        """
         turn, place = divmod(index, self.turn_latents)
-        for stage, until in enumerate(accumulate(self.of_stages)):
-            begun, done = (floor(n * self.turn_latents * until + 0.5) for n in (turn, turn + 1))
-            if place < done - begun:
-                return stage
-        return max(stage for stage, share in enumerate(self.of_stages) if share)
+        at = (place + (turn + 0.5) * GOLDEN_RATIO % 1) / self.turn_latents
+        last = max(stage for stage, share in enumerate(self.of_stages) if share)
+        return next((stage for stage, until in enumerate(accumulate(self.of_stages)) if at < until), last)
 
     def pieces(self, chunks: Iterable[Chunk]) -> Iterator[list[tuple[range, int]]]:
         """Of each of a film's chunks: (latents, stage)."""
@@ -143,10 +146,9 @@ def share_decoding(costs: Costs, bounds: Sequence[range], chunk_latents: int) ->
     works = replace(costs, decode=0.0).of_stages(bounds)
     level = _level(works, costs.decode)
     rest = [max(0.0, level - work) for work in works]
-    if not costs.decode:
+    if not sum(rest):
         rest = [float(work == min(works)) for work in works]
-    total = sum(rest)
-    shares = tuple(value / total for value in rest)
+    shares = tuple(value / sum(rest) for value in rest)
     return Shares(shares, chunk_latents)
 
 
@@ -176,9 +178,6 @@ class Rounded(Protocol):
     @property
     def round(self) -> int: ...
 
-
-FILLED = 0.5
-"""The part of a round in which pieces are decoded: until the next begins, states have time to come back."""
 
 T = TypeVar("T", bound=Rounded)
 
@@ -315,8 +314,7 @@ def _merged(actions: Sequence[T], decoding: Sequence[DecodeAction]) -> Iterator[
     """A round with decoding in it, between its forwards, and none behind the round's end.
 
     What goes from a stage to a later one costs no time there, for that is as far behind; what goes back has to wait
-    until all stages are as far. So the round has as many parts as there are such moves, each with pieces in its
-    beginning.
+    until all stages are as far. So the round has as many parts as there are such moves, and each begins with pieces.
     """
     places = [
         at
@@ -328,10 +326,7 @@ def _merged(actions: Sequence[T], decoding: Sequence[DecodeAction]) -> Iterator[
     parts = list(_parts(decoding))
     before: dict[int, list[DecodeAction]] = {}
     for index, part in enumerate(parts):
-        first, stop = index * len(places) / len(parts), (index + FILLED) * len(places) / len(parts)
-        for at, action in enumerate(part):
-            place = int(first + (stop - first) * at / len(part))
-            before.setdefault(places[place], []).append(action)
+        before.setdefault(places[index * len(places) // len(parts)], []).extend(part)
     for at, own in enumerate(actions):
         yield from before.get(at, ())
         yield own
