@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longvid.models.wan_vae_bands import BandedDecoder
-from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State, as_ncthw
+from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 from longvid.models.wan_vae_line import PartDecoder
 from longvid.models.wan_vae_shared import SharedDecoder, rows_of
 from longvid.parallel.comm import Group
@@ -47,7 +47,7 @@ class WanStreamDecoder:
     def share_rows(self, group: Group) -> None:
         """Decode together with the other members of a group from here on, each its rows; it forgets the shot.
 
-        All members call `reset`, `push`, `load_state` and `whole_state` together. The first one has the latents, and
+        All members call `reset` and `push` together. The first one has the latents, and
         gets the frames; the latents of the others say the shape alone, and they get the frames of their rows.
         """
         self._shared = SharedDecoder(self.vae, group)
@@ -164,18 +164,6 @@ class WanStreamDecoder:
                 bands = takewhile(state.__contains__, (f"conv_{i}_{band}" for band in count()))
                 self._state[i] = [state[name].to(device) for name in bands]
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """The state of a whole decode, on the first member of the group that shares rows; nothing on the others."""
-        state, shared = self.state(), self._shared
-        if shared is None or self._is_first:
-            return state
-        rows = state.pop("rows")
-        whole = {
-            name: as_ncthw(shared.bands.collect(_as_thwc(value), dim=1)) if name.startswith("conv") else value
-            for name, value in state.items()
-        }
-        return {} if rows[0] else whole
-
     @property
     def _device(self) -> torch.device:
         return self.vae.post_quant_conv.weight.device
@@ -191,10 +179,6 @@ def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, T
         for name, value in state.items()
         if own or not name.startswith("conv")
     }
-
-
-def _as_thwc(entry: Tensor) -> Tensor:
-    return entry[0].permute(1, 2, 3, 0)
 
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:
