@@ -98,7 +98,7 @@ def float_error(group: Group, layout: str, height: int) -> float:
 
 
 def resumed_error(group: Group, layout: str, height: int, folder: Path) -> float:
-    """A shot that one rank began and the group goes on with. Every member leaves its part of the state in the folder."""
+    """A shot that one rank began and the group goes on with. Every member leaves its part of the state in a folder."""
     vae, latents = make_vae(layout), make_latents(height, 6)
     whole = WanStreamDecoder(vae)
     whole.push(latents[:, :3])
