@@ -428,8 +428,12 @@ def rank_program(
 
 
 def place_of(chunk: int, group: range, size: int) -> int:
-    """The place on a `chunk` axis of that size which owns a chunk of a group: contiguous runs, as even as can be."""
-    return (chunk - group.start) * size // len(group)
+    """The place on a `chunk` axis of that size which owns a chunk of a group: contiguous runs, as even as can be.
+
+    Later runs have one more where they are not equal: the last chunk is often short, and the leader has more to do.
+    """
+    index = chunk - group.start
+    return index if len(group) < size else ((index + 1) * size - 1) // len(group)
 
 
 @dataclass
