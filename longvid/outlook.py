@@ -180,7 +180,7 @@ def split(film: Film, machine: Machine, topology: Topology) -> tuple[tuple[range
     end = branches * machine.ends(tokens, topology)
     decode = machine.decode(film.cells, chunk.num_latents, False) / film.steps
     costs = Costs(tuple(kinds[layer] for layer in film.sizes.layers), end, end, decode)
-    return deal_work(costs, topology.stage, film.settings.mesh.decode, film.settings.queue.chunk_latents)
+    return deal_work(costs, topology.stage, film.settings.mesh.decode)
 
 
 def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = True) -> list[Option]:

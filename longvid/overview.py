@@ -59,7 +59,7 @@ class Overview:
         topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
         costs = Costs((1.0,) * facts.num_layers)
         share = plan_cache(settings.cache, steps, facts.num_layers).share
-        bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode, settings.queue.chunk_latents)
+        bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode)
         decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
         if decoding:
             simulate_decoding(decoding.plan.spread(make_schedule(plan, settings)), plan.chunks, plan.films)
@@ -153,7 +153,7 @@ class Overview:
     def layers(self) -> tuple[range, ...]:
         """Each stage's layers, if all cost the same: a render measures what they cost."""
         costs, chosen = Costs((1.0,) * self.facts.num_layers), self.settings
-        return deal_work(costs, self.topology.stage, chosen.mesh.decode, chosen.queue.chunk_latents)[0]
+        return deal_work(costs, self.topology.stage, chosen.mesh.decode)[0]
 
     @property
     def tokens_per_latent(self) -> int:

@@ -111,37 +111,29 @@ DecodeAction = Moves | HandOut | Decode | Decoded
 
 @dataclass(frozen=True)
 class Shares:
-    """How decoding is dealt out: each stage's part of the latents, and how many are one turn of all stages.
+    """How decoding is dealt out: each stage's part of the latents.
 
-    In a turn each stage decodes as many latents in a row as are its part, the earlier stages first.
+    Of a chunk each stage decodes as many latents in a row as are its part, the earlier stages first.
     """
 
     of_stages: tuple[float, ...]
-    turn_latents: int
 
-    def stage(self, index: int) -> int:
-        """The stage that decodes a film's latent. Turns begin a part of a latent later, each another, so that stages
-        whose parts are no whole latents get them all the same.
+    def stage(self, chunk: int, latent: int, num_latents: int) -> int:
+        """The stage that decodes a latent of a film's chunk. Chunks begin a part of a latent later, each another, so
+        that stages whose parts are no whole latents get them all the same.
         """
-        turn, place = divmod(index, self.turn_latents)
-        at = (place + (turn + 0.5) * GOLDEN_RATIO % 1) / self.turn_latents
+        at = (latent + (chunk + 0.5) * GOLDEN_RATIO % 1) / num_latents
         last = max(stage for stage, share in enumerate(self.of_stages) if share)
         return next((stage for stage, until in enumerate(accumulate(self.of_stages)) if at < until), last)
 
-    def pieces(self, chunks: Iterable[Chunk]) -> Iterator[list[tuple[range, int]]]:
-        """Of each of a film's chunks: (latents, stage)."""
-        index = 0
-        for chunk in chunks:
-            latents = range(chunk.num_latents)
-            yield [
-                (range(members[0], members[-1] + 1), stage)
-                for stage, run in groupby(latents, key=lambda latent: self.stage(index + latent))
-                if (members := list(run))
-            ]
-            index += chunk.num_latents
+    def pieces(self, chunk: int, num_latents: int) -> list[tuple[range, int]]:
+        """Of a film's chunk: (latents, stage)."""
+        runs = groupby(range(num_latents), key=lambda latent: self.stage(chunk, latent, num_latents))
+        found = [(list(latents), stage) for stage, latents in runs]
+        return [(range(latents[0], latents[-1] + 1), stage) for latents, stage in found]
 
 
-def share_decoding(costs: Costs, bounds: Sequence[range], chunk_latents: int) -> Shares:
+def share_decoding(costs: Costs, bounds: Sequence[range]) -> Shares:
     """Decoding for the stages that have least to do: the slowest is then as fast as it can be with these layers."""
     works = replace(costs, decode=0.0).of_stages(bounds)
     level = _level(works, costs.decode)
@@ -149,17 +141,17 @@ def share_decoding(costs: Costs, bounds: Sequence[range], chunk_latents: int) ->
     if not sum(rest):
         rest = [float(work == min(works)) for work in works]
     shares = tuple(value / sum(rest) for value in rest)
-    return Shares(shares, chunk_latents)
+    return Shares(shares)
 
 
 def deal_work(
-    costs: Costs, num_stages: int, decode: Literal["stages", "rows", "leader"], chunk_latents: int
+    costs: Costs, num_stages: int, decode: Literal["stages", "rows", "leader"]
 ) -> tuple[tuple[range, ...], Shares | None]:
     """Each stage's layers, and what it decodes; None: the leader decodes alone, and has fewer layers for it."""
     if decode != "stages" or num_stages == 1:
         return split_layers(costs, num_stages), None
     bounds = split_layers(replace(costs, decode=0.0), num_stages)
-    return bounds, share_decoding(costs, bounds, chunk_latents)
+    return bounds, share_decoding(costs, bounds)
 
 
 def _level(works: Sequence[float], extra: float) -> float:
@@ -209,9 +201,8 @@ class Decoding:
         """The stage that has a film's state when so many of its chunks are decoded; None before the first."""
         if not num_decoded:
             return None
-        span = self.films[film].chunks
-        *_, last = self.shares.pieces(self.chunks[span.start : span.start + num_decoded])
-        return last[-1][1]
+        last = num_decoded - 1
+        return self.shares.pieces(last, self.chunks[self.films[film].chunks[last]].num_latents)[-1][1]
 
 
 @dataclass
@@ -229,13 +220,10 @@ class _Spread:
     """Those of the next round, which is prepared."""
 
     def __post_init__(self) -> None:
-        self.pieces: list[Iterator[list[tuple[range, int]]]] = []
-        for index, film in enumerate(self.decoding.films):
-            chunks = self.decoding.chunks[film.chunks.start : film.chunks.stop]
-            pieces = self.decoding.shares.pieces(chunks)
-            for _ in range(self.decoding.first_chunk):
-                self.resting[index] = next(pieces)[-1][1]
-            self.pieces.append(pieces)
+        for film in range(len(self.decoding.films)):
+            stage = self.decoding.resting(film, self.decoding.first_chunk)
+            if stage is not None:
+                self.resting[film] = stage
 
     def program(self, stream: Iterable[T]) -> Iterator[T | DecodeAction]:
         for n, members in groupby(stream, key=lambda action: action.round):
@@ -284,7 +272,8 @@ class _Spread:
     def of_chunk(self, n: int, chunk: int) -> Iterator[Decode]:
         films = self.decoding.films
         film = next(index for index, span in enumerate(films) if chunk in span.chunks)
-        pieces = next(self.pieces[film])
+        index_in_film = chunk - films[film].chunks.start
+        pieces = self.decoding.shares.pieces(index_in_film, self.decoding.chunks[chunk].num_latents)
         for index, (latents, stage) in enumerate(pieces, 1):
             is_last = index == len(pieces)
             ends_film = is_last and chunk + 1 == films[film].chunks.stop

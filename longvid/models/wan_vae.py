@@ -33,6 +33,7 @@ class WanStreamDecoder:
         self._decoder: _Decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
         self._shared: SharedDecoder | None = None
         self._part: PartDecoder | None = None
+        self._is_first = True
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
@@ -166,7 +167,8 @@ class WanStreamDecoder:
 
     @property
     def _device(self) -> torch.device:
-        return self.vae.post_quant_conv.weight.device
+        device: torch.device = self.vae.post_quant_conv.weight.device
+        return device
 
 
 def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, Tensor]:

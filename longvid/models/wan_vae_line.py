@@ -8,6 +8,7 @@ Shapes as in ``longvid.models.wan_vae_layers``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, combinations, pairwise
 
 from diffusers import AutoencoderKLWan
@@ -65,7 +66,9 @@ def most_even(works: list[int], count: int) -> list[int]:
         sums = [sum(works[a:b]) for a, b in pairwise(bounds)]
         return max(sums), sums[-1]
 
-    choices = ((0, *inner, len(works)) for inner in combinations(range(1, len(works)), count - 1))
+    choices: Iterator[tuple[int, ...]] = (
+        (0, *inner, len(works)) for inner in combinations(range(1, len(works)), count - 1)
+    )
     return list(min(choices, key=sizes))
 
 

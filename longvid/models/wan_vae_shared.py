@@ -12,6 +12,7 @@ Shapes as in ``longvid.models.wan_vae_layers``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class Bands:
         sizes = [len(self.of(member)) * (whole.shape[dim] // self.height) for member in range(self.group.size)]
         index = self.group.index
         if index == 0:
-            parts = whole.split(sizes, dim)
+            parts: Sequence[Tensor] = torch.split(whole, sizes, dim)
             self.group.trade({member: parts[member] for member in range(1, self.num_busy)}, {})()
             return parts[0]
         own = whole.new_empty(*whole.shape[:dim], sizes[index], *whole.shape[dim + 1 :])
