@@ -30,6 +30,7 @@ from longvid.checkpoint import (
     load_ending,
     save_ending,
 )
+from longvid.decode import FilmDecoders, StageDecoders, push
 from longvid.ending import Ending, longer_script
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
@@ -41,7 +42,18 @@ from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.live import LivePrompter, Wish, Wishes
 from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
-from longvid.models.checkpoint import Checkpoint, Condition, FamilyStage, FilmInputs, Prompt, RowsDecoder, StageOptions
+from longvid.models.checkpoint import (
+    Checkpoint,
+    Condition,
+    FamilyStage,
+    FilmInputs,
+    PartsDecoder,
+    Prompt,
+    RowsDecoder,
+    SharedRowsDecoder,
+    StageOptions,
+    StreamDecoder,
+)
 from longvid.models.costs import measure_costs
 from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
@@ -51,10 +63,12 @@ from longvid.models.prompts import unknown_words
 from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
-from longvid.parallel.executor import Executor, Finished, OnAction
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import Decoding, Shares, deal_work
+from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
-from longvid.parallel.partition import Costs, split_layers
-from longvid.parallel.pipeline import name_of, place_of
+from longvid.parallel.partition import Costs
+from longvid.parallel.pipeline import DecodingOwners, name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
     ChunkRules,
@@ -78,7 +92,7 @@ from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.tokens import largest_tokens
-from longvid.together import Clip, Film, FilmDecoders, FilmSavers, FilmSet, Job, join_live, join_memory
+from longvid.together import Clip, Film, FilmSavers, FilmSet, Job, join_live, join_memory
 from longvid.trace import Trace, summary, summary_text, write_trace
 from longvid.writer import WriterState, check_path
 
@@ -93,7 +107,9 @@ class _Tools:
 
     trace: Trace | None = None
     ledger: Ledger | None = None
-    decoders: FilmDecoders | None = None
+    decoders: FilmDecoders | StageDecoders | None = None
+    decoding: StageDecoding | None = None
+    """How decoding is dealt out, where stages do it."""
     saver: FilmSavers | None = None
     saved: Sequence[Saved | None] = ()
     done: int = -1
@@ -185,11 +201,14 @@ class Engine:
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
         self._loading = open_loading(checkpoint, settings, self.device, mesh.seq)
+        self.shares: Shares | None = None
+        """Where stages decode: how that is dealt out."""
+        self._owners_decode = self._decoding_owners()
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
-            self._decoder = checkpoint.load_decoder(dtype, self.device)
-            if settings.memory.vae_rows:
-                cast(RowsDecoder, self._decoder).split_rows(settings.memory.vae_rows)
+        if mesh.is_leader or self._has_part:
+            self._load_decoder(checkpoint, dtype)
+        if mesh.is_leader:
             self.vae = self._decoder.vae
             """The video VAE; on the leader alone."""
             self._images = checkpoint.load_images(self._decoder, dtype, self.device)
@@ -228,6 +247,44 @@ class Engine:
         per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
         return self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
 
+    def _decoding_owners(self) -> DecodingOwners:
+        """Who decodes with the leader: owners of chunks, for all finish theirs at once.
+
+        On a GPU they do so by rows alone: there the layers of a whole decode are diffusers', which round otherwise.
+        """
+        chosen, topology = self.settings.mesh.decode, self.mesh.topology
+        if chosen == "rows" and topology.stage > 1:
+            raise InputError(
+                f"mesh.decode=rows: ranks of chunk share rows, so mesh.stage must be 1, not {topology.stage}"
+            )
+        if topology.stage > 1 or chosen == "leader" or self.settings.memory.vae_rows:
+            return DecodingOwners()
+        if chosen == "rows":
+            return DecodingOwners(topology.chunk, by_rows=True)
+        parts = self.facts.decoder_parts if self.device.type == "cpu" else 1
+        return DecodingOwners(min(topology.chunk, parts))
+
+    @property
+    def _has_part(self) -> bool:
+        """Whether this rank decodes together with others: some of the layers, or some rows."""
+        size = self._owners_decode.size
+        return self.mesh.is_owner and self.mesh.place.chunk < size and size > 1
+
+    def _take_part(self) -> None:
+        size = self._owners_decode.size
+        if self._owners_decode.by_rows:
+            cast(SharedRowsDecoder, self._decoder).share_rows(self.mesh.owners)
+        else:
+            cast(PartsDecoder, self._decoder).take_part(size - 1 - self.mesh.place.chunk, size)
+
+    def _part_in_decoding(self, images: Sequence[Condition | None], latent_size: tuple[int, int]) -> DecoderPart | None:
+        if not self._has_part:
+            return None
+        if self._owners_decode.by_rows:
+            return _Rows(self._decoder)
+        is_first = self.mesh.place.chunk + 1 == self._owners_decode.size
+        return _Part(cast(PartsDecoder, self._decoder), images, latent_size, is_first)
+
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
         mesh = self.mesh
@@ -236,7 +293,10 @@ class Engine:
             measured = measure_costs(checkpoint, self._decoder, self.settings, self.device) if mesh.is_leader else None
             self.costs = broadcast(measured)
             assert self.costs is not None
-            layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
+            bounds, self.shares = self._dealt_work()
+            layers = bounds[mesh.place.stage]
+        if self._decodes and not mesh.is_leader:
+            self._load_decoder(checkpoint, dtype)
         self.layers = layers
         self.cache = self.cache or make_cache(self.cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
@@ -251,6 +311,30 @@ class Engine:
             vin=self._vin,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
+
+    def _load_decoder(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._decoder = checkpoint.load_decoder(dtype, self.device)
+        if self.settings.memory.vae_rows:
+            cast(RowsDecoder, self._decoder).split_rows(self.settings.memory.vae_rows)
+        if self._has_part:
+            self._take_part()
+
+    def _dealt_work(self) -> tuple[tuple[range, ...], Shares | None]:
+        """Each stage's layers, and what it decodes."""
+        assert self.costs is not None, "costs are measured where there are several stages"
+        chosen = self.settings
+        return deal_work(self.costs, self.mesh.topology.stage, chosen.mesh.decode)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether this rank has a decoder."""
+        place = self.mesh.place
+        is_first = place.chunk == place.guidance == place.seq == 0
+        return self.mesh.is_leader or bool(self.shares and is_first and self.shares.of_stages[place.stage])
+
+    def _decoding(self, plan: Plan) -> StageDecoding | None:
+        rules, steps = rules_of(self.settings), self.settings.sampler.steps
+        return StageDecoding(Decoding.of(self.shares, plan, rules, steps)) if self.shares else None
 
     def plan(self, story: str | Path | Script) -> Plan:
         """The plan of a storyboard (a path, or a loaded Script): shots, chunks, prompts, noise keys."""
@@ -286,12 +370,29 @@ class Engine:
         denoising steps take the new prompt, those that are further keep theirs. Raises InputError for a wrong
         storyboard before any work, RuntimeFailure for latents that are not finite. Close the iterator to stop early.
         """
-        plan, wishes, tools = self.plan(story), Wishes(), _Tools()
+        plan, wishes = self.plan(story), Wishes()
+        tools = self._tools(plan)
         if not 0 <= early_steps < self.settings.sampler.steps:
             raise InputError(f"early_steps must be 0 to {self.settings.sampler.steps - 1}, not {early_steps}")
         if self.settings.schedule != "chunks":
             tools.prompter = self._prompter(wishes, early_steps, on_event)
         return FilmStream(self._frames(plan, on_event, tools), wishes if tools.prompter else None)
+
+    def _tools(self, plan: Plan, **with_them: Any) -> _Tools:
+        """What goes along with a render, and what decodes it."""
+        tools = _Tools(**with_them)
+        tools.decoding = self._decoding(plan)
+        if not self._decodes:
+            return tools
+        films = FilmDecoders(self._decoder)
+        if tools.decoding is None:
+            tools.decoders = films if self.mesh.is_leader else None
+            return tools
+        before = enumerate(num_finished(plan, self.settings, tools.done))
+        resting = {i for i, count in before if tools.decoding.plan.resting(i, count) == self.mesh.place.stage}
+        keeps = self.settings.output.keep_state or plan.first_chunk > 0
+        tools.decoders = StageDecoders(films, plan, frozenset(resting), keeps)
+        return tools
 
     def _prompter(self, wishes: Wishes, early_steps: int, on_event: OnEvent) -> LivePrompter:
         self._num_streams += 1
@@ -394,7 +495,7 @@ class Engine:
         ledger: str | Path | None,
         preemption: Preemption | None,
     ) -> None:
-        tools = _Tools(done=job.done, preemption=preemption or Preemption())
+        tools = self._tools(job.plan, done=job.done, preemption=preemption or Preemption())
         if trace:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
         if ledger:
@@ -409,7 +510,8 @@ class Engine:
         tools.ended = next(
             (load_ending(film.path, film.ending, self.device) for film in job.films if film.ending), None
         )
-        tools.decoders = FilmDecoders(self._decoder) if self.mesh.is_leader else None
+        if not self.mesh.is_leader:
+            self._go_on_decoding(tools)
         with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
                 films.open(tools.saved, self.settings.output, tools.ended)
@@ -420,6 +522,15 @@ class Engine:
         if trace and tools.trace:
             self._write_trace(Path(trace), tools.trace, job.plan, on_event)
 
+    def _go_on_decoding(self, tools: _Tools) -> None:
+        """Put the decoder of a rank besides the leader where checkpoints say."""
+        for index, saved in enumerate(tools.saved):
+            state = saved.decoder if saved else tools.ended and tools.ended.decoder
+            if state and self._has_part:
+                self._decoder.load_state(state)
+            elif state and tools.decoders:
+                tools.decoders.load(index, state)
+
     def _holder(self, plan: Plan) -> Holder:
         owners = self._owners(plan)
 
@@ -428,7 +539,17 @@ class Engine:
             return owners[chunk + 1] if has_reader else None
 
         branches = self._stage.branches
-        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader)
+        return Holder(
+            self.mesh,
+            self.layers,
+            branches,
+            self.attention,
+            self.cache,
+            owners.__getitem__,
+            reader,
+            self._decoder if self._has_part else None,
+            self._decodes,
+        )
 
     def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
         """What the leader knows of a film before it begins."""
@@ -575,10 +696,12 @@ class Engine:
         if self.costs is None:
             return None
         topology = self.mesh.topology
-        bounds = split_layers(self.costs, topology.stage)
-        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share)
+        bounds, shares = self._dealt_work()
+        latents = self.settings.queue.chunk_latents if shares else None
+        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share, latents)
         buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
-        return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost).bubble
+        decoding = self._decoding(plan)
+        return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost, decoding).bubble
 
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
@@ -587,7 +710,13 @@ class Engine:
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
-            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
+            rehearse_schedule(
+                lambda: make_schedule(plan, self.settings),
+                topology,
+                buffers,
+                decoding=tools.decoding,
+                owners=self._owners_decode,
+            )
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
             self._stage,
@@ -601,6 +730,11 @@ class Engine:
             sharing=self._sharing(),
             recalled=tools.ended.last if tools.ended else None,
             cache=self.cache,
+            decoding=tools.decoding,
+            decoder=tools.decoders if isinstance(tools.decoders, StageDecoders) else None,
+            owners=self._owners_decode,
+            part=self._part_in_decoding(images, (height, width)),
+            shown=lambda finished: self._shown(finished, images),
             saver=tools.saver,
             prompter=tools.prompter,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
@@ -618,10 +752,14 @@ class Engine:
             for finished in self._executor.run(actions, plan, rounds.on_unit, live, tools.done):
                 film = plan.film_of(finished.chunk)
                 tools.lasts[film] = self._last_of_shot(finished, tools.lasts.get(film))
-                image = images[finished.chunk.shot]
-                yield finished if image is None or self._images is None else self._images.finish(finished, image)
+                yield finished if tools.decoding else self._shown(finished, images)
         finally:
             self._executor = None
+
+    def _shown(self, finished: Finished, images: Sequence[Condition | None]) -> Finished:
+        """What the film shows of finished latents."""
+        image = images[finished.chunk.shot]
+        return replace(finished, latents=image.show(finished.latents, finished.chunk)) if image else finished
 
     def _last_of_shot(self, finished: Finished, before: Tensor | None) -> Tensor:
         """The shot's last finished latents, as many as there is left context; `before` are those so far."""
@@ -721,10 +859,10 @@ class Engine:
         for finished in self.denoise(plan, on_event, tools):
             chunk, film = finished.chunk, plan.film_of(finished.chunk)
             began = time.monotonic_ns()
-            if tools.decoders:
+            if isinstance(tools.decoders, FilmDecoders):
                 tools.decoders.at(film)
             frames = self.decode(plan, finished)
-            if tools.trace:
+            if tools.trace and not tools.decoding:
                 tools.trace.add("decode", f"c{chunk.index}", began, time.monotonic_ns())
             chunks_done[film] += 1
             frames_done[film] = self._frames_until(plan, plan.films[film], chunks_done[film])
@@ -738,10 +876,14 @@ class Engine:
         Every shot starts a decode of its own; its last chunk is trimmed to the frames asked for.
         """
         chunk, shot = finished.chunk, plan.shots[finished.chunk.shot]
-        if chunk.start == 0:
-            self._decoder.reset()
-        is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
-        frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
+        made = finished.frames
+        if finished.halfway is not None:
+            if chunk.start == 0:
+                self._decoder.reset()
+            made = cast(PartsDecoder, self._decoder).hand_on(finished.halfway)
+        if made is None:
+            made = push(self._decoder, plan, chunk, range(chunk.num_latents), finished.latents)
+        frames: Frames = made.numpy()
         left = max(0, shot.num_frames - self._decoder.frames_after(chunk.start))
         self._behind_the_end = frames[left:]
         return frames[:left]
@@ -834,6 +976,40 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
 
 def _as_it_is(sampler: Sampler) -> Sampler:
     return sampler
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows in decoding, for the executor; the leader deals out the latents."""
+
+    decoder: StreamDecoder
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        if chunk.start == 0:
+            self.decoder.reset()
+        return self.decoder.push(x)
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        raise AssertionError(f"nothing of chunk {chunk.index} goes from rank to rank but rows")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of the decoder, for the executor. `images` are the shots'; `latent_size` is (h, w)."""
+
+    decoder: PartsDecoder
+    images: Sequence[Condition | None]
+    latent_size: tuple[int, int]
+    is_first: bool
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        if chunk.start == 0:
+            self.decoder.reset()
+        image = self.images[chunk.shot] if self.is_first else None
+        return self.decoder.hand_on(image.show(x, chunk) if image else x)
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        return self.decoder.handed_shape(chunk.num_latents, *self.latent_size)
 
 
 class _RoundCounter:

@@ -1,7 +1,8 @@
 """What ranks hold, by kind, before anything is loaded. In 10^6 bytes.
 
 Always: weights, neighbours' K/V, latents, and what a cache remembers. With a model's `Sizes` also what computing takes:
-activations and messages, on the leader the VAE with its state, and the text encoder. What libraries take comes on top.
+activations and messages, on ranks that decode the VAE with its state, and on the leader the text encoder. What
+libraries take comes on top.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ def stage_memory(
     bounds: Sequence[range],
     weights: Callable[[ModelPart, int], int],
     sizes: Sizes | None = None,
+    decodes: Sequence[float] = (),
 ) -> tuple[StageMemory, ...]:
-    """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation."""
+    """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
+
+    `decodes` are the stages' parts of decoding: each with one has the VAE and, at times, the decoder's state.
+    """
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
     cache = plan_cache(settings.cache, settings.sampler.steps, facts.num_layers)
@@ -73,7 +78,8 @@ def stage_memory(
     recomputed = settings.recomputes_left
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
     kinds = tuple({kind_of(chunk): chunk for chunk in plan.chunks}.values())
-    leader = _leader(sizes, width * height, itemsize) if sizes else (0.0, 0.0)
+    vae = _vae_mb(sizes, width * height, itemsize) if sizes else 0.0
+    text = itemsize * sizes.text_params / MB if sizes else 0.0
 
     scenes = 2 * report.max_live_scenes * settings.queue.context_latents * per_latent * token
     late = sharing_layers(facts.num_layers)
@@ -90,17 +96,18 @@ def stage_memory(
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
             activation_bytes(kinds, plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,
-            *(leader if stage == 0 else ()),
+            vae if stage == 0 or (decodes and decodes[stage]) else 0.0,
+            text if stage == 0 else 0.0,
         )
 
     return tuple(of_stage(stage, layers) for stage, layers in enumerate(bounds))
 
 
-def _leader(sizes: Sizes, cells: int, itemsize: int) -> tuple[float, float]:
-    """The VAE's and the text encoder's, 10^6 bytes. Encoder and decoder are loaded whole."""
+def _vae_mb(sizes: Sizes, cells: int, itemsize: int) -> float:
+    """The VAE's, 10^6 bytes. Encoder and decoder are loaded whole."""
     vae = sizes.vae
     values = vae.params + vae.state_values(cells) + VAE_COPIES * vae.working_values(cells)
-    return itemsize * values / MB, itemsize * sizes.text_params / MB
+    return itemsize * values / MB
 
 
 def activation_bytes(

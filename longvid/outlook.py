@@ -17,8 +17,9 @@ from longvid.errors import InputError
 from longvid.machines import ChipMachine, Machine
 from longvid.memory import StageMemory, stage_memory
 from longvid.models.sizes import Flops, Sizes, Tokens
+from longvid.parallel.decoding import Shares, deal_work
 from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
-from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.partition import Costs
 from longvid.parallel.schedule import QueueRules, make_schedule
 from longvid.parallel.topology import AXES, Topology, all_meshes, workload
 from longvid.parallel.verify import Report, simulate
@@ -118,8 +119,10 @@ class Option:
         return self.pace.makespan if self.pace else float("inf")
 
 
-def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[range]) -> Times:
-    """What units take on the stages of a mesh."""
+def times_of(
+    film: Film, machine: Machine, topology: Topology, bounds: Sequence[range], decodes: Sequence[float] = ()
+) -> Times:
+    """What units take on the stages of a mesh; where these decode, with a step's part of that."""
     share = plan_cache(film.settings.cache, film.steps, film.facts.num_layers)
     branches = film.settings.sampler.num_branches // topology.guidance
     starts, ends = [span.start for span in bounds], [span.stop for span in bounds]
@@ -156,23 +159,28 @@ def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[
         values = own / topology.seq * film.facts.hidden_size * branches
         return machine.hop(values * film.itemsize, topology) if topology.stage > 1 else 0.0
 
+    @cache
+    def with_decoding(kind: Kind, step: int) -> tuple[float, ...]:
+        a_step = decoding(kind) / film.steps
+        return tuple(work + part * a_step for work, part in zip(of_kind(kind, step), decodes, strict=True))
+
     return Times(
-        unit=lambda chunk, step: of_kind(kinds[chunk], step),
-        decode=lambda chunk: decoding(kinds[chunk]),
+        unit=lambda chunk, step: (with_decoding if decodes else of_kind)(kinds[chunk], step),
+        decode=lambda chunk: 0.0 if decodes else decoding(kinds[chunk]),
         hop=lambda chunk: hopping(kinds[chunk]),
         capacity=2 * film.settings.mesh.buffers,
     )
 
 
-def split(film: Film, machine: Machine, topology: Topology) -> tuple[range, ...]:
-    """The stages' layers, dealt out by what they cost."""
+def split(film: Film, machine: Machine, topology: Topology) -> tuple[tuple[range, ...], Shares | None]:
+    """The stages' layers and their decoding, dealt out by what they cost."""
     chunk = film.plan.chunks[min(1, len(film.plan.chunks) - 1)]
     tokens, branches = film.tokens(chunk, film.steps - 1), film.settings.sampler.num_branches // topology.guidance
     kinds = {layer: branches * machine.layer(layer, tokens, topology) for layer in set(film.sizes.layers)}
     end = branches * machine.ends(tokens, topology)
     decode = machine.decode(film.cells, chunk.num_latents, False) / film.steps
     costs = Costs(tuple(kinds[layer] for layer in film.sizes.layers), end, end, decode)
-    return split_layers(costs, topology.stage)
+    return deal_work(costs, topology.stage, film.settings.mesh.decode)
 
 
 def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = True) -> list[Option]:
@@ -202,10 +210,11 @@ def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = T
 def _complete(film: Film, machine: Machine, option: Option, with_pace: bool) -> Option:
     if option.reason:
         return option
-    bounds = split(film, machine, option.topology)
+    bounds, shares = split(film, machine, option.topology)
+    decodes = shares.of_stages if shares else ()
     weights = lambda part, itemsize: itemsize * film.sizes.part_params(part)  # noqa: E731
     memory = stage_memory(
-        film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes
+        film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes, decodes
     )
     option = replace(option, bounds=bounds, memory=memory)
     if option.worst_mb > machine.memory_gb * 1e3:
@@ -214,7 +223,7 @@ def _complete(film: Film, machine: Machine, option: Option, with_pace: bool) -> 
         option = replace(option, reason=held)
     if not with_pace or option.reason:
         return option
-    times = times_of(film, machine, option.topology, bounds)
+    times = times_of(film, machine, option.topology, bounds, decodes)
     return replace(option, pace=pace_of(film.plan.chunks, film.steps, film.rules, times))
 
 

@@ -58,6 +58,8 @@ class ModelFacts:
     """Whether the model is distilled to guide itself in one pass, by a scale that it is told."""
     max_size: tuple[int, int] | None = None
     """Width and height that positions end at."""
+    decoder_parts: int = 1
+    """Into how many parts the layers of its decoder can be dealt out."""
     goes_on: bool = True
     """Whether a finished shot can go on: its VAE decodes nothing by what follows."""
 

@@ -9,10 +9,15 @@ import torch
 from longvid.parallel.comm import Comm, DistComm, Group, LoneComm, new_group
 from longvid.parallel.topology import Coordinate, Topology
 
+_ALONE = Group((0,), 0)
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view. `ulysses` and `ring` are its groups on the two parts of the `seq` axis, `seq` on the whole."""
+    """One rank's view. `ulysses` and `ring` are its groups on the two parts of the `seq` axis, `seq` on the whole.
+
+    `owners` is the group of all owners of chunks, on each of them.
+    """
 
     topology: Topology
     rank: int
@@ -20,6 +25,7 @@ class Mesh:
     seq: Group
     ulysses: Group
     ring: Group
+    owners: Group = _ALONE
 
     @property
     def place(self) -> Coordinate:
@@ -46,8 +52,7 @@ class Mesh:
 
 def lone_mesh() -> Mesh:
     """The mesh of a single rank, without torch.distributed."""
-    alone = Group((0,), 0)
-    return Mesh(Topology(), 0, LoneComm(), alone, alone, alone)
+    return Mesh(Topology(), 0, LoneComm(), _ALONE, _ALONE, _ALONE)
 
 
 def make_mesh(topology: Topology, rank: int, device: torch.device, timeout: float) -> Mesh:
@@ -65,7 +70,8 @@ def make_mesh(topology: Topology, rank: int, device: torch.device, timeout: floa
             ulysses = new_group(range(start, start + topology.ulysses), rank) or ulysses
         for offset in range(topology.ulysses):
             ring = new_group(range(first + offset, first + topology.seq, topology.ulysses), rank) or ring
-    return Mesh(topology, rank, comm, seq, ulysses, ring)
+    owners = new_group(topology.group(0, "chunk"), rank) or Group((rank,), 0)
+    return Mesh(topology, rank, comm, seq, ulysses, ring, owners)
 
 
 def describe(topology: Topology, rank: int) -> str:

@@ -22,7 +22,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
+from typing import Literal, Protocol
 
+from longvid.parallel.decoding import Decode, DecodeAction, Decoding, HandOut, Piece
 from longvid.parallel.schedule import (
     Action,
     Admit,
@@ -142,7 +144,78 @@ class Seen:
         return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
 
 
-Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | LatentVersion
+@dataclass(frozen=True, slots=True)
+class Halfway:
+    """What a part of the decoder's layers made of a finished chunk, for the rank that has those behind them."""
+
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"halfway c{self.chunk}"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceLatents:
+    """Finished latents that the receiver is to decode."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"latents {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFrames:
+    """What was made of a piece, for the leader."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"frames {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderState:
+    """Where a film's decoder is before it comes to a piece."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"decoder before {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """Where a film's decoder is when all chunks that finished until `round` are decoded, if a checkpoint or the film's
+    end asks for it. With `is_asked` the leader's question, which is all in the header.
+    """
+
+    film: int
+    round: int
+    is_end: bool = False
+    is_asked: bool = False
+
+    def __str__(self) -> str:
+        return f"{'ask for ' * self.is_asked}decoder of film {self.film} after {self.round}"
+
+
+Message = (
+    Hidden
+    | Velocity
+    | Verdict
+    | Overlap
+    | Border
+    | Notice
+    | Seen
+    | Halfway
+    | LatentVersion
+    | PieceLatents
+    | PieceFrames
+    | DecoderState
+    | KeptState
+)
+BULKY = Hidden | Halfway
+"""Messages of which no more are under way between two ranks than there are buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +296,105 @@ class Look:
         return f"{self.round:5}  look     at {' '.join(map(str, self.own))}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look
+@dataclass(frozen=True, slots=True)
+class HandOn:
+    """Have finished latents, or what was made of them so far, go through this rank's part of the decoder."""
+
+    round: int
+    latents: LatentVersion
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  decode   part of c{self.latents.chunk}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepState:
+    """On the leader, which has it: remember where a film's decoder is, as `KeptState` says."""
+
+    round: int
+    film: int
+    is_end: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  keep     decoder of film {self.film}"
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """All frames of a chunk are on the leader: hand them out."""
+
+    round: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  show     c{self.chunk}"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFilms:
+    """On the leader: all chunks that finished until the end of `round` are decoded and shown."""
+
+    round: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  save     films"
+
+
+RankAction = (
+    Action
+    | Send
+    | Receive
+    | Boundary
+    | SaveLatents
+    | DropBorder
+    | Look
+    | HandOn
+    | Decode
+    | KeepState
+    | Show
+    | SaveFilms
+)
+
+When = Literal["now", "late", "awaited"]
+"""Of what the leader does for decoding: at once; in its turn behind what is put off; or when that came in its turn."""
+
+
+class DecodingParts(Protocol):
+    """Decoding as all ranks know it."""
+
+    @property
+    def plan(self) -> Decoding: ...
+
+    def takes_part(self, place: Coordinate) -> bool: ...
+
+    def part(self, topology: Topology, place: Coordinate) -> DecodePart: ...
+
+
+class DecodePart(Protocol):
+    """A rank's part in decoding."""
+
+    def of(self, action: DecodeAction) -> Iterator[tuple[When, RankAction]]:
+        """What the rank does for an action, and when. On later stages all of it is done at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodingOwners:
+    """The first `size` owners of the `chunk` axis decode together.
+
+    Each has some of the decoder's layers, the last owner the first of them; or some rows, all of the same latent.
+    """
+
+    size: int = 1
+    by_rows: bool = False
+
+    @property
+    def takers(self) -> set[int]:
+        """The places of those that finished latents go to."""
+        return set(range(self.size)) if self.by_rows else {0, self.size - 1}
+
+
+LEADER_DECODES = DecodingOwners()
 
 
 def name_of(action: RankAction) -> str:
@@ -231,22 +402,38 @@ def name_of(action: RankAction) -> str:
     return str(action)[5:].strip()
 
 
-def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> Iterator[RankAction]:
+def rank_program(
+    actions: Iterable[Action],
+    topology: Topology,
+    rank: int,
+    decoding: DecodingParts | None = None,
+    owners: DecodingOwners = LEADER_DECODES,
+) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
+    With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents, and `owners` says
+    who decodes with it.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
         actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
+    stream: Iterable[_StreamAction] = _with_ends(actions)
+    part = None
+    if decoding and decoding.takes_part(place):
+        stream, part = decoding.plan.spread(stream), decoding.part(topology, place)
     if place.stage == 0:
-        return _FirstStage(topology, place).program(actions)
-    return _later_stage(actions, topology, place)
+        return _FirstStage(topology, place, part, owners).program(stream)
+    return _later_stage(stream, topology, place, part)
 
 
 def place_of(chunk: int, group: range, size: int) -> int:
-    """The place on a `chunk` axis of that size which owns a chunk of a group: contiguous runs, as even as can be."""
-    return (chunk - group.start) * size // len(group)
+    """The place on a `chunk` axis of that size which owns a chunk of a group: contiguous runs, as even as can be.
+
+    Later runs have one more where they are not equal: the last chunk is often short, and the leader has more to do.
+    """
+    index = chunk - group.start
+    return index if len(group) < size else ((index + 1) * size - 1) // len(group)
 
 
 @dataclass
@@ -314,6 +501,9 @@ class _End:
     kv: tuple[KvVersion, ...]
 
 
+_StreamAction = Action | _End | DecodeAction
+
+
 def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
     """The actions, with ends between the rounds."""
     latents: dict[LatentVersion, None] = {}
@@ -340,7 +530,7 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
 
 
 def _later_stage(  # noqa: C901 - one match over all actions
-    actions: Iterable[Action], topology: Topology, place: Coordinate
+    stream: Iterable[_StreamAction], topology: Topology, place: Coordinate, decoding: DecodePart | None
 ) -> Iterator[RankAction]:
     """Receive, forward, send: only K/V live here."""
     run = _Run(place.chunk, topology.chunk)
@@ -351,7 +541,10 @@ def _later_stage(  # noqa: C901 - one match over all actions
         rank_after = topology.rank(place._replace(stage=stage + 1))
     owner = Coordinate(place.replica, 0, place.chunk, 0, 0)
     passed: list[Boundary] = []
-    for action in _with_ends(actions):
+    for action in stream:
+        if isinstance(action, DecodeAction):
+            yield from (own for _, own in decoding.of(action)) if decoding else ()
+            continue
         yield from notices.before(action)
         match action:
             case _End(round=n, kv=kv) if place.chunk:
@@ -409,15 +602,26 @@ class _Notices:
             yield Receive(self.round, Notice(self.round), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """An action of an earlier round that is put off in `round`."""
+
+    round: int
+    action: RankAction
+
+
 @dataclass
 class _FirstStage:
     """The program of a rank at stage 0: forwards at once, steps as late as they can be."""
 
     topology: Topology
     place: Coordinate
+    decoding: DecodePart | None = None
+    owners: DecodingOwners = LEADER_DECODES
 
     def __post_init__(self) -> None:
-        self.late: deque[RankAction] = deque()
+        self.late: deque[RankAction | _Late] = deque()
+        self.round = 0
         self.put_off: set[LatentVersion] = set()
         self.run = _Run(self.place.chunk, self.topology.chunk)
         self.notices = _Notices(self.topology, self.place)
@@ -425,9 +629,17 @@ class _FirstStage:
         self.due: dict[LatentVersion, Receive] = {}
         self.borders: set[LatentVersion] = set()
         self.tokens: set[GlobalVersion] = set()
+        self.coming: deque[RankAction] = deque()
+        """Latents that finished in this round on other ranks, where several decode, and ..."""
+        self.closing: deque[RankAction] = deque()
+        """... what becomes of all that did."""
 
-    def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
-        for action in _with_ends(actions):
+    def program(self, stream: Iterable[_StreamAction]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
+        for action in stream:
+            if isinstance(action, DecodeAction):
+                yield from self.decode(action)
+                continue
+            self.round = action.round
             yield from self.notices.before(action)
             match action:
                 case _End():
@@ -469,6 +681,9 @@ class _FirstStage:
         while self.late:
             yield self.pop()
         yield from self.notices.end()
+        self.close_round()
+        while self.late:
+            yield self.pop()
 
     @property
     def is_owner(self) -> bool:
@@ -534,6 +749,10 @@ class _FirstStage:
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
         other chunks: the next round's may not overtake them."""
+        meets = self.owners.by_rows and bool(self.closing)
+        self.close_round()
+        while meets and self.late:  # who has come to its rows waits for the others, and may not owe them anything
+            yield self.pop()
         if self.is_owner:
             self.late.append(SaveLatents(end.round, tuple(z for z in end.latents if z in self.own)))
         yield from self.flush_until(end.round - 1)
@@ -542,7 +761,28 @@ class _FirstStage:
             yield self.pop()
         yield Boundary(end.round, end.kv)
 
-    def is_crossing(self, action: RankAction) -> bool:
+    def close_round(self) -> None:
+        """Take up what finished in the round."""
+        self.late += [*self.coming, *self.closing]
+        self.coming.clear()
+        self.closing.clear()
+
+    def decode(self, action: DecodeAction) -> Iterator[RankAction]:
+        """The leader's part in decoding. What others send is received in the order in which they send it."""
+        if self.decoding is None:
+            return
+        if isinstance(action, HandOut):
+            yield from self.flush_until(action.round)
+        for when, own in self.decoding.of(action):
+            if when == "late":
+                self.late.append(_Late(self.round, own))
+            elif when == "now":
+                yield own
+            else:
+                while any(isinstance(late, _Late) and late.action == own for late in self.late):
+                    yield self.pop()
+
+    def is_crossing(self, action: RankAction | _Late) -> bool:
         if not isinstance(action, Send | Receive):
             return False
         other = action.to if isinstance(action, Send) else action.source
@@ -614,23 +854,38 @@ class _FirstStage:
             self.late += self.lend(n, made)
 
     def finish(self, action: Finish) -> None:
-        """The leader hands chunks out, those of other owners as they come."""
-        n, latents = action.round, action.latents
-        is_own = self.run.has(latents.chunk)
-        if self.is_leader and not is_own:
-            source = self.rank(chunk=self.run.owner(latents.chunk))
+        """The leader hands chunks out, those of other owners as they come.
+
+        They also go to the owners that decode with it: at the round's end, when every owner has done its own, so that
+        all decode at once.
+        """
+        if not self.is_owner:
+            return
+        n, latents, place, handed = action.round, action.latents, self.place.chunk, Halfway(action.latents.chunk)
+        owner, size, takers = self.run.owner(latents.chunk), self.owners.size, self.owners.takers
+        coming, closing = (self.coming, self.closing) if size > 1 else (self.late, self.late)
+        if owner == place:
+            self.late += [Send(n, latents, self.rank(chunk=taker)) for taker in sorted(takers - {place})]
+        elif place in takers:
             if latents in self.due:  # the owner sent that before
-                self.late.append(self.take_border(latents))
-            self.late += [Receive(n, latents, source), action, DropLatents(n, latents)]
-        elif self.is_owner and is_own:
-            self.late.append(action)
-            if not self.is_leader:
-                self.late.append(Send(n, latents, self.rank(chunk=0)))
+                coming.append(self.take_border(latents))
+            coming.append(Receive(n, latents, self.rank(chunk=owner)))
+        by_layers = not self.owners.by_rows
+        if by_layers and place + 1 < size:
+            closing.append(Receive(n, handed, self.rank(chunk=place + 1)))
+        if 0 < place < size:
+            closing.append(HandOn(n, latents))
+        if by_layers and 0 < place < size:
+            closing.append(Send(n, handed, self.rank(chunk=place - 1)))
+        if owner == place or place == 0:
+            closing.append(action)
+        if owner != place and place in takers:
+            closing.append(DropLatents(n, latents))
 
     def drop(self, action: DropLatents) -> None:
         if action.latents in self.own:
             self.own.remove(action.latents)
-            self.late.append(action)
+            (self.closing or self.late).append(action)
         elif action.latents in self.borders:
             self.borders.remove(action.latents)
             self.late.append(DropBorder(action.round, action.latents))
@@ -648,6 +903,8 @@ class _FirstStage:
 
     def pop(self) -> RankAction:
         action = self.late.popleft()
+        if isinstance(action, _Late):
+            return action.action
         match action:
             case Step(chunk=i, step=k):
                 self.put_off.discard(LatentVersion(i, k + 1))

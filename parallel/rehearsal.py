@@ -12,8 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from longvid.parallel.decoding import Decode
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import Hidden, Message, RankAction, Receive, Send, rank_program
+from longvid.parallel.pipeline import (
+    BULKY,
+    LEADER_DECODES,
+    DecodingOwners,
+    DecodingParts,
+    Message,
+    RankAction,
+    Receive,
+    Send,
+    rank_program,
+)
 from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
@@ -51,7 +62,7 @@ def rehearse(
     latency: Callable[[Message], float] = lambda message: 0.0,
     together: Sequence[tuple[int, ...]] = (),
 ) -> Rehearsal:
-    """Carry out all programs, with `capacity` hidden states under way from one rank to another.
+    """Carry out all programs, with `capacity` bulky messages under way from one rank to another.
 
     A message counts until its receiver comes to it; real receives are posted earlier, which can only help. Velocities
     and latents are small, and bounded by how long programs put steps off: they never hold their sender up. The
@@ -79,10 +90,15 @@ def rehearse(
 
 
 def rehearse_schedule(
-    make_actions: Callable[[], Iterable[Action]], topology: Topology, buffers: int, cost: Cost = nothing
+    make_actions: Callable[[], Iterable[Action]],
+    topology: Topology,
+    buffers: int,
+    cost: Cost = nothing,
+    decoding: DecodingParts | None = None,
+    owners: DecodingOwners = LEADER_DECODES,
 ) -> Rehearsal:
     """Rehearse a schedule on a mesh. `make_actions` gives the schedule anew for every rank: it is a stream."""
-    programs = [rank_program(make_actions(), topology, rank) for rank in range(topology.num_ranks)]
+    programs = [rank_program(make_actions(), topology, rank, decoding, owners) for rank in range(topology.num_ranks)]
     groups = {topology.group(rank, "seq") for rank in range(topology.num_ranks)} if topology.seq > 1 else ()
     return rehearse(programs, buffers, cost, together=sorted(groups))
 
@@ -93,10 +109,12 @@ def stage_costs(
     bounds: Sequence[range],
     steps: int,
     share: Callable[[int, int], float] = lambda layer, step: 1.0,
+    chunk_latents: int | None = None,
 ) -> Cost:
-    """What actions cost by measurement: forwards a stage, and decoding where the leader hands out a chunk.
+    """What actions cost by measurement: forwards a stage, and decoding.
 
-    `share` says how much of a layer is computed at a step.
+    `share` says how much of a layer is computed at a step. Where stages decode, `chunk_latents` are those of a chunk
+    whose decoding was measured; None: the leader decodes where it hands out a chunk.
     """
 
     @cache
@@ -108,8 +126,10 @@ def stage_costs(
         match action:
             case Forward(step=step):
                 return forward(topology.coordinate(rank).stage, step)
-            case Finish() if rank == 0:
+            case Finish() if rank == 0 and chunk_latents is None:
                 return costs.decode * steps
+            case Decode(piece=piece) if chunk_latents:
+                return costs.decode * steps * (piece.stop - piece.first) / chunk_latents
         return 0.0
 
     return cost
@@ -117,7 +137,7 @@ def stage_costs(
 
 @dataclass
 class _Channel:
-    """Messages under way, each with its time of arrival, and when those before were taken out."""
+    """Messages under way, each with its time of arrival; of bulky ones how many, and when those before were taken."""
 
     messages: deque[tuple[Message, float]] = field(default_factory=deque)
     taken: deque[float] = field(default_factory=deque)
@@ -176,13 +196,13 @@ class _Rank:
 
     def send(self, action: Send, latency: float) -> bool:
         channel = self.channels.setdefault((self.index, action.to), _Channel())
-        if isinstance(action.message, Hidden):
+        if isinstance(action.message, BULKY):
             if channel.num_sent - channel.num_taken >= self.capacity:
                 return False
             if channel.num_sent >= self.capacity:
                 self.clock = max(self.clock, channel.taken.popleft())
+            channel.num_sent += 1
         channel.messages.append((action.message, self.clock + latency))
-        channel.num_sent += 1
         return True
 
     def receive(self, action: Receive) -> bool:
@@ -193,7 +213,7 @@ class _Rank:
         if message != action.message:
             raise ScheduleError(f"rank {self.index}: {str(action).strip()}, but {message} comes")
         self.clock = max(self.clock, arrival)
-        if isinstance(message, Hidden):
+        if isinstance(message, BULKY):
             channel.taken.append(self.clock)
-        channel.num_taken += 1
+            channel.num_taken += 1
         return True

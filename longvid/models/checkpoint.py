@@ -13,7 +13,7 @@ from torch import Tensor
 from longvid.cache.runtime import CacheRuntime
 from longvid.models.parts import ModelPart
 from longvid.models.weights import Loading
-from longvid.parallel.executor import Finished
+from longvid.parallel.comm import Group
 from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import Stage
 from longvid.plan import ModelFacts
@@ -25,7 +25,10 @@ Prompt = Any
 """A prompt as the family's encoder gives it and its stage takes it: a Tensor, or what has ``to`` as a Tensor has."""
 
 Condition = Any
-"""An image as the family's encoder gives it and its stage takes it; it has ``to``."""
+"""An image as the family's encoder gives it and its stage takes it.
+
+It has ``to``, and ``show(latents, chunk)``: a chunk's finished latents as they are decoded.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,6 @@ class ImageEncoder(Protocol):
         """The image stretched to the film's size in pixels. Raises InputError for a file that is no image."""
         ...
 
-    def finish(self, finished: Finished, image: Condition) -> Finished:
-        """A chunk of a shot that began with an image, as it is decoded."""
-        ...
-
 
 class StreamDecoder(Protocol):
     """Decodes a shot in pushes of any size."""
@@ -106,6 +105,30 @@ class RowsDecoder(StreamDecoder, Protocol):
 
     def split_rows(self, rows: int) -> None:
         """Decode so many rows of latents at a time, for memory."""
+        ...
+
+
+class SharedRowsDecoder(StreamDecoder, Protocol):
+    """One whose rows can be dealt out to ranks, as that of the Wan family."""
+
+    def share_rows(self, group: Group) -> None:
+        """Decode together with the other members of a group from here on: all call `push` at the same time."""
+        ...
+
+
+class PartsDecoder(StreamDecoder, Protocol):
+    """One whose layers can be dealt out to ranks in a line, as that of the Wan family on a CPU."""
+
+    def take_part(self, index: int, count: int) -> None:
+        """Have some of the layers alone from here on, one of so many parts; `hand_on` takes the place of `push`."""
+        ...
+
+    def hand_on(self, x: Tensor) -> Tensor:
+        """What this part makes of latents, or of what the part before made of them; the last part's are frames."""
+        ...
+
+    def handed_shape(self, num_latents: int, height: int, width: int) -> tuple[Sequence[int], torch.dtype]:
+        """Of what comes to a part that is not the first; of a shot's first latents it has fewer rows."""
         ...
 
 

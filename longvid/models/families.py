@@ -111,8 +111,7 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         _require_joint(facts, settings)
     if cache.regions:
         _require_regions(facts, settings)
-    if settings.memory.vae_rows and facts.family != "wan":
-        raise InputError(f"memory.vae_rows must be 0: the VAE of {facts.family} models does not work row by row")
+    _require_rows(facts, settings)
     if not settings.recomputes_left and not facts.relative_positions:
         reason = "adds positions to its tokens, so K/V cannot be read at another position"
         raise InputError(f"queue.left must be recompute, not cached: {facts.name} {reason}")
@@ -139,6 +138,15 @@ def _require_joint(facts: ModelFacts, settings: Settings) -> None:
     if settings.sequence.backend == "xfuser":
         reason = f"has no attention in which text asks, too, as in {facts.family} models"
         raise InputError(f"sequence.backend must be longvid or deepspeed: xfuser {reason}")
+
+
+def _require_rows(facts: ModelFacts, settings: Settings) -> None:
+    if settings.memory.vae_rows and facts.family != "wan":
+        raise InputError(f"memory.vae_rows must be 0: the VAE of {facts.family} models does not work row by row")
+    if settings.mesh.decode == "rows" and facts.family != "wan":
+        raise InputError(f"mesh.decode=rows: the VAE of {facts.family} models does not work row by row: leave it out")
+    if settings.mesh.decode == "rows" and settings.memory.vae_rows:
+        raise InputError("mesh.decode=rows gives each rank its rows of a latent at once: memory.vae_rows must be 0")
 
 
 def _require_regions(facts: ModelFacts, settings: Settings) -> None:

@@ -65,6 +65,7 @@ def wan_facts(configs: Configs) -> ModelFacts:
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         boundary_ratio=_boundary(configs, transformer),
         image=_image(configs),
+        decoder_parts=1 + len(vae["dim_mult"]),
     )
 
 

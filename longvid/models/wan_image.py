@@ -20,8 +20,8 @@ from longvid.kernels.dense import attend
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan import WanStage
 from longvid.models.wan_attention import LayerKv, SceneTextAttention, TextSpan
-from longvid.parallel.executor import Finished
 from longvid.parallel.stage import Unit
+from longvid.plan import Chunk
 
 MAX_LATENTS = 4096
 """Latents after which the encoder of a still must have settled: far beyond what its convolutions see."""
@@ -44,6 +44,15 @@ class ImageCondition:
     def to(self, device: torch.device) -> ImageCondition:
         states = None if self.states is None else self.states.to(device)
         return replace(self, latents=self.latents.to(device), states=states)
+
+    def show(self, latents: Tensor, chunk: Chunk) -> Tensor:
+        """A chunk's finished latents as they are decoded.
+
+        Where the image is the shot's first latent, the film shows it and not what the solver made of it.
+        """
+        if not self.replaces_first or chunk.start > 0:
+            return latents
+        return torch.cat([self.latents[:, :1].to(latents), latents[:, 1:]], dim=1)
 
     def channels(self, positions: range) -> Tensor:
         """Mask and condition [m + z, F, h, w] of the latents at these places in the shot.
@@ -172,13 +181,6 @@ class WanImageEncoder:
         mean, std = (torch.tensor(x).view(shape) for x in (config.latents_mean, config.latents_std))
         normalised: Tensor = (torch.cat(latents, dim=1).float().cpu() - mean) * (1.0 / std)
         return normalised
-
-    def finish(self, finished: Finished, image: ImageCondition) -> Finished:
-        """Where the image is the shot's first latent, the film shows it and not what the solver made of it."""
-        if not image.replaces_first or finished.chunk.start > 0:
-            return finished
-        latents = torch.cat([image.latents[:, :1].to(finished.latents), finished.latents[:, 1:]], dim=1)
-        return replace(finished, latents=latents)
 
 
 class _StreamEncoder:

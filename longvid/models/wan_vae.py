@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from typing import Protocol
 
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
+from longvid.models.wan_vae_line import PartDecoder
+from longvid.models.wan_vae_shared import SharedDecoder, rows_of
+from longvid.parallel.comm import Group
+
+_NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
 
 class WanStreamDecoder:
@@ -26,6 +31,9 @@ class WanStreamDecoder:
         self.vae = vae.eval()
         on_cpu = vae.post_quant_conv.weight.device.type == "cpu"
         self._decoder: _Decoder = ChannelsLastDecoder(vae) if on_cpu else _StockDecoder(vae)
+        self._shared: SharedDecoder | None = None
+        self._part: PartDecoder | None = None
+        self._is_first = True
         config = vae.config
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean).view(shape)
@@ -36,6 +44,48 @@ class WanStreamDecoder:
         """Decode so many rows of latents at a time from here on, for memory; it forgets the shot."""
         self._decoder = BandedDecoder(self.vae, rows)
         self.reset()
+
+    def share_rows(self, group: Group) -> None:
+        """Decode together with the other members of a group from here on, each its rows; it forgets the shot.
+
+        All members call `reset` and `push` together. The first one has the latents, and
+        gets the frames; the latents of the others say the shape alone, and they get the frames of their rows.
+        """
+        self._shared = SharedDecoder(self.vae, group)
+        self._decoder = self._shared
+        self.reset()
+
+    def take_part(self, index: int, count: int) -> None:
+        """Have some of the layers alone from here on, one of so many parts; `hand_on` takes the place of `push`."""
+        self._decoder = self._part = PartDecoder(self.vae, index, count)
+        self.reset()
+
+    @torch.no_grad()
+    def hand_on(self, x: Tensor) -> Tensor:
+        """What this part makes of latents fp32 [C, F, h, w], if it is the first, or of what the part before made of
+        them [T, H, W, C]. The last part's are frames uint8 on the CPU, as of `push`.
+        """
+        part = self._part
+        assert part is not None
+        made = []
+        for latent in self._normalised(x).split(1, dim=2) if part.is_first else self._by_latents(x, part):
+            y = part(latent, self._state, self._is_first)
+            made.append(self._frames(y) if part.is_last else y)
+            self._is_first = False
+        return torch.cat(made)
+
+    def handed_shape(self, num_latents: int, height: int, width: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of what comes to a part that is not the first, of latents that do not begin a shot."""
+        part = self._part
+        assert part is not None
+        weight = self.vae.post_quant_conv.weight
+        shape = (num_latents * part.frames, height * part.scale, width * part.scale, part.channels)
+        return shape, weight.dtype
+
+    def _by_latents(self, x: Tensor, part: PartDecoder) -> Iterator[Tensor]:
+        first = [1] if self._is_first else []
+        rest = (len(x) - len(first)) // part.frames
+        yield from x.split([*first, *[part.frames] * rest])
 
     def reset(self) -> None:
         """Forget the shot: the next latent pushed is a first latent, which holds one frame."""
@@ -48,22 +98,44 @@ class WanStreamDecoder:
 
         A shot's first latent gives 1 frame, each later one as many as the temporal ratio (4).
         """
-        weight = self.vae.post_quant_conv.weight
-        latents = latents[None].to(weight.device) * self._std.to(weight.device) + self._mean.to(weight.device)
+        if self._shared is None:
+            return self._decode(latents)
+        bands = self._shared.share(latents.shape[2])
+        own = bands.deal(latents.to(self._device), dim=2)
+        if not bands.own:
+            self._is_first = False
+            return _NO_FRAMES
+        return bands.collect(self._decode(own), dim=1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         frames = []
-        for i in range(latents.shape[2]):
-            x = self._decoder(latents[:, :, i : i + 1].to(weight.dtype), self._state, self._is_first)
-            frames.append(_unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1))
+        for latent in self._normalised(latents).split(1, dim=2):
+            frames.append(self._frames(self._decoder(latent, self._state, self._is_first)))
             self._is_first = False
         return torch.cat(frames)
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """As the decoder takes them: [1, C, F, h, w]."""
+        weight, device = self.vae.post_quant_conv.weight, self._device
+        latents = latents[None].to(device) * self._std.to(device) + self._mean.to(device)
+        return latents.to(weight.dtype)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        return _unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1)
 
     def frames_after(self, num_latents: int) -> int:
         """Frames that so many latents of a shot have given."""
         return 1 + (num_latents - 1) * self.vae.config.scale_factor_temporal if num_latents else 0
 
     def state(self) -> dict[str, Tensor]:
-        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on."""
+        """Where in the shot it is. The tensors are never written to, so they may be saved while it goes on.
+
+        Of one that shares rows, or has some layers alone, it is a part: `join_states` makes a whole one of all.
+        """
         state = {"is_first": torch.tensor(self._is_first)}
+        if self._shared and not self._is_first:
+            own = self._shared.bands.own
+            state["rows"] = torch.tensor([own.start, own.stop, self._shared.bands.height])
         for i, inputs in enumerate(self._state):
             if isinstance(inputs, Tensor):
                 state[f"conv_{i}"] = inputs
@@ -75,11 +147,16 @@ class WanStreamDecoder:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
+        """Go on, to the last bit, where a decoder of the same VAE was when it gave this state.
+
+        One that shares rows takes a whole state, too, or a part that has its rows.
+        """
         self.reset()
         self._is_first = bool(state["is_first"])
-        device = self.vae.post_quant_conv.weight.device
-        for i in range(len(self._state)):
+        if self._shared and not self._is_first:
+            state = _own_rows(state, self._shared)
+        device = self._device
+        for i in self._part.entries if self._part else range(len(self._state)):
             if f"{REPEAT}_{i}" in state:
                 self._state[i] = REPEAT
             elif f"conv_{i}" in state:
@@ -87,6 +164,23 @@ class WanStreamDecoder:
             elif f"conv_{i}_0" in state:
                 bands = takewhile(state.__contains__, (f"conv_{i}_{band}" for band in count()))
                 self._state[i] = [state[name].to(device) for name in bands]
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.vae.post_quant_conv.weight.device
+        return device
+
+
+def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, Tensor]:
+    """What this member needs of a whole state, or of a part that has its rows."""
+    whole = state["conv_0"].shape[3] if "rows" not in state else 0
+    start, stop, height = state["rows"].tolist() if "rows" in state else (0, whole, whole)
+    own = shared.share(height).own
+    return {
+        name: rows_of(value, range(start, stop), own) if name.startswith("conv") else value
+        for name, value in state.items()
+        if own or not name.startswith("conv")
+    }
 
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:

@@ -47,11 +47,11 @@ class ChannelsLastDecoder:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
         self._post_quant = _Convolution(vae.post_quant_conv)
-        self._conv_in = CausalConvolution(decoder.conv_in, scratch)
+        self.conv_in = CausalConvolution(decoder.conv_in, scratch)
         mid = decoder.mid_block
-        self._mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
+        self.mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            self._mid += [_Attention(attention), ResidualBlock(resnet, scratch)]
+            self.mid += [_Attention(attention), ResidualBlock(resnet, scratch)]
         self.up = [UpBlock(block, scratch) for block in decoder.up_blocks]
         self.conv_out = CausalConvolution(decoder.conv_out, scratch, decoder.norm_out)
 
@@ -60,22 +60,31 @@ class ChannelsLastDecoder:
 
         A shot's first latent must come alone, with ``first_chunk`` and a state of None.
         """
-        cache = Cache(state)
+        cache = self._open(state)
         x = self.enter(latents, cache)
         for block in self.up:
             x = block(x, cache, first_chunk)
         return as_ncthw(self.conv_out(x, cache))
 
+    def _open(self, state: State) -> Cache:
+        return Cache(state)
+
     def enter(self, latents: Tensor, cache: Cache) -> Tensor:
         """What works on latents: all up to the attention within frames, and behind it. [F, h, w, C']."""
-        x = self._conv_in(self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous()), cache)
-        for layer in self._mid:
+        x = self.conv_in(self._post_quant(latents[0].permute(1, 2, 3, 0).contiguous()), cache)
+        for layer in self.mid:
             x = layer(x, cache)
         return x
 
 
 class Cache:
-    """The entries of a state one after the other, as the convolutions come to them."""
+    """The entries of a state one after the other, as the convolutions come to them.
+
+    It also knows what lies around the rows at hand; here they are all of the image, with zeros around it.
+    """
+
+    halo = 0
+    """Rows above and below those at hand that `fill_halo` gives a convolution; 0: it pads the image itself."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -92,6 +101,17 @@ class Cache:
     def keep(self, entry: Tensor | str) -> None:
         self._state[self.position] = entry
         self.position += 1
+
+    def fill_halo(self, x: Tensor) -> None:
+        """Fill the first and the last `halo` rows of x [T, halo + H + halo, W, C] with what lies around the others."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All rows of the image, of those at hand."""
+        return x
+
+    def own(self, x: Tensor) -> Tensor:
+        """Those at hand, of all rows."""
+        return x
 
 
 class _Scratch:
@@ -115,10 +135,14 @@ class _Convolution:
     def __init__(self, conv: nn.Conv3d) -> None:
         conv.weight.data = _channels_last(conv.weight.detach())
         self.weight, self.bias = conv.weight.detach(), _bias(conv)
-        self._padding = [0, *(size // 2 for size in self.weight.shape[3:])]
+        self._rows, self._columns = (size // 2 for size in self.weight.shape[3:])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return convolve(x, self.weight, self.bias, self._padding)
+    def halo(self, cache: Cache) -> int:
+        """Rows around its input that it must be given."""
+        return min(cache.halo, self._rows)
+
+    def __call__(self, x: Tensor, halo: int = 0) -> Tensor:
+        return convolve(x, self.weight, self.bias, [0, self._rows - halo, self._columns])
 
 
 class CausalConvolution:
@@ -131,12 +155,20 @@ class CausalConvolution:
         """Frames of the past that it sees."""
         self._scratch = scratch
 
+    @property
+    def num_weights(self) -> int:
+        return self.conv.weight.numel()
+
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
-        num_frames, *rest = x.shape
-        inputs = self._scratch.empty((self.depth + num_frames, *rest), x)
-        self.fill(x, inputs)
-        cache.exchange(inputs, self.depth)
-        return self.conv(inputs)
+        num_frames, height, *rest = x.shape
+        halo = self.conv.halo(cache)
+        inputs = self._scratch.empty((self.depth + num_frames, halo + height + halo, *rest), x)
+        rows = inputs[:, halo : halo + height]
+        self.fill(x, rows)
+        cache.exchange(rows, self.depth)
+        if halo:
+            cache.fill_halo(inputs)
+        return self.conv(inputs, halo)
 
     def fill(self, x: Tensor, inputs: Tensor) -> None:
         """Write x to the last frames of the convolution's input, through norm and SiLU if it has a norm."""
@@ -153,8 +185,12 @@ class _Norm:
         self._gain = (norm.gamma.detach() * norm.scale).flatten()
 
     def __call__(self, x: Tensor, out: Tensor, silu: bool) -> None:
-        """Write the norm of x [T, H, W, C] to ``out``, through SiLU if asked for."""
-        rows.unit_norm(x, self._gain, out, silu=silu)
+        """Write the norm of x [T, H, W, C] to ``out``, whose frames are contiguous, through SiLU if asked for."""
+        if out.is_contiguous():
+            rows.unit_norm(x, self._gain, out, silu=silu)
+            return
+        for frame, result in zip(x, out, strict=True):
+            rows.unit_norm(frame, self._gain, result, silu=silu)
 
 
 class ResidualBlock:
@@ -162,6 +198,16 @@ class ResidualBlock:
         self.conv1 = CausalConvolution(block.conv1, scratch, block.norm1)
         self.conv2 = CausalConvolution(block.conv2, scratch, block.norm2)
         self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
+
+    @property
+    def num_inputs(self) -> int:
+        """Channels of what comes to it."""
+        return self.conv1.conv.weight.shape[1]
+
+    @property
+    def num_weights(self) -> int:
+        shortcut = 0 if self.shortcut is None else self.shortcut.weight.numel()
+        return self.conv1.num_weights + self.conv2.num_weights + shortcut
 
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         y = self.conv2(self.conv1(x, cache), cache)
@@ -177,13 +223,15 @@ class _Attention:
         self._proj = _channels_last(block.proj.weight.detach()[:, :, None]), block.proj.bias.detach()
 
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
-        num_frames, height, width, channels = x.shape
         normed = torch.empty_like(x)
         self._norm(x, normed, silu=False)
-        qkv = convolve(normed, *self._qkv, [0, 0, 0])
+        # Whoever has some rows attends for all: it is little work, and how many queries there are decides the rounding.
+        whole = cache.gather(normed)
+        num_frames, height, width, channels = whole.shape
+        qkv = convolve(whole, *self._qkv, [0, 0, 0])
         q, k, v = qkv.view(num_frames, 1, height * width, 3 * channels).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).reshape(x.shape)
-        return convolve(y, *self._proj, [0, 0, 0]).add_(x)
+        y = F.scaled_dot_product_attention(q, k, v).reshape(whole.shape)
+        return convolve(cache.own(y).contiguous(), *self._proj, [0, 0, 0]).add_(x)
 
 
 class UpBlock:
@@ -230,8 +278,14 @@ class Upsample:
                 cache.keep(REPEAT)
             else:
                 x = self.in_time(self.time_conv(x, cache))
-        height, width = x.shape[1:3]
-        return interleave(convolve(x, self.weight, self.bias, [0, 1, 1]), height, width)
+        num_frames, height, width, channels = x.shape
+        halo = cache.halo
+        if halo:
+            rows = x.new_empty(num_frames, halo + height + halo, width, channels)
+            rows[:, halo : halo + height] = x
+            cache.fill_halo(rows)
+            x = rows
+        return interleave(convolve(x, self.weight, self.bias, [0, 1 - halo, 1]), height, width)
 
     def in_time(self, x: Tensor) -> Tensor:
         """[T, H, W, 2 C] as [2 T, H, W, C]."""

@@ -86,7 +86,8 @@ def test_ranks_hold_their_layers_and_the_leader_what_it_alone_has(eight):
         parts = [ModelPart(range(*span), span[0] == 0, span[1] == 40) for span in bounds]
         assert [stage["weights_mb"] for stage in stages] == [2 * sizes.part_params(part) / 1e6 for part in parts]
         assert stages[0]["text_mb"] == 2 * sizes.text_params / 1e6
-        assert all(stage["vae_mb"] == stage["text_mb"] == 0 for stage in stages[1:])
+        assert all(stage["text_mb"] == 0 for stage in stages[1:])
+        assert stages[0]["vae_mb"] > 0 and {stage["vae_mb"] for stage in stages} <= {0, stages[0]["vae_mb"]}
         assert option["worst_mb"] == max(sum(stage.values()) for stage in stages)
 
 

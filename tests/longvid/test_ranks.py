@@ -222,8 +222,8 @@ def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(
 def test_a_trace_shows_what_every_rank_did(two: Path) -> None:
     events = [event for event in json.loads(two.with_suffix(".json").read_text())["traceEvents"] if event["ph"] == "X"]
     for rank, names in (
-        (0, ("forward", "step", "send hidden", "receive velocity")),
-        (1, ("forward", "receive hidden")),
+        (0, ("forward", "step", "send hidden", "receive velocity", "decode", "receive frames")),
+        (1, ("forward", "receive hidden", "decode", "send frames", "receive decoder")),
     ):
         seen = {" ".join(event["name"].split()) for event in events if event["pid"] == rank}
         for name in names:
@@ -412,7 +412,9 @@ def test_chunks_over_ranks_give_the_same_bytes(
 def test_chunks_and_branches_over_ranks_give_the_same_bytes_after_a_kill(
     story: Path, adapter: Path, warm: Warm, tmp_path: Path
 ) -> None:
-    """With global tokens, of which every rank makes all. Each owner saved its own chunks; others go on with them."""
+    """With global tokens, of which every rank makes all. Each owner saved its own chunks, and its part of the decoder's
+    layers; others go on with them, and decode by rows.
+    """
     settings = [*CHUNKS, "sampler.guidance=2", "sampler.steps=6", "vin.policy=on", f"vin.path={adapter}"]
     one = warm.render(story, tmp_path / "one.mp4", settings=settings)
     film = tmp_path / "film.mp4"
@@ -420,7 +422,10 @@ def test_chunks_and_branches_over_ranks_give_the_same_bytes_after_a_kill(
     wait_for((tmp_path / MANIFEST).exists)
     os.kill(ranks.pids[2], signal.SIGKILL)
     assert ranks.wait() == [3, 3, -signal.SIGKILL, 3], ranks.said()
-    assert warm.render(story, film, "--resume", num_ranks=3, settings=[*settings, "mesh.chunk=3"]) == one
+    assert (
+        warm.render(story, film, "--resume", num_ranks=3, settings=[*settings, "mesh.chunk=3", "mesh.decode=rows"])
+        == one
+    )
 
 
 def test_a_resume_of_another_film_is_refused(story: Path, warm: Warm, tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, Boundary, Receive, SaveLatents, place_of, rank_program
+from longvid.parallel.pipeline import (
+    SAVE_NOTICE,
+    Boundary,
+    DecodingOwners,
+    HandOn,
+    Receive,
+    SaveLatents,
+    place_of,
+    rank_program,
+)
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,
@@ -242,26 +251,30 @@ TOPOLOGIES = st.builds(
 )
 
 
-@given(films(), TOPOLOGIES)
+@given(films(), TOPOLOGIES, st.integers(1, 4), st.booleans())
 @settings(deadline=None)
-def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, film, topology):
+def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, film, topology, line, by_rows):
+    """However many owners decode together."""
     *_, steps, rules = film
     chunks, actions = schedule(make_film, film)
-    found = rehearse_schedule(lambda: actions, topology, 1, lambda _, action: float(isinstance(action, Forward)))
+    owners = DecodingOwners(min(line, topology.chunk), by_rows)
+    found = rehearse_schedule(
+        lambda: actions, topology, 1, lambda _, action: float(isinstance(action, Forward)), owners=owners
+    )
     within = topology.num_ranks // topology.chunk
     assert sum(found.busy) == len(chunks) * (steps - len(rules.forecast)) * within
 
 
-@given(films(), TOPOLOGIES)
+@given(films(), TOPOLOGIES, st.booleans())
 @settings(deadline=None)
-def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_film, film, topology):
+def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_film, film, topology, decode_together):
     """And it has the leader's word of a round before its own end of it, so SAVE_NOTICE rounds later it surely knows."""
     chunks, actions = schedule(make_film, film)
     *_, steps, rules = film
     rounds = list(range(rules.num_rounds(len(chunks), steps) - 1))
-    saved = defaultdict(set)
+    saved, owners = defaultdict(set), DecodingOwners(topology.chunk if decode_together else 1)
     for rank in range(topology.num_ranks):
-        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank))
+        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, owners=owners))
         boundaries = [action.round for action in program if isinstance(action, Boundary)]
         if place.stage == 0 or place.chunk:
             assert boundaries == rounds
@@ -278,6 +291,20 @@ def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_fi
         assert newest <= {z for _, z in found}
         assert len(found) == len({z for _, z in found})
         assert all(place == place_of(z.chunk, group, topology.chunk) for place, z in found if z.chunk in group)
+
+
+def test_owners_that_decode_together_take_as_long_as_the_slowest_part(make_film):
+    """But for the first round, in which borders are noise, and the first chunk's way to the leader."""
+    chunks, steps, rules = make_film([241], 6, 1).chunks, 4, ChunkRules(64)
+
+    def cost(rank, action):
+        parts = [0.8, 1.0, 0.9]
+        is_decoding = isinstance(action, HandOn) or (isinstance(action, Finish) and rank == 0)
+        return 1.0 if isinstance(action, Forward) else parts[rank] * is_decoding
+
+    topology = Topology(chunk=3)
+    found = rehearse_schedule(lambda: chunk_schedule(chunks, steps, rules), topology, 2, cost, owners=DecodingOwners(3))
+    assert found.makespan <= 1.07 * max(found.busy)
 
 
 def test_ranks_with_equal_runs_do_not_wait_for_each_other(make_film):

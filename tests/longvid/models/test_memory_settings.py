@@ -255,6 +255,10 @@ def test_what_does_not_fit_is_refused(euler_checkpoint: Path, checkpoint_of: Che
         Engine.load(euler_checkpoint, overrides=["memory.offload=host", "runtime.device=cpu"])
     with pytest.raises(InputError, match=r"memory.vae_rows must be 0: the VAE of ltx models"):
         Engine.load(checkpoint_of("ltx"), overrides=["memory.vae_rows=2"])
+    with pytest.raises(InputError, match=r"mesh.decode=rows: the VAE of ltx models does not work row by row"):
+        Engine.load(checkpoint_of("ltx"), overrides=["mesh.decode=rows"])
+    with pytest.raises(InputError, match=r"mesh.decode=rows gives each rank its rows .* memory.vae_rows must be 0"):
+        Engine.load(overrides=["mesh.decode=rows", "memory.vae_rows=2"])
     pipeline = diffusers.WanPipeline.from_pretrained(euler_checkpoint)
     with pytest.raises(InputError, match=r"memory.offload, memory.quantize: the pipeline is in memory already"):
         Engine.load(pipeline, overrides=["memory.offload=disk", "memory.quantize=int8"])
