@@ -84,7 +84,7 @@ class OptionJudge:
         chosen_SNH = choose_all(errors_SNHO, densities, even, self._how)
         picked = np.take_along_axis(errors_SNHO, chosen_SNH[..., None], -1)
         used, numbers = np.unique(chosen_SNH, return_inverse=True)
-        placed: list[list[list[int]]] = numbers.reshape(chosen_SNH.shape).tolist()
+        placed = cast(list[list[list[int]]], numbers.reshape(chosen_SNH.shape).tolist())
         return Choices(
             model=model,
             num_layers=num_layers,
