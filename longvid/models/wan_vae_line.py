@@ -69,7 +69,8 @@ def most_even(works: list[int], count: int) -> list[int]:
     choices: Iterator[tuple[int, ...]] = (
         (0, *inner, len(works)) for inner in combinations(range(1, len(works)), count - 1)
     )
-    return list(min(choices, key=sizes))
+    best = min(choices, key=sizes)
+    return list(best)
 
 
 def _num_entries(block: UpBlock) -> int:
