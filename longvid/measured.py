@@ -9,11 +9,13 @@ import torch
 
 from longvid.doctor import cpu_facts
 from longvid.engine import pick_device
-from longvid.machines import MeasuredMachine
+from longvid.machines import MeasuredMachine, unit_tokens
+from longvid.meshes import Film
 from longvid.models.costs import measure_costs
 from longvid.models.loader import open_checkpoint
-from longvid.models.sizes import Tokens
-from longvid.outlook import Film
+
+PATIENCE_S = 20.0
+"""What measuring may take, of layers and of the decoder each: longer than a render takes for it, to be exact."""
 
 
 def measure_machine(film: Film, num_ranks: int) -> MeasuredMachine:
@@ -25,18 +27,17 @@ def measure_machine(film: Film, num_ranks: int) -> MeasuredMachine:
     checkpoint = open_checkpoint(settings.model.path)
     decoder = checkpoint.load_decoder(getattr(torch, settings.runtime.dtype), device)
     size = (film.plan.width, film.plan.height)
-    costs = measure_costs(checkpoint, decoder, settings, device, size)
-    queue = settings.queue
-    count = queue.chunk_latents + (queue.context_latents if queue.left == "recompute" else 0)
-    tokens = count * film.facts.grid.tokens_per_latent(*size)
+    costs = measure_costs(checkpoint, decoder, settings, device, size, PATIENCE_S)
+    at = costs.measured_at
     return MeasuredMachine(
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else str(cpu_facts()["name"]),
         memory_gb=_memory_gb(device) / (1 if device.type == "cuda" else num_ranks),
         sizes=film.sizes,
         costs=replace(costs, decode=costs.decode * settings.sampler.steps),
-        unit=Tokens(tokens, tokens, film.sizes.text_columns),
+        unit=unit_tokens(settings, film.facts, film.sizes, size),
         cells=film.cells,
-        latents=queue.chunk_latents,
+        latents=settings.queue.chunk_latents,
+        notes=[f"measured at {at[0]} x {at[1]}, and scaled by operations"] if at else [],
     )
 
 

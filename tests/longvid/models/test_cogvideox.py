@@ -23,7 +23,7 @@ from longvid.models.facts import facts_of
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.parallel.stage import Unit
-from longvid.parallel.topology import Topology, choose_topology, workload
+from longvid.parallel.topology import Topology, fitting_meshes, workload
 from longvid.plan import Chunk, PromptBlend, make_plan
 from longvid.script import parse_script
 from longvid.settings import MeshSettings, SamplerSettings, load_settings
@@ -232,9 +232,9 @@ def test_its_fingerprint_is_the_same_after_a_file(checkpoint_of: CheckpointOf, k
 
 def test_its_tokens_stay_on_one_rank(checkpoint_of: CheckpointOf) -> None:
     work = workload(load_settings(), facts_of(str(checkpoint_of("cogvideox 5b"))))
-    assert choose_topology(2, MeshSettings(), work).stage == 2
+    assert [mesh.stage for mesh in fitting_meshes(2, MeshSettings(), work)] == [2]
     with pytest.raises(InputError, match=r"seq 2: with this model or cache\.policy tokens stay on one rank"):
-        choose_topology(2, MeshSettings(seq=2), work)
+        fitting_meshes(2, MeshSettings(seq=2), work)
 
 
 def test_a_size_beyond_the_positions_is_refused(checkpoint_of: CheckpointOf) -> None:
