@@ -60,6 +60,8 @@ class Holder:
     cache: CacheRuntime | None = None
     owner: Callable[[int], int] = lambda chunk: 0
     reader: Callable[[int], int | None] = lambda chunk: None
+    decodes: bool = False
+    """Whether a rank besides the leader has a decoder."""
 
     def has(self, chunk: int) -> bool:
         """Whether this rank has a part in a chunk."""
@@ -96,6 +98,8 @@ class Saved:
     borders: dict[LatentVersion, Tensor] = field(default_factory=dict)
     solvers: dict[int, Tensors] = field(default_factory=dict)
     film: FilmState | None = None
+    decoder: Tensors = field(default_factory=dict)
+    """Where the film's decoder was, on ranks that decode."""
     memory: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
     cached: dict[tuple[int, int, int], Memory] = field(default_factory=dict)
 
@@ -159,9 +163,9 @@ class CheckpointSaver:
     not answer for `timeout_s`), `on_notice` is told by `is_due` or `close`, on the caller's thread, and the checkpoint
     before stays.
 
-    On the leader `film_state` is asked inside `save_latents`, when all finished chunks are handed out: their frames
-    must be written by then. `fingerprint` goes to the manifest. The film's folder must be on a disk that all ranks
-    share. Once `preemption` is asked for, a save is due at once, and `is_due` raises Preempted when it is there.
+    On the leader `film_state` is asked inside `save_film`, when all chunks that were finished are handed out: their
+    frames must be written by then. `fingerprint` goes to the manifest. The film's folder must be on a disk that all
+    ranks share. Once `preemption` is asked for, a save is due at once, and `is_due` raises Preempted when it is there.
     """
 
     def __init__(
@@ -188,6 +192,7 @@ class CheckpointSaver:
         self._until = math.inf
         self._synced_segments = 0
         self._kv: _Job | None = None
+        self._latents: _Job | None = None
         self._thread: threading.Thread | None = None
         self._notices: deque[str] = deque()
         self._told = ""
@@ -195,7 +200,8 @@ class CheckpointSaver:
     @property
     def is_busy(self) -> bool:
         """Whether a save is under way."""
-        return self._kv is not None or (self._thread is not None and self._thread.is_alive())
+        is_begun = self._kv is not None or self._latents is not None
+        return is_begun or (self._thread is not None and self._thread.is_alive())
 
     def is_due(self) -> bool:
         self._tell()
@@ -230,19 +236,28 @@ class CheckpointSaver:
         for chunk, solver in solvers.items():
             tensors |= {f"solver/{chunk}/{name}": value for name, value in solver.state().items()}
         names = {**job.names, "latents": [(v.chunk, v.version) for v in latents], "solvers": list(solvers)}
+        job = _Job(done, tensors, names)
         if self._holder.mesh.is_leader:
-            film = self._film_state()
-            tensors |= {f"decoder/{name}": value for name, value in film.decoder.items()}
-            tensors["frames"] = torch.from_numpy(film.writer.open_frames)
-            if film.last is not None:
-                tensors["last"] = film.last
-            names |= {"segments": film.writer.segments, "short": list(film.writer.short)}
-        self._start(_Job(done, tensors, names))
+            self._latents = job
+        else:
+            self._start(job)
+
+    def save_film(self) -> None:
+        """On the leader, behind `save_latents`, when all chunks that were finished then are handed out."""
+        assert self._latents, "latents come first"
+        job, self._latents = self._latents, None
+        film = self._film_state()
+        tensors = job.tensors | {f"decoder/{name}": value for name, value in film.decoder.items()}
+        tensors["frames"] = torch.from_numpy(film.writer.open_frames)
+        if film.last is not None:
+            tensors["last"] = film.last
+        names = {**job.names, "segments": film.writer.segments, "short": list(film.writer.short)}
+        self._start(_Job(job.round, tensors, names))
 
     def close(self) -> None:
         """Wait for the save that is under way; for other ranks' part in it no longer than `GRACE_S`."""
         self._until = time.monotonic() + GRACE_S
-        self._kv = None
+        self._kv = self._latents = None
         if self._thread:
             self._thread.join()
         self._tell()
@@ -443,7 +458,9 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
                 return holder.sees(int(rest.partition("/")[0]))
             case "solver":
                 return mesh.is_owner and holder.has(int(rest.partition("/")[0]))
-            case "decoder" | "frames" | "last":
+            case "decoder":
+                return mesh.is_leader or holder.decodes
+            case "frames" | "last":
                 return mesh.is_leader
         return name.rpartition("/")[0] in own_kv
 
@@ -463,6 +480,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
             borders={v: value for v, value in latents.items() if not holder.has(v.chunk)},
             solvers={chunk: _under(f"solver/{chunk}", tensors) for chunk in own},
             film=_film(manifest, tensors) if mesh.is_leader else None,
+            decoder=_under("decoder", tensors),
             memory=memory,
             cached=cached,
         )

@@ -31,6 +31,7 @@ from longvid.checkpoint import (
     save_ending,
 )
 from longvid.chips import CPU, chip_of
+from longvid.decode import FilmDecoders, StageDecoders, push
 from longvid.ending import Ending, longer_script
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
 from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
@@ -54,9 +55,11 @@ from longvid.models.prompts import unknown_words
 from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.executor import Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
-from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
@@ -80,7 +83,7 @@ from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.tokens import largest_tokens
-from longvid.together import Clip, Film, FilmDecoders, FilmSavers, FilmSet, Job, join_live, join_memory
+from longvid.together import Clip, Film, FilmSavers, FilmSet, Job, join_live, join_memory
 from longvid.trace import Trace, summary, summary_text, write_trace
 from longvid.writer import WriterState, check_path
 
@@ -95,7 +98,9 @@ class _Tools:
 
     trace: Trace | None = None
     ledger: Ledger | None = None
-    decoders: FilmDecoders | None = None
+    decoders: FilmDecoders | StageDecoders | None = None
+    decoding: StageDecoding | None = None
+    """How decoding is dealt out, where stages do it."""
     saver: FilmSavers | None = None
     saved: Sequence[Saved | None] = ()
     done: int = -1
@@ -187,11 +192,11 @@ class Engine:
         self._boundary = checkpoint.boundary
         dtype = getattr(torch, settings.runtime.dtype)
         self._loading = open_loading(checkpoint, settings, self.device)
+        self.shares: Shares | None = None
+        """Where stages decode: how that is dealt out."""
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
-            self._decoder = checkpoint.load_decoder(dtype, self.device)
-            if settings.memory.vae_rows:
-                cast(RowsDecoder, self._decoder).split_rows(settings.memory.vae_rows)
+            self._load_decoder(checkpoint, dtype)
             self.vae = self._decoder.vae
             """The video VAE; on the leader alone."""
             self._images = checkpoint.load_images(self._decoder, dtype, self.device)
@@ -238,7 +243,10 @@ class Engine:
             measured = measure_costs(checkpoint, self._decoder, self.settings, self.device) if mesh.is_leader else None
             self.costs = broadcast(measured)
             assert self.costs is not None
-            layers = split_layers(self.costs, mesh.topology.stage)[mesh.place.stage]
+            bounds, self.shares = self._dealt_work()
+            layers = bounds[mesh.place.stage]
+        if self._decodes and not mesh.is_leader:
+            self._load_decoder(checkpoint, dtype)
         self.layers = layers
         self.cache = self.cache or make_cache(self.cache_plan, layers, mesh.topology.guidance)
         part = ModelPart(layers, mesh.is_first, mesh.is_last)
@@ -253,6 +261,28 @@ class Engine:
             vin=self._vin,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
+
+    def _load_decoder(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._decoder = checkpoint.load_decoder(dtype, self.device)
+        if self.settings.memory.vae_rows:
+            cast(RowsDecoder, self._decoder).split_rows(self.settings.memory.vae_rows)
+
+    def _dealt_work(self) -> tuple[tuple[range, ...], Shares | None]:
+        """Each stage's layers, and what it decodes."""
+        assert self.costs is not None, "costs are measured where there are several stages"
+        chosen = self.settings
+        return deal_work(self.costs, self.mesh.topology.stage, chosen.mesh.decode, chosen.queue.chunk_latents)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether this rank has a decoder."""
+        place = self.mesh.place
+        is_first = place.chunk == place.guidance == place.seq == 0
+        return self.mesh.is_leader or bool(self.shares and is_first and self.shares.of_stages[place.stage])
+
+    def _decoding(self, plan: Plan) -> StageDecoding | None:
+        rules, steps = rules_of(self.settings), self.settings.sampler.steps
+        return StageDecoding(Decoding.of(self.shares, plan, rules, steps)) if self.shares else None
 
     def plan(self, story: str | Path | Script) -> Plan:
         """The plan of a storyboard (a path, or a loaded Script): shots, chunks, prompts, noise keys."""
@@ -288,12 +318,29 @@ class Engine:
         denoising steps take the new prompt, those that are further keep theirs. Raises InputError for a wrong
         storyboard before any work, RuntimeFailure for latents that are not finite. Close the iterator to stop early.
         """
-        plan, wishes, tools = self.plan(story), Wishes(), _Tools()
+        plan, wishes = self.plan(story), Wishes()
+        tools = self._tools(plan)
         if not 0 <= early_steps < self.settings.sampler.steps:
             raise InputError(f"early_steps must be 0 to {self.settings.sampler.steps - 1}, not {early_steps}")
         if self.settings.schedule != "chunks":
             tools.prompter = self._prompter(wishes, early_steps, on_event)
         return FilmStream(self._frames(plan, on_event, tools), wishes if tools.prompter else None)
+
+    def _tools(self, plan: Plan, **with_them: Any) -> _Tools:
+        """What goes along with a render, and what decodes it."""
+        tools = _Tools(**with_them)
+        tools.decoding = self._decoding(plan)
+        if not self._decodes:
+            return tools
+        films = FilmDecoders(self._decoder)
+        if tools.decoding is None:
+            tools.decoders = films if self.mesh.is_leader else None
+            return tools
+        before = enumerate(num_finished(plan, self.settings, tools.done))
+        resting = {i for i, count in before if tools.decoding.plan.resting(i, count) == self.mesh.place.stage}
+        keeps = self.settings.output.keep_state or plan.first_chunk > 0
+        tools.decoders = StageDecoders(films, plan, frozenset(resting), keeps)
+        return tools
 
     def _prompter(self, wishes: Wishes, early_steps: int, on_event: OnEvent) -> LivePrompter:
         self._num_streams += 1
@@ -396,7 +443,7 @@ class Engine:
         ledger: str | Path | None,
         preemption: Preemption | None,
     ) -> None:
-        tools = _Tools(done=job.done, preemption=preemption or Preemption())
+        tools = self._tools(job.plan, done=job.done, preemption=preemption or Preemption())
         if trace:
             tools.trace = Trace(self.mesh.rank, describe(self.mesh.topology, self.mesh.rank))
         if ledger:
@@ -411,7 +458,10 @@ class Engine:
         tools.ended = next(
             (load_ending(film.path, film.ending, self.device) for film in job.films if film.ending), None
         )
-        tools.decoders = FilmDecoders(self._decoder) if self.mesh.is_leader else None
+        if tools.decoders and not self.mesh.is_leader:
+            for index, saved in enumerate(tools.saved):
+                if state := saved.decoder if saved else tools.ended and tools.ended.decoder:
+                    tools.decoders.load(index, state)
         with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
                 films.open(tools.saved, self.settings.output, tools.ended)
@@ -430,7 +480,9 @@ class Engine:
             return owners[chunk + 1] if has_reader else None
 
         branches = self._stage.branches
-        return Holder(self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader)
+        return Holder(
+            self.mesh, self.layers, branches, self.attention, self.cache, owners.__getitem__, reader, self._decodes
+        )
 
     def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
         """What the leader knows of a film before it begins."""
@@ -577,10 +629,12 @@ class Engine:
         if self.costs is None:
             return None
         topology = self.mesh.topology
-        bounds = split_layers(self.costs, topology.stage)
-        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share)
+        bounds, shares = self._dealt_work()
+        latents = self.settings.queue.chunk_latents if shares else None
+        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share, latents)
         buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
-        return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost).bubble
+        decoding = self._decoding(plan)
+        return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost, decoding).bubble
 
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: _Tools | None = None) -> Iterator[Finished]:
         """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
@@ -589,7 +643,7 @@ class Engine:
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
         if self.mesh.is_leader and topology.num_ranks > 1:
-            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers)
+            rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, decoding=tools.decoding)
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
             self._stage,
@@ -603,6 +657,9 @@ class Engine:
             sharing=self._sharing(),
             recalled=tools.ended.last if tools.ended else None,
             cache=self.cache,
+            decoding=tools.decoding,
+            decoder=tools.decoders if isinstance(tools.decoders, StageDecoders) else None,
+            shown=lambda finished: self._shown(finished, images),
             saver=tools.saver,
             prompter=tools.prompter,
             on_action=tools.trace.on_action if tools.trace else self.watch_action,
@@ -620,10 +677,14 @@ class Engine:
             for finished in self._executor.run(actions, plan, rounds.on_unit, live, tools.done):
                 film = plan.film_of(finished.chunk)
                 tools.lasts[film] = self._last_of_shot(finished, tools.lasts.get(film))
-                image = images[finished.chunk.shot]
-                yield finished if image is None or self._images is None else self._images.finish(finished, image)
+                yield finished if tools.decoding else self._shown(finished, images)
         finally:
             self._executor = None
+
+    def _shown(self, finished: Finished, images: Sequence[Condition | None]) -> Finished:
+        """What the film shows of finished latents."""
+        image = images[finished.chunk.shot]
+        return finished if image is None or self._images is None else self._images.finish(finished, image)
 
     def _last_of_shot(self, finished: Finished, before: Tensor | None) -> Tensor:
         """The shot's last finished latents, as many as there is left context; `before` are those so far."""
@@ -723,10 +784,10 @@ class Engine:
         for finished in self.denoise(plan, on_event, tools):
             chunk, film = finished.chunk, plan.film_of(finished.chunk)
             began = time.monotonic_ns()
-            if tools.decoders:
+            if isinstance(tools.decoders, FilmDecoders):
                 tools.decoders.at(film)
             frames = self.decode(plan, finished)
-            if tools.trace:
+            if tools.trace and not tools.decoding:
                 tools.trace.add("decode", f"c{chunk.index}", began, time.monotonic_ns())
             chunks_done[film] += 1
             frames_done[film] = self._frames_until(plan, plan.films[film], chunks_done[film])
@@ -740,10 +801,10 @@ class Engine:
         Every shot starts a decode of its own; its last chunk is trimmed to the frames asked for.
         """
         chunk, shot = finished.chunk, plan.shots[finished.chunk.shot]
-        if chunk.start == 0:
-            self._decoder.reset()
-        is_last = chunk.index == shot.first_chunk + shot.num_chunks - 1
-        frames: Frames = self._decoder.push(finished.latents, is_last).numpy()
+        made = finished.frames
+        if made is None:
+            made = push(self._decoder, plan, chunk, range(chunk.num_latents), finished.latents)
+        frames: Frames = made.numpy()
         left = max(0, shot.num_frames - self._decoder.frames_after(chunk.start))
         self._behind_the_end = frames[left:]
         return frames[:left]

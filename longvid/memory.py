@@ -30,7 +30,7 @@ VAE_COPIES = 2
 class StageMemory:
     """One rank of a stage: of the first, the leader.
 
-    `activations_mb` are a unit's, with messages; on the leader, where that is more, those of the decoder, for it is at
+    `activations_mb` are a unit's, with messages; where it decodes and that is more, those of the decoder, for it is at
     work between units. `vae_mb` is what stays of the VAE. A text encoder that goes before the film begins counts in
     `text_mb` as far as it holds more than all that comes after it.
     """
@@ -57,10 +57,12 @@ def stage_memory(
     bounds: Sequence[range],
     weights: Callable[[ModelPart, int], int],
     sizes: Sizes | None = None,
+    decodes: Sequence[bool] = (),
 ) -> tuple[StageMemory, ...]:
     """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
 
-    `weights` says how many bytes of a part a rank holds, with so many bytes a number.
+    `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` which stages decode
+    beside the first.
     """
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
@@ -101,11 +103,12 @@ def stage_memory(
         if not sizes:
             return held
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
-        if stage:
+        if stage and not any(decodes[stage : stage + 1]):
             return replace(held, activations_mb=(at_work + waiting) / MB)
         decoding = itemsize * VAE_COPIES * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
-        held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB)
-        return _with_ends(held, sizes, width * height, itemsize, settings.memory)
+        vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height)) / MB
+        held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae)
+        return held if stage else _with_text(held, sizes, itemsize, settings.memory)
 
     return tuple(of_stage(stage, layers) for stage, layers in enumerate(bounds))
 
@@ -122,10 +125,9 @@ def device_bytes(sizes: Sizes, part: ModelPart, itemsize: int, memory: MemorySet
     return whole - sizes.num_experts * away
 
 
-def _with_ends(held: StageMemory, sizes: Sizes, cells: int, itemsize: int, memory: MemorySettings) -> StageMemory:
-    """The leader's, with VAE and text encoder, which are loaded whole."""
-    vae = itemsize * (sizes.vae.params + sizes.vae.state_values(cells)) / MB
-    text, held = itemsize * sizes.text_params, replace(held, vae_mb=vae)
+def _with_text(held: StageMemory, sizes: Sizes, itemsize: int, memory: MemorySettings) -> StageMemory:
+    """The leader's, with the text encoder, which is loaded whole."""
+    text = itemsize * sizes.text_params
     if memory.frees_encoder(text):
         loaded_before = held.weights_mb + itemsize * sizes.vae.params / MB
         return replace(held, text_mb=max(0.0, loaded_before + text / MB - held.total_mb))

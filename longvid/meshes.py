@@ -18,8 +18,9 @@ from longvid.machines import ChipMachine, Machine, unit_tokens
 from longvid.memory import StageMemory, device_bytes, stage_memory
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Flops, Layer, Sizes, Tokens, layer_bytes
+from longvid.parallel.decoding import Shares, deal_work
 from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
-from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.partition import Costs
 from longvid.parallel.schedule import QueueRules, make_schedule
 from longvid.parallel.topology import (
     LONG_FILM,
@@ -112,6 +113,8 @@ class Option:
     topology: Topology
     reason: str | None = None
     bounds: tuple[range, ...] = ()
+    shares: Shares | None = None
+    """How decoding is dealt out, where stages do it."""
     memory: tuple[StageMemory, ...] = ()
     pace: Pace | None = None
 
@@ -125,7 +128,9 @@ class Option:
         return self.pace.makespan if self.pace else float("inf")
 
 
-def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[range]) -> Times:
+def times_of(
+    film: Film, machine: Machine, topology: Topology, bounds: Sequence[range], shares: Shares | None = None
+) -> Times:
     """What units take on the stages of a mesh."""
     share = plan_cache(film.settings.cache, film.steps, film.facts.num_layers)
     branches = film.settings.sampler.num_branches // topology.guidance
@@ -174,6 +179,7 @@ def times_of(film: Film, machine: Machine, topology: Topology, bounds: Sequence[
         decode=lambda chunk: decoding(kinds[chunk]),
         hop=lambda chunk: hopping(kinds[chunk]),
         capacity=2 * film.settings.mesh.buffers,
+        shares=shares,
     )
 
 
@@ -187,8 +193,8 @@ def _fetch(film: Film, machine: Machine, topology: Topology, layer: Layer) -> fl
     return 0.0 if memory.offload == "none" else machine.fetch(layer_bytes(layer, film.itemsize), memory, topology)
 
 
-def split(film: Film, machine: Machine, topology: Topology) -> tuple[range, ...]:
-    """The stages' layers as a render deals them out: by what they cost at the model's own size."""
+def split(film: Film, machine: Machine, topology: Topology) -> tuple[tuple[range, ...], Shares | None]:
+    """The stages' layers and decoding as a render deals them out: by what they cost at the model's own size."""
     facts, queue, sizes = film.facts, film.settings.queue, film.sizes
     tokens = unit_tokens(film.settings, facts, sizes, (facts.width, facts.height))
     branches = film.settings.sampler.num_branches // topology.guidance
@@ -197,7 +203,7 @@ def split(film: Film, machine: Machine, topology: Topology) -> tuple[range, ...]
     width, height = facts.grid.latent_size(facts.width, facts.height)
     decode = machine.decode(width * height, queue.chunk_latents, False) / film.steps
     costs = Costs(tuple(kinds[layer] for layer in sizes.layers), end, end, decode)
-    return split_layers(costs, topology.stage)
+    return deal_work(costs, topology.stage, film.settings.mesh.decode, queue.chunk_latents)
 
 
 def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = True) -> list[Option]:
@@ -243,19 +249,19 @@ def weigh(film: Film, machine: Machine, option: Option, *, with_pace: bool = Tru
     """A mesh with what it takes and holds, or with what rules it out."""
     if option.reason:
         return option
-    bounds = split(film, machine, option.topology)
-    weights = partial(_device_bytes, film)
+    bounds, shares = split(film, machine, option.topology)
+    weights, decodes = partial(_device_bytes, film), [bool(part) for part in shares.of_stages] if shares else []
     memory = stage_memory(
-        film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes
+        film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes, decodes
     )
-    option = replace(option, bounds=bounds, memory=memory)
+    option = replace(option, bounds=bounds, shares=shares, memory=memory)
     if option.worst_mb > machine.memory_gb * 1e3:
         worst = max(range(len(memory)), key=lambda stage: memory[stage].total_mb)
         held = f"stage {worst} would hold {option.worst_mb / 1e3:.1f} GB, of {machine.memory_gb:.1f} GB"
         option = replace(option, reason=held)
     if not with_pace or option.reason:
         return option
-    times = times_of(film, machine, option.topology, bounds)
+    times = times_of(film, machine, option.topology, bounds, shares)
     return replace(option, pace=pace_of(film.plan.chunks, film.steps, film.rules, times))
 
 

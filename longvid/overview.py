@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from longvid.cache.settings import plan_cache
 from longvid.memory import StageMemory, stage_memory
 from longvid.models.parts import ModelPart
-from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import DecodeAction, Decoding, deal_work
+from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import make_schedule, rules_of
+from longvid.parallel.schedule import Action, make_schedule, rules_of
 from longvid.parallel.topology import AXES, Topology
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
@@ -34,6 +36,8 @@ class Overview:
     bubble: float
     """The share of the ranks' time without work, if all layers cost the same and nothing else costs anything."""
     memory: tuple[StageMemory, ...]
+    decoding: StageDecoding | None = None
+    """How stages decode, if they do: here as though that cost nothing."""
 
     @classmethod
     def of(
@@ -54,11 +58,13 @@ class Overview:
         topology = topology or Topology()
         costs = Costs((1.0,) * facts.num_layers)
         share = plan_cache(settings.cache, steps, facts.num_layers).share
-        cost = stage_costs(costs, topology, split_layers(costs, topology.stage), steps, share)
-        rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, settings.mesh.buffers, cost)
-        bounds = split_layers(costs, topology.stage)
+        bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode, settings.queue.chunk_latents)
+        decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
+        cost = stage_costs(costs, topology, bounds, steps, share)
+        buffers = settings.mesh.buffers
+        rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, buffers, cost, decoding)
         memory = stage_memory(plan, settings, facts, report, topology, bounds, weights)
-        return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory)
+        return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory, decoding)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data. `latents_mb` (10^6 bytes) is the most that latents in flight take, in fp32."""
@@ -130,7 +136,9 @@ class Overview:
 
     def grid(self) -> str:
         """Rounds by chunks with the step that each takes; for a long film, its beginning."""
-        actions = make_schedule(self.plan, self.settings)
+        actions: Iterable[Action | DecodeAction] = make_schedule(self.plan, self.settings)
+        if self.decoding:
+            actions = self.decoding.plan.spread(actions)
         if self.report.num_rounds <= GRID_ROUNDS:
             return grid(actions)
         beginning = grid(takewhile(lambda action: action.round < GRID_ROUNDS, actions))
@@ -139,7 +147,8 @@ class Overview:
     @property
     def layers(self) -> tuple[range, ...]:
         """Each stage's layers, if all cost the same: a render measures what they cost."""
-        return split_layers(Costs((1.0,) * self.facts.num_layers), self.topology.stage)
+        costs, chosen = Costs((1.0,) * self.facts.num_layers), self.settings
+        return deal_work(costs, self.topology.stage, chosen.mesh.decode, chosen.queue.chunk_latents)[0]
 
     @property
     def tokens_per_latent(self) -> int:

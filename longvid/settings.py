@@ -114,6 +114,7 @@ class MeshSettings(Section):
 
     `ring` is the part of `seq` that passes K/V around in a ring; the rest exchanges heads (Ulysses). `buffers` is how
     many messages a rank may have under way to another, `films` how many films go through the stages side by side.
+    `decode` says who decodes: the stages, as much as suits their layers, or the leader alone.
     """
 
     replica: Axis = "auto"
@@ -124,6 +125,7 @@ class MeshSettings(Section):
     ring: Annotated[int, Field(ge=1, le=1024)] = 1
     buffers: Annotated[int, Field(ge=1, le=64)] = 2
     films: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    decode: Literal["stages", "leader"] = "stages"
 
 
 SequenceBackend = Literal["longvid", "deepspeed", "xfuser"]

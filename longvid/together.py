@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longvid.checkpoint import CheckpointSaver, Ended, FilmState, Saved
+from longvid.decode import DecoderStates
 from longvid.ending import Ending
 from longvid.errors import Preempted
 from longvid.events import Event, FilmDone
 from longvid.manifest import Manifest, has_checkpoint
-from longvid.models.checkpoint import StreamDecoder
 from longvid.parallel.executor import KEPT, Live
 from longvid.parallel.schedule import KvVersion, LatentVersion
 from longvid.parallel.stage import KvSpan
@@ -107,6 +107,10 @@ class FilmSavers:
             histories = {chunk - first: solver for chunk, solver in solvers.items() if chunk in film.chunks}
             self.savers[i].save_latents(done - film.first_round, own, histories)
 
+    def save_films(self, done: int) -> None:
+        for i in self._saving:
+            self.savers[i].save_film()
+
     def close(self) -> None:
         for saver in self.savers:
             saver.close()
@@ -150,33 +154,6 @@ def join_memory(
 
 
 @dataclass
-class FilmDecoders:
-    """One decoder for several films: each goes on where it was."""
-
-    decoder: StreamDecoder
-    _states: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
-    _at: int = 0
-
-    def at(self, film: int) -> StreamDecoder:
-        """The decoder, in its place in a film."""
-        if film != self._at:
-            self._states[self._at] = self.decoder.state()
-            self._at = film
-            self.decoder.reset()
-            if state := self._states.pop(film, None):
-                self.decoder.load_state(state)
-        return self.decoder
-
-    def load(self, film: int, state: Mapping[str, Tensor]) -> None:
-        """Put the decoder where it was in a film."""
-        self.at(film).load_state(state)
-
-    def end(self, film: int) -> None:
-        """A film is complete: its state is of no use."""
-        self.at(film).reset()
-
-
-@dataclass
 class FilmSet:
     """The films of a render while they are made. There are writers on the leader alone, which `open` makes.
 
@@ -185,7 +162,7 @@ class FilmSet:
     """
 
     job: Job
-    decoders: FilmDecoders | None
+    decoders: DecoderStates | None
     on_event: Callable[[Event], None]
     keep_ending: Callable[[Film, Ended, WriterState], None]
     lasts: dict[int, Tensor]
@@ -241,7 +218,7 @@ class FilmSet:
     def state(self, film: int) -> FilmState:
         """What a checkpoint keeps of a film."""
         assert self.decoders
-        return FilmState(self.decoders.at(film).state(), self.writers[film].state(), self.lasts.get(film))
+        return FilmState(self.decoders.state(film), self.writers[film].state(), self.lasts.get(film))
 
     def add(self, clip: Clip) -> None:
         """Write the next frames. A film is finished when the next clip comes, so that all was told of its last one."""
@@ -256,7 +233,7 @@ class FilmSet:
         if self.saver:
             self.saver.savers[film].close()
         assert self.decoders
-        ended = Ended(self.lasts.pop(film), self.decoders.at(film).state(), torch.from_numpy(clip.behind))
+        ended = Ended(self.lasts.pop(film), self.decoders.state(film), torch.from_numpy(clip.behind))
         self.decoders.end(film)
         path = self.writers[film].finish()
         if self._keeping[film]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longvid.parallel.decoding import Decode
 from longvid.parallel.pipeline import Look, RankAction, Receive, Send, name_of
 from longvid.parallel.schedule import Encode, Forecast, Forward, Fuse, Gate, Step
 
@@ -33,6 +34,8 @@ class Trace:
                 self.add("compute", name_of(action), start, end)
             case Receive():
                 self.add("receive", name_of(action), start, end)
+            case Decode():
+                self.add("decode", name_of(action), start, end)
             case Send():
                 self.add("send", name_of(action), start, end)
 

@@ -75,8 +75,13 @@ class Comm(Protocol):
         """Give a message on its way. With a window, waits until fewer than that many are under way to that rank."""
         ...
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
-        """Post a receive for the next message of a rank. Of a sized one the first number of `shape` says nothing."""
+    def receive(
+        self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False, on_host: bool = False
+    ) -> Incoming:
+        """Post a receive for the next message of a rank. Of a sized one the first number of `shape` says nothing.
+
+        With `on_host`, of a sized one that its sender gives from the host's memory, and that goes there.
+        """
         ...
 
     def flush(self) -> None:
@@ -92,7 +97,9 @@ class LoneComm:
     def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0, is_sized: bool = False) -> None:
         raise AssertionError("a lone rank has nobody to send to")
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
+    def receive(
+        self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False, on_host: bool = False
+    ) -> Incoming:
         raise AssertionError("a lone rank has nobody to receive from")
 
     def flush(self) -> None:
@@ -147,14 +154,17 @@ class DistComm:
             return [dist.isend(packed, to, tag=tag), *body_works]
 
         works = self._start(to, begin)
-        waited = 1 if self._device.type == "cuda" else len(works)
+        waited = 1 if body.device.type == "cuda" else len(works)
         return self._handle("to", to, works[:waited], (packed, body), works[waited:])
 
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False) -> Incoming:
+    def receive(
+        self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False, on_host: bool = False
+    ) -> Incoming:
         tag = self._received[source] % _TAGS
         self._received[source] += 1
         if is_sized:
-            return self._receive_sized(source, shape, dtype, tag)
+            device = torch.device("cpu") if on_host else self._device
+            return self._receive_sized(source, shape, dtype, tag, device)
         if self._device.type == "cuda":
             packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
             body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
@@ -169,12 +179,14 @@ class DistComm:
             )
         return _Posted(self, handle, source, packed, body)
 
-    def _receive_sized(self, source: int, shape: Sequence[int], dtype: torch.dtype, tag: int) -> Incoming:
+    def _receive_sized(
+        self, source: int, shape: Sequence[int], dtype: torch.dtype, tag: int, device: torch.device
+    ) -> Incoming:
         packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        message = _Sized(self, source, tag, tuple(shape[1:]), dtype, packed)
+        message = _Sized(self, source, tag, tuple(shape[1:]), dtype, device, packed)
         works = self._start(source, lambda: [dist.irecv(packed, source, tag=tag)])
         # On a CPU the thread that waits for the header goes on with the body; on CUDA that is the main thread's work.
-        then = None if self._device.type == "cuda" else message.begin_body
+        then = None if device.type == "cuda" else message.begin_body
         message.handle = self._handle("from", source, works, (packed,), then=then)
         return message
 
@@ -273,6 +285,7 @@ class _Sized:
     tag: int
     row: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     packed: Tensor
     handle: _Handle | None = None
     body: Tensor | None = None
@@ -280,7 +293,7 @@ class _Sized:
     def begin_body(self) -> list[Any]:
         """Post the receive of the body, now that the header is here."""
         rows = Header.unpack(self.packed).rows
-        self.body = torch.empty((rows, *self.row), dtype=self.dtype, device=self.comm._device)
+        self.body = torch.empty((rows, *self.row), dtype=self.dtype, device=self.device)
         return [dist.irecv(self.body, self.source, tag=self.tag + _TAGS)] if rows else []
 
     def wait(self) -> tuple[Header, Tensor]:

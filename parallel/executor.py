@@ -19,22 +19,31 @@ from torch import Tensor
 from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.parallel.comm import Header, Incoming
+from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.pipeline import (
     SAVE_NOTICE,
     Border,
     Boundary,
+    DecoderState,
+    DecodingParts,
     DropBorder,
     Hidden,
+    KeepState,
+    KeptState,
     Look,
     Message,
     Notice,
     Overlap,
+    PieceFrames,
+    PieceLatents,
     RankAction,
     Receive,
+    SaveFilms,
     SaveLatents,
     Seen,
     Send,
+    Show,
     Velocity,
     Verdict,
     rank_program,
@@ -60,7 +69,7 @@ from longvid.parallel.schedule import (
     Step,
 )
 from longvid.parallel.snapshot import key_latents
-from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, Stage, Unit
+from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, PieceDecoder, Stage, Unit
 from longvid.parallel.vin import merge, pack
 from longvid.plan import Chunk, ModelFacts, Plan
 from longvid.sampler import Forecaster, Sampler, Solver, fuse, guide
@@ -71,10 +80,14 @@ LOOK_AHEAD = 32
 
 @dataclass(frozen=True)
 class Finished:
-    """A chunk's finished latents fp32 [C, num_latents, h, w], the receiver's to keep."""
+    """A chunk's finished latents fp32 [C, num_latents, h, w], the receiver's to keep.
+
+    Where stages decode, with its frames uint8 [T, H, W, 3]: as many as the decoder has given.
+    """
 
     chunk: Chunk
     latents: Tensor
+    frames: Tensor | None = None
 
 
 @dataclass
@@ -101,6 +114,12 @@ class Live:
     """Global tokens that units bring along from the stage before."""
     seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """What global tokens see of each chunk's key latents, packed: see `longvid.parallel.vin`."""
+    finished: dict[int, Tensor] = field(default_factory=dict)
+    """On the leader, finished latents of chunks that are not shown yet."""
+    pieces: dict[Piece, Tensor] = field(default_factory=dict)
+    """On other ranks, latents that are to be decoded here."""
+    frames: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    """Of each chunk, what was decoded, by the first latent of its piece."""
 
 
 KEPT = -1
@@ -119,7 +138,11 @@ class Saver(Protocol):
         ...
 
     def save_latents(self, done: int, latents: dict[LatentVersion, Tensor], solvers: dict[int, Solver]) -> None:
-        """An owner's latents and solvers; on the leader, all chunks that finished until then were handed out."""
+        """An owner's latents and solvers."""
+        ...
+
+    def save_films(self, done: int) -> None:
+        """On the leader, behind `save_latents`: all chunks that finished until the end of that round are handed out."""
         ...
 
 
@@ -165,6 +188,11 @@ class Executor:
     recalled: Tensor | None = None
     """The last latents of the film that goes on, fp32 [C, as many as left context, h, w]; on ranks of stage 0."""
     cache: CacheRuntime | None = None
+    decoding: DecodingParts | None = None
+    decoder: PieceDecoder | None = None
+    """Where stages decode, how that is dealt out, and what this rank has for it."""
+    shown: Callable[[Finished], Finished] = lambda finished: finished
+    """On the leader: what a film shows of finished latents."""
     saver: Saver | None = None
     prompter: Prompter | None = None
     on_action: OnAction | None = None
@@ -212,7 +240,7 @@ class Executor:
         self, actions: Iterable[Action], plan: Plan, done: int
     ) -> Iterator[tuple[RankAction, Incoming | None]]:
         """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
-        whole = rank_program(actions, self.mesh.topology, self.mesh.rank)
+        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.decoding)
         program = (action for action in whole if action.round > done)
         ahead: deque[tuple[RankAction, Incoming | None]] = deque()
         posted: Counter[int] = Counter()
@@ -225,11 +253,17 @@ class Executor:
             if isinstance(action, Receive):
                 if isinstance(action.message, Hidden):
                     posted[action.source] += 1
-                shape, dtype = self._shape(action.message, plan)
-                is_sized = self._is_sized(action.message)
-                ahead.append((action, self.mesh.comm.receive(action.source, shape, dtype, is_sized=is_sized)))
+                ahead.append((action, self._post(action, plan)))
             elif action is not None:
                 ahead.append((action, None))
+
+    def _post(self, action: Receive, plan: Plan) -> Incoming:
+        message, comm = action.message, self.mesh.comm
+        if _is_made(message):
+            made = (0, plan.height, plan.width, 3) if isinstance(message, PieceFrames) else (0,)
+            return comm.receive(action.source, made, torch.uint8, is_sized=True, on_host=True)
+        shape, dtype = self._shape(message, plan)
+        return comm.receive(action.source, shape, dtype, is_sized=self._is_sized(message))
 
     def _may_post(self, action: RankAction, posted: Counter[int]) -> bool:
         if not isinstance(action, Receive) or not isinstance(action.message, Hidden):
@@ -265,7 +299,9 @@ class Executor:
                 self._step(action, plan, live)
             case Finish(latents=version):
                 live.solvers.pop(version.chunk, None)  # that of another owner's chunk is there
-                if self.mesh.is_leader:
+                if self.mesh.is_leader and self.decoding:
+                    live.finished[version.chunk] = live.latents[version]
+                elif self.mesh.is_leader:
                     return Finished(plan.chunks[version.chunk], live.latents[version].clone())
             case DropLatents(latents=version):
                 del live.latents[version]
@@ -284,6 +320,17 @@ class Executor:
                 self._boundary(action, live)
             case SaveLatents():
                 self._save_latents(action, live)
+            case Decode(piece=piece):
+                self._decode(piece, plan, live)
+            case KeepState(film=film):
+                if len(state := self._kept_state(action)):
+                    self._piece_decoder().keep(film, state)
+            case Show(chunk=i):
+                frames = torch.cat([part for _, part in sorted(live.frames.pop(i).items())])
+                return Finished(plan.chunks[i], live.finished.pop(i).clone(), frames)
+            case SaveFilms():
+                if self.saver and self._save_at == action.round:
+                    self.saver.save_films(action.round)
             case _:
                 assert_never(action)
         return None
@@ -484,6 +531,32 @@ class Executor:
         is_alone = self.mesh.topology.guidance == 1 and self.stage.num_branches == 1
         return self.cache is not None and self.cache.at(step).skips_negative and not is_alone
 
+    # ------------------------------------------------------------------------------------------------------- decoding
+
+    def _decode(self, piece: Piece, plan: Plan, live: Live) -> None:
+        """Here the peers of a stage would join in, each with some rows of the latents."""
+        latents, chunk = range(piece.first, piece.stop), plan.chunks[piece.chunk]
+        values = live.pieces.pop(piece) if piece in live.pieces else self._part(piece, plan, live)
+        frames = self._piece_decoder().decode(piece.film, chunk, latents, values)
+        live.frames.setdefault(piece.chunk, {})[piece.first] = frames
+
+    def _part(self, piece: Piece, plan: Plan, live: Live) -> Tensor:
+        finished = Finished(plan.chunks[piece.chunk], live.finished[piece.chunk])
+        return self.shown(finished).latents[:, piece.first : piece.stop]
+
+    def _kept_state(self, action: KeepState | KeptState) -> Tensor:
+        """Where a film's decoder is, if a checkpoint or the film's end needs it."""
+        decoder = self._piece_decoder()
+        is_needed = decoder.keeps_endings if action.is_end else self._save_at == action.round
+        state = decoder.packed(action.film) if is_needed else _NOTHING.to(torch.uint8)
+        if action.is_end:
+            decoder.forget(action.film)
+        return state
+
+    def _piece_decoder(self) -> PieceDecoder:
+        assert self.decoder is not None, "a rank that decodes needs a decoder"
+        return self.decoder
+
     # ------------------------------------------------------------------------------------------------------- messages
 
     def _send(self, action: Send, plan: Plan, live: Live) -> None:
@@ -511,6 +584,23 @@ class Executor:
                 comm.send(header, live.latents[version][:, -count:], action.to)
             case LatentVersion() as version:
                 comm.send(header, live.latents[version], action.to)
+            case _:
+                comm.send(header, self._of_decoding(message, plan, live), action.to, is_sized=_is_made(message))
+
+    def _of_decoding(self, message: Message, plan: Plan, live: Live) -> Tensor:
+        """What a message between stages that decode holds."""
+        match message:
+            case PieceLatents(piece=piece):
+                return self._part(piece, plan, live)
+            case PieceFrames(piece=piece):
+                return live.frames[piece.chunk].pop(piece.first)
+            case DecoderState(piece=piece):
+                state = self._piece_decoder().packed(piece.film)
+                self._piece_decoder().forget(piece.film)
+                return state
+            case KeptState(is_asked=False):
+                return self._kept_state(message)
+        return _NOTHING
 
     def _receive(self, action: Receive, incoming: Incoming, live: Live) -> None:
         header, value = incoming.wait()
@@ -541,13 +631,29 @@ class Executor:
                 live.seen |= {(i, k): part for i, part in enumerate(value, first)}
             case LatentVersion():
                 live.latents[message] = value
+            case _:
+                self._take_for_decoding(message, value, live)
+
+    def _take_for_decoding(self, message: Message, value: Tensor, live: Live) -> None:
+        match message:
+            case PieceLatents(piece=piece):
+                live.pieces[piece] = value
+            case PieceFrames(piece=piece):
+                live.frames.setdefault(piece.chunk, {})[piece.first] = value
+            case DecoderState(piece=piece):
+                self._piece_decoder().go_on(piece.film, value)
+            case KeptState(film=film, is_asked=False) if len(value):
+                self._piece_decoder().keep(film, value)
 
     def _shape(self, message: Message, plan: Plan) -> tuple[Sequence[int], torch.dtype]:
-        if isinstance(message, Verdict | Notice):
+        if isinstance(message, Verdict | Notice | KeptState | DecoderState | PieceFrames):
             return _NOTHING.shape, _NOTHING.dtype
         if isinstance(message, Seen):
             heads, tokens, width = self._global_stage().part_shape
             return (message.num_chunks, heads, tokens, width + 1), torch.float32
+        if isinstance(message, PieceLatents):
+            count = message.piece.stop - message.piece.first
+            return (self.facts.latent_channels, count, *self.latent_size), torch.float32
         chunk = plan.chunks[message.chunk]
         if isinstance(message, Hidden):
             num_latents = chunk.num_latents + chunk.num_left * message.with_left
@@ -597,6 +703,8 @@ class Executor:
             latents = {version: live.latents[version] for version in action.latents}
             solvers = {i: live.solvers[i] for i in {version.chunk for version in latents} & live.solvers.keys()}
             self.saver.save_latents(action.round, latents, solvers)
+            if self.mesh.is_leader and not self.decoding:
+                self.saver.save_films(action.round)
 
     def _place(self, chunk: Chunk, plan: Plan) -> str:
         shot, film = plan.shots[chunk.shot], plan.film_of(chunk)
@@ -608,6 +716,11 @@ class Executor:
 
 
 _NOTHING = torch.empty(0)
+
+
+def _is_made(message: Message) -> bool:
+    """Whether a message holds what a decoder made: bytes on the CPU, of which its sender alone knows how many."""
+    return isinstance(message, PieceFrames | DecoderState) or (isinstance(message, KeptState) and not message.is_asked)
 
 
 def _with_tokens(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -627,5 +740,9 @@ def _unit_of(message: Message) -> tuple[int, int]:
             return i, k
         case Notice(round=n):
             return -1, n
+        case PieceLatents(piece=piece) | PieceFrames(piece=piece) | DecoderState(piece=piece):
+            return piece.chunk, piece.first
+        case KeptState(film=film, round=n):
+            return film, n
         case _:
             return message.chunk, message.step

@@ -22,7 +22,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
+from typing import Literal, Protocol
 
+from longvid.parallel.decoding import Decode, DecodeAction, Decoding, HandOut, Piece
 from longvid.parallel.schedule import (
     Action,
     Admit,
@@ -142,7 +144,65 @@ class Seen:
         return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
 
 
-Message = Hidden | Velocity | Verdict | Overlap | Border | Notice | Seen | LatentVersion
+@dataclass(frozen=True, slots=True)
+class PieceLatents:
+    """Finished latents that the receiver is to decode."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"latents {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFrames:
+    """What was made of a piece, for the leader."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"frames {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderState:
+    """Where a film's decoder is before it comes to a piece."""
+
+    piece: Piece
+
+    def __str__(self) -> str:
+        return f"decoder before {self.piece}"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """Where a film's decoder is when all chunks that finished until `round` are decoded, if a checkpoint or the film's
+    end asks for it. With `is_asked` the leader's question, which is all in the header.
+    """
+
+    film: int
+    round: int
+    is_end: bool = False
+    is_asked: bool = False
+
+    def __str__(self) -> str:
+        return f"{'ask for ' * self.is_asked}decoder of film {self.film} after {self.round}"
+
+
+Message = (
+    Hidden
+    | Velocity
+    | Verdict
+    | Overlap
+    | Border
+    | Notice
+    | Seen
+    | LatentVersion
+    | PieceLatents
+    | PieceFrames
+    | DecoderState
+    | KeptState
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +283,64 @@ class Look:
         return f"{self.round:5}  look     at {' '.join(map(str, self.own))}"
 
 
-RankAction = Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look
+@dataclass(frozen=True, slots=True)
+class KeepState:
+    """On the leader, which has it: remember where a film's decoder is, as `KeptState` says."""
+
+    round: int
+    film: int
+    is_end: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  keep     decoder of film {self.film}"
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """All frames of a chunk are on the leader: hand them out."""
+
+    round: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  show     c{self.chunk}"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFilms:
+    """On the leader: all chunks that finished until the end of `round` are decoded and shown."""
+
+    round: int
+
+    def __str__(self) -> str:
+        return f"{self.round:5}  save     films"
+
+
+RankAction = (
+    Action | Send | Receive | Boundary | SaveLatents | DropBorder | Look | Decode | KeepState | Show | SaveFilms
+)
+
+When = Literal["now", "late", "awaited"]
+"""Of what the leader does for decoding: at once; in its turn behind what is put off; or when that came in its turn."""
+
+
+class DecodingParts(Protocol):
+    """Decoding as all ranks know it."""
+
+    @property
+    def plan(self) -> Decoding: ...
+
+    def takes_part(self, place: Coordinate) -> bool: ...
+
+    def part(self, topology: Topology, place: Coordinate) -> DecodePart: ...
+
+
+class DecodePart(Protocol):
+    """A rank's part in decoding."""
+
+    def of(self, action: DecodeAction) -> Iterator[tuple[When, RankAction]]:
+        """What the rank does for an action, and when. On later stages all of it is done at once."""
+        ...
 
 
 def name_of(action: RankAction) -> str:
@@ -231,17 +348,24 @@ def name_of(action: RankAction) -> str:
     return str(action)[5:].strip()
 
 
-def rank_program(actions: Iterable[Action], topology: Topology, rank: int) -> Iterator[RankAction]:
+def rank_program(
+    actions: Iterable[Action], topology: Topology, rank: int, decoding: DecodingParts | None = None
+) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
+    With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
         actions = _last_in_the_middle(actions, _Run(place.chunk, topology.chunk))
+    stream: Iterable[_StreamAction] = _with_ends(actions)
+    part = None
+    if decoding and decoding.takes_part(place):
+        stream, part = decoding.plan.spread(stream), decoding.part(topology, place)
     if place.stage == 0:
-        return _FirstStage(topology, place).program(actions)
-    return _later_stage(actions, topology, place)
+        return _FirstStage(topology, place, part).program(stream)
+    return _later_stage(stream, topology, place, part)
 
 
 def place_of(chunk: int, group: range, size: int) -> int:
@@ -314,6 +438,9 @@ class _End:
     kv: tuple[KvVersion, ...]
 
 
+_StreamAction = Action | _End | DecodeAction
+
+
 def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
     """The actions, with ends between the rounds."""
     latents: dict[LatentVersion, None] = {}
@@ -340,7 +467,7 @@ def _with_ends(actions: Iterable[Action]) -> Iterator[Action | _End]:
 
 
 def _later_stage(  # noqa: C901 - one match over all actions
-    actions: Iterable[Action], topology: Topology, place: Coordinate
+    stream: Iterable[_StreamAction], topology: Topology, place: Coordinate, decoding: DecodePart | None
 ) -> Iterator[RankAction]:
     """Receive, forward, send: only K/V live here."""
     run = _Run(place.chunk, topology.chunk)
@@ -351,7 +478,10 @@ def _later_stage(  # noqa: C901 - one match over all actions
         rank_after = topology.rank(place._replace(stage=stage + 1))
     owner = Coordinate(place.replica, 0, place.chunk, 0, 0)
     passed: list[Boundary] = []
-    for action in _with_ends(actions):
+    for action in stream:
+        if isinstance(action, DecodeAction):
+            yield from (own for _, own in decoding.of(action)) if decoding else ()
+            continue
         yield from notices.before(action)
         match action:
             case _End(round=n, kv=kv) if place.chunk:
@@ -409,15 +539,25 @@ class _Notices:
             yield Receive(self.round, Notice(self.round), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """An action of an earlier round that is put off in `round`."""
+
+    round: int
+    action: RankAction
+
+
 @dataclass
 class _FirstStage:
     """The program of a rank at stage 0: forwards at once, steps as late as they can be."""
 
     topology: Topology
     place: Coordinate
+    decoding: DecodePart | None = None
 
     def __post_init__(self) -> None:
-        self.late: deque[RankAction] = deque()
+        self.late: deque[RankAction | _Late] = deque()
+        self.round = 0
         self.put_off: set[LatentVersion] = set()
         self.run = _Run(self.place.chunk, self.topology.chunk)
         self.notices = _Notices(self.topology, self.place)
@@ -426,8 +566,12 @@ class _FirstStage:
         self.borders: set[LatentVersion] = set()
         self.tokens: set[GlobalVersion] = set()
 
-    def program(self, actions: Iterable[Action]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
-        for action in _with_ends(actions):
+    def program(self, stream: Iterable[_StreamAction]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
+        for action in stream:
+            if isinstance(action, DecodeAction):
+                yield from self.decode(action)
+                continue
+            self.round = action.round
             yield from self.notices.before(action)
             match action:
                 case _End():
@@ -542,7 +686,22 @@ class _FirstStage:
             yield self.pop()
         yield Boundary(end.round, end.kv)
 
-    def is_crossing(self, action: RankAction) -> bool:
+    def decode(self, action: DecodeAction) -> Iterator[RankAction]:
+        """The leader's part in decoding. What others send is received in the order in which they send it."""
+        if self.decoding is None:
+            return
+        if isinstance(action, HandOut):
+            yield from self.flush_until(action.round)
+        for when, own in self.decoding.of(action):
+            if when == "late":
+                self.late.append(_Late(self.round, own))
+            elif when == "now":
+                yield own
+            else:
+                while any(isinstance(late, _Late) and late.action == own for late in self.late):
+                    yield self.pop()
+
+    def is_crossing(self, action: RankAction | _Late) -> bool:
         if not isinstance(action, Send | Receive):
             return False
         other = action.to if isinstance(action, Send) else action.source
@@ -648,6 +807,8 @@ class _FirstStage:
 
     def pop(self) -> RankAction:
         action = self.late.popleft()
+        if isinstance(action, _Late):
+            return action.action
         match action:
             case Step(chunk=i, step=k):
                 self.put_off.discard(LatentVersion(i, k + 1))

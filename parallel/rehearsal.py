@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from longvid.parallel.decoding import Decode
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import Hidden, Message, RankAction, Receive, Send, rank_program
+from longvid.parallel.pipeline import DecodingParts, Hidden, Message, RankAction, Receive, Send, rank_program
 from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError
@@ -79,10 +80,14 @@ def rehearse(
 
 
 def rehearse_schedule(
-    make_actions: Callable[[], Iterable[Action]], topology: Topology, buffers: int, cost: Cost = nothing
+    make_actions: Callable[[], Iterable[Action]],
+    topology: Topology,
+    buffers: int,
+    cost: Cost = nothing,
+    decoding: DecodingParts | None = None,
 ) -> Rehearsal:
     """Rehearse a schedule on a mesh. `make_actions` gives the schedule anew for every rank: it is a stream."""
-    programs = [rank_program(make_actions(), topology, rank) for rank in range(topology.num_ranks)]
+    programs = [rank_program(make_actions(), topology, rank, decoding) for rank in range(topology.num_ranks)]
     groups = {topology.group(rank, "seq") for rank in range(topology.num_ranks)} if topology.seq > 1 else ()
     return rehearse(programs, buffers, cost, together=sorted(groups))
 
@@ -93,10 +98,12 @@ def stage_costs(
     bounds: Sequence[range],
     steps: int,
     share: Callable[[int, int], float] = lambda layer, step: 1.0,
+    chunk_latents: int | None = None,
 ) -> Cost:
-    """What actions cost by measurement: forwards a stage, and decoding where the leader hands out a chunk.
+    """What actions cost by measurement: forwards a stage, and decoding.
 
-    `share` says how much of a layer is computed at a step.
+    `share` says how much of a layer is computed at a step. Where stages decode, `chunk_latents` are those of a chunk
+    whose decoding was measured; None: the leader decodes where it hands out a chunk.
     """
 
     @cache
@@ -108,8 +115,10 @@ def stage_costs(
         match action:
             case Forward(step=step):
                 return forward(topology.coordinate(rank).stage, step)
-            case Finish() if rank == 0:
+            case Finish() if rank == 0 and chunk_latents is None:
                 return costs.decode * steps
+            case Decode(piece=piece) if chunk_latents:
+                return costs.decode * steps * (piece.stop - piece.first) / chunk_latents
         return 0.0
 
     return cost

@@ -57,6 +57,33 @@ class Unit:
         return self.num_overlap + self.chunk.num_latents
 
 
+class PieceDecoder(Protocol):
+    """What a rank has for decoding: its decoder, in the place in each film whose state is here."""
+
+    keeps_endings: bool
+    """Whether the states at the ends of films are asked for."""
+
+    def decode(self, film: int, chunk: Chunk, latents: range, values: Tensor) -> Tensor:
+        """Frames uint8 [T, H, W, 3] on the CPU of the next latents of a film, fp32 [C, F, h, w]: some of a chunk's."""
+        ...
+
+    def packed(self, film: int) -> Tensor:
+        """Where the decoder is in a film, as bytes on the CPU: uint8 [n]."""
+        ...
+
+    def forget(self, film: int) -> None:
+        """Another rank goes on, or the film is complete."""
+        ...
+
+    def go_on(self, film: int, packed: Tensor) -> None:
+        """Go on where another rank was."""
+        ...
+
+    def keep(self, film: int, packed: Tensor) -> None:
+        """On the leader: this is where a decoder was, for a checkpoint or the film's end."""
+        ...
+
+
 @dataclass(frozen=True)
 class KeyLatents:
     """What global tokens are made of: K key latents fp32 [C, K, h, w] of a shot, each with its noise level.

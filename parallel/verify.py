@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from longvid.parallel.decoding import Decode, DecodeAction
 from longvid.parallel.schedule import (
     Action,
     Admit,
@@ -73,12 +74,20 @@ def simulate(actions: Iterable[Action], chunks: Sequence[Chunk], steps: int, rul
     return simulation.report()
 
 
-def grid(actions: Iterable[Action]) -> str:
-    """A picture of rounds by chunks: the step that each chunk takes, ~ if it is forecast, and which chunks finish."""
+def grid(actions: Iterable[Action | DecodeAction]) -> str:
+    """A picture of rounds by chunks: the step that each chunk takes, ~ if it is forecast, and which chunks finish.
+
+    Where stages decode, which latents in that round, each with the stage behind a slash.
+    """
     steps: dict[int, dict[int, str]] = {}
     finished: dict[int, list[str]] = {}
+    decoded: dict[int, list[str]] = {}
+    last = -1
     for action in actions:
+        last = last if isinstance(action, DecodeAction) else action.round
         match action:
+            case Decode(piece=piece):
+                decoded.setdefault(last, []).append(f"{piece}/{piece.stage}")
             case Forward(round=n, chunk=i, step=k):
                 steps.setdefault(n, {})[i] = str(k)
             case Forecast(round=n, chunk=i, step=k):
@@ -91,7 +100,8 @@ def grid(actions: Iterable[Action]) -> str:
     for n, row in steps.items():
         cells = "".join(f"{row.get(i, '.'):>{width}}" for i in range(num_chunks))
         ends = f"   finish {' '.join(finished[n])}" if n in finished else ""
-        lines.append(f"{n:>5}{cells}{ends}")
+        made = f"   decode {' '.join(decoded[n])}" if n in decoded else ""
+        lines.append(f"{n:>5}{cells}{ends}{made}")
     return "\n".join(lines)
 
 

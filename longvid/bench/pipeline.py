@@ -14,17 +14,21 @@ from typing import Any, Literal
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import InputError, RuntimeFailure
-from longvid.parallel.partition import Costs, split_layers
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import Decoding, deal_work
+from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import QueueRules, queue_schedule
 from longvid.parallel.topology import Topology
-from longvid.plan import Chunk
+from longvid.plan import Chunk, FilmSpan
 
 Left = Literal["recompute", "cached"]
 LEFT: tuple[Left, ...] = ("recompute", "cached")
 PROMPT = "a large red circle moving left over a blue background"
 SIM_CHUNKS, SIM_STEPS, SIM_LAYERS = 33, 50, 40
 """The film of DualParal's longest measurement, by a model as deep as Wan 14B."""
+SIM_LATENTS = 6
+"""Of a chunk."""
 MESHES = (Topology(stage=8), Topology(stage=8, guidance=2, seq=4), Topology(stage=16, guidance=2, seq=32))
 
 
@@ -75,19 +79,23 @@ def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str
 def simulate_mesh(costs: Costs, steps: int, topology: Topology, left: Left) -> dict[str, Any]:
     """The efficiency of a mesh, with the measured cost of a layer in a model of 40: with decoding, and without.
 
-    Decoding is the leader's alone, so it weighs the more the more ranks there are. `costs` are of films of `steps`.
+    `costs` are of films of `steps`. Decoding is dealt out over stages; by the leader alone, it would weigh the more the
+    more ranks there are.
     """
-    with_decode = _efficiency(costs, costs.decode * steps / SIM_STEPS, topology, left)
+    decode = costs.decode * steps / SIM_STEPS
     return {
         "ranks": topology.num_ranks,
         "mesh": {"stage": topology.stage, "guidance": topology.guidance, "seq": topology.seq},
         "left": left,
         "efficiency": _efficiency(costs, 0.0, topology, left),
-        "efficiency_with_decode": with_decode,
+        "efficiency_with_decode": _efficiency(costs, decode, topology, left),
+        "efficiency_with_leader": _efficiency(costs, decode, topology, left, "leader"),
     }
 
 
-def _efficiency(costs: Costs, decode: float, topology: Topology, left: Left) -> float:
+def _efficiency(
+    costs: Costs, decode: float, topology: Topology, left: Left, mode: Literal["stages", "leader"] = "stages"
+) -> float:
     deep = Costs(costs.layers[:1] * SIM_LAYERS, costs.first, costs.last, decode)
     branches = topology.guidance
     alone = (deep.total - decode) * branches + decode
@@ -97,11 +105,16 @@ def _efficiency(costs: Costs, decode: float, topology: Topology, left: Left) -> 
         deep.last / topology.seq,
         decode,
     )
-    chunks = [Chunk(i, 0, 6 * i, 6, 2 * (i > 0), 2 * (i + 1 < SIM_CHUNKS), (), (), (0, 0)) for i in range(SIM_CHUNKS)]
+    n = SIM_LATENTS
+    chunks = [Chunk(i, 0, n * i, n, 2 * (i > 0), 2 * (i + 1 < SIM_CHUNKS), (), (), (0, 0)) for i in range(SIM_CHUNKS)]
     # Ranks of one stage do the same at the same time, so a rank a stage stands for all of them.
     stages = Topology(stage=topology.stage)
-    cost = stage_costs(split, stages, split_layers(split, topology.stage), SIM_STEPS)
-    found = rehearse_schedule(lambda: queue_schedule(chunks, SIM_STEPS, QueueRules(left=left)), stages, 4, cost)
+    bounds, shares = deal_work(split, topology.stage, mode, n)
+    cost = stage_costs(split, stages, bounds, SIM_STEPS, chunk_latents=n if shares else None)
+    films = (FilmSpan(range(SIM_CHUNKS), range(1)),)
+    decoding = StageDecoding(Decoding(shares, chunks, films)) if shares else None
+    rules = QueueRules(left=left)
+    found = rehearse_schedule(lambda: queue_schedule(chunks, SIM_STEPS, rules), stages, 4, cost, decoding)
     return alone * SIM_CHUNKS * SIM_STEPS / (topology.num_ranks * found.makespan)
 
 
@@ -143,4 +156,5 @@ def as_text(result: dict[str, Any]) -> str:
 def _sim_line(row: dict[str, Any]) -> str:
     parts: Sequence[str] = [f"{axis} {size}" for axis, size in row["mesh"].items()]
     shares = f"{row['efficiency'] * 100:.1f} %, with decoding {row['efficiency_with_decode'] * 100:.1f} %"
+    shares += f" (by the leader alone {row['efficiency_with_leader'] * 100:.1f} %)"
     return f"{row['ranks']:>6} ranks ({' x '.join(parts)}), left {row['left']}: {shares}"

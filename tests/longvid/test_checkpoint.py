@@ -127,6 +127,7 @@ def save(film: Path, ranks: list[Holder], done: int, **options: Any) -> None:
         if holder.mesh.is_leader:
             solvers: dict[int, Any] = {3: OneValueSolver(value("s3", done)), 4: EulerSampler((1.0, 0.0))}
             saver.save_latents(done, latents_of(done), solvers)
+            saver.save_film()
         saver.close()
 
 
@@ -354,6 +355,8 @@ def test_the_render_goes_on_while_ranks_write_and_no_second_save_begins(film: Pa
     assert not saver.is_due()
     saver.save_latents(3, latents_of(3), {})
     assert not saver.is_due()
+    saver.save_film()
+    assert not saver.is_due()
     assert not (state_folder(film) / "manifest.json").exists()
     peer = saver_of(film, other, bulletin)
     peer.save_kv(3, kv_of(other, 3))
@@ -415,6 +418,7 @@ def test_the_same_failure_is_told_once(film: Path, monkeypatch: pytest.MonkeyPat
     for done in (1, 2, 3):
         saver.save_kv(done, {})
         saver.save_latents(done, {}, {})
+        saver.save_film()
         saver.close()
     assert len(notices) == 1
 
@@ -424,6 +428,7 @@ def test_a_rank_that_never_answers_is_waited_for_no_longer_than_the_timeout(film
     saver = saver_of(film, holders(2)[0], LocalBulletin(), on_notice=notices.append, timeout_s=0.1)
     saver.save_kv(3, {})
     saver.save_latents(3, {}, {})
+    saver.save_film()
     saver.close()
     assert "not every rank" in notices[0]
     assert not (state_folder(film) / "manifest.json").exists()

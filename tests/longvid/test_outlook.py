@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -207,6 +208,13 @@ def test_this_machine_is_measured_at_the_films_own_size(tiny_model):
     [option] = options(film, machine, 1)
     assert option.pace and 0 < option.pace.first <= option.pace.makespan
     assert option.memory[0].total_mb < 50
+
+
+def test_ranks_are_measured_while_others_work(tiny_model):
+    film = film_of(4, str(tiny_model), ["sampler.steps=2", "runtime.threads=1"], preset=None)
+    before = multiprocessing.active_children()
+    machine = measure_machine(film, 2)
+    assert machine.costs.layers[0] > 0 and multiprocessing.active_children() == before
 
 
 # ------------------------------------------------------------------------------------------------------ memory settings
