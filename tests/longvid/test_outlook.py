@@ -97,8 +97,17 @@ def test_ranks_hold_their_layers_and_the_leader_what_it_alone_has(eight):
         parts = [ModelPart(range(*span), span[0] == 0, span[1] == 40) for span in bounds]
         assert [stage["weights_mb"] for stage in stages] == [2 * sizes.part_params(part) / 1e6 for part in parts]
         assert stages[0]["text_mb"] == 0  # it goes before the film begins, which takes more than it did
-        assert all(stage["vae_mb"] == stage["text_mb"] == 0 for stage in stages[1:])
+        assert all(stage["text_mb"] == 0 for stage in stages[1:])
         assert option["worst_mb"] == max(sum(stage.values()) for stage in stages)
+
+
+def test_the_vae_is_held_where_it_decodes():
+    for who in ("leader", "stages"):
+        film = film_of(20, overrides=["mesh.stage=4", "mesh.guidance=2", f"mesh.decode={who}"])
+        [option] = [o for o in options(film, ChipMachine(find_chip("h100-80g"), film.sizes, 2), 8) if not o.reason]
+        held = [stage.vae_mb > 0 for stage in option.memory]
+        parts = [part > 0 for part in option.shares.of_stages] if option.shares else [True, False, False, False]
+        assert held == parts and (option.shares is None) == (who == "leader")
 
 
 def test_what_does_not_fit_says_what_would_and_that_does(moment):
