@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from math import inf
 
 from longvid.cache.settings import plan_cache
 from longvid.chips import Chip
@@ -232,8 +233,8 @@ def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = T
 
 
 def order(option: Option) -> tuple[bool, float, float]:
-    """The faster of those that fit is less; of those that do not, that which holds less."""
-    return bool(option.reason), option.seconds, option.worst_mb
+    """The faster of those that fit is less; of those that do not, that which holds less; last, what cannot be."""
+    return bool(option.reason), option.seconds, option.worst_mb or inf
 
 
 def best_of(complete: Sequence[Option]) -> Option:

@@ -34,17 +34,20 @@ class Remedy:
     memory_gb: float
 
     def __str__(self) -> str:
-        return f"{self.change:44}{self.held_gb:.1f} GB, of {self.memory_gb:.1f} GB"
+        return f"{self.change:60}  {self.held_gb:.1f} GB, of {self.memory_gb:.1f} GB"
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """All meshes for a number of ranks, and where none fits, what would. `taken` is what a render takes by itself."""
+    """All meshes for a number of ranks, and where none fits, what would.
+
+    `taken` is what a render takes by itself; None: it refuses these settings.
+    """
 
     film: Film
     machine: Machine
     num_ranks: int
-    taken: Topology
+    taken: Topology | None
     options: tuple[Option, ...]
     remedies: tuple[Remedy, ...]
 
@@ -54,7 +57,7 @@ class Outlook:
         film: Film,
         machine: Machine,
         num_ranks: int,
-        taken: Topology,
+        taken: Topology | None,
         replan: Callable[[Settings], Film],
     ) -> Outlook:
         """`replan` lays the storyboard out anew for other settings."""
@@ -85,7 +88,7 @@ class Outlook:
             "decode_pflops": film.decode_flops / 1e15,
             "fits": best is not None,
             "best": _option_json(best) if best else None,
-            "taken": _mesh_json(self.taken),
+            "taken": _mesh_json(self.taken) if self.taken else None,
             "options": [_option_json(option) for option in self.options],
             "remedies": [asdict(remedy) for remedy in self.remedies],
         }
@@ -119,16 +122,18 @@ class Outlook:
             return
         assert best.pace
         yield f"best      {_axes(best.topology)}: {as_set(best.topology)}"
-        if self.taken != best.topology:
+        if self.taken is None:
+            yield "by itself a render refuses these settings: add the above"
+        elif self.taken != best.topology:
             yield f"by itself {_axes(self.taken)} is what a render takes, whatever the film"
         yield f"time      {duration(best.seconds)}, first frames after {duration(best.pace.first)}"
         work = self.film.plan.num_frames / self.film.plan.fps
         yield f"pace      {best.seconds / work:.2f} s a second of film, bubble {best.pace.bubble * 100:.1f} %"
         yield from _memory_table(best.memory)
         yield ""
-        yield f"{'mesh':40}{'time':>10}{'first':>10}{'GB':>8}  "
+        yield f"{'mesh':40}{'time':>10}{'first':>10}{'GB':>8}"
         for option in self.options[:SHOWN]:
-            yield _row(option, best)
+            yield _row(option, best).rstrip()
         if len(self.options) > SHOWN:
             yield f"and {len(self.options) - SHOWN} more (--json lists them)"
 
@@ -230,7 +235,10 @@ def _remedies(film: Film, machine: Machine, num_ranks: int, replan: Callable[[Se
             again = replace(machine, sizes=other.sizes, itemsize=other.itemsize)
         return try_out(text, other, again, num_ranks)
 
-    for kind in (*_memory_changes(film.settings), *_changes(film.settings)):
+    alone, together = _memory_changes(film.settings)
+    found = [remedy for change, text in alone if (remedy := try_settings(change, text))]
+    yield from found or _first(try_settings(change, text) for change, text in together)
+    for kind in _changes(film.settings):
         yield from _first(try_settings(change, text) for change, text in kind)
     doublings = [num_ranks << doubling for doubling in range(1, MOST_RANKS.bit_length())]
     more = (count for count in doublings if count <= MOST_RANKS)
@@ -250,7 +258,7 @@ Change = tuple[Settings, str]
 """Other settings, and as `--set` says them."""
 
 
-def _memory_changes(settings: Settings) -> Iterator[list[Change]]:
+def _memory_changes(settings: Settings) -> tuple[list[Change], list[Change]]:
     """Other settings of memory: each alone, and more and more of them together."""
     memory = settings.memory
 
@@ -267,8 +275,9 @@ def _memory_changes(settings: Settings) -> Iterator[list[Change]]:
         steps.append({"quantize": "int8"})
     if memory.offload == "none":
         steps.append({"offload": "host"})
-    yield from ([of_memory(**step)] for step in steps)
-    yield [of_memory(**dict(pair for step in steps[:count] for pair in step.items())) for count in range(2, 5)]
+    counts = range(2, len(steps) + 1)
+    together = [of_memory(**dict(pair for step in steps[:count] for pair in step.items())) for count in counts]
+    return [of_memory(**step) for step in steps], together
 
 
 def _changes(settings: Settings) -> Iterator[list[Change]]:

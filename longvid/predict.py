@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longvid.cache.settings import plan_cache
 from longvid.chips import chip_here, find_chip
+from longvid.errors import InputError
 from longvid.machines import ChipMachine, Machine
 from longvid.meshes import Film, choose_mesh
 from longvid.models.facts import facts_of, sizes_of
@@ -34,5 +35,8 @@ def predict(script: Script, settings: Settings, gpu: str | None, num_ranks: int)
         from longvid.measured import measure_machine
 
         machine = measure_machine(film, num_ranks)
-    taken = choose_mesh(num_ranks, settings, facts, sizes, chip)
+    try:
+        taken = choose_mesh(num_ranks, settings, facts, sizes, chip)
+    except InputError:  # with these settings alone, and that may lack a ring
+        taken = None
     return Outlook.of(film, machine, num_ranks, taken, lay_out)

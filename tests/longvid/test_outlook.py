@@ -329,6 +329,12 @@ def test_the_plan_says_what_a_render_takes(minute):
     assert tuple(here.values()) == chosen.sizes
 
 
+def test_what_a_render_refuses_for_want_of_a_ring_is_planned_with_one(moment):
+    film = [moment, "--model", "Wan2.1-T2V-1.3B", "--preset", "wan", "--gpu", "h100-80g", "--gpus", 8]
+    found = outlook_of(*film, "--set", "mesh.seq=8", "--set", "mesh.stage=1")
+    assert found["taken"] is None and 12 % (8 // found["best"]["mesh"]["ring"]) == 0
+
+
 def test_a_fixed_mesh_is_taken_and_a_queue_on_cpus_is_split_by_layers():
     facts, sizes = facts_of("mini"), sizes_of("mini")
     for count in (2, 4):
