@@ -271,7 +271,7 @@ class Engine:
         """Each stage's layers, and what it decodes."""
         assert self.costs is not None, "costs are measured where there are several stages"
         chosen = self.settings
-        return deal_work(self.costs, self.mesh.topology.stage, chosen.mesh.decode, chosen.queue.chunk_latents)
+        return deal_work(self.costs, self.mesh.topology.stage, chosen.mesh.decode)
 
     @property
     def _decodes(self) -> bool:

@@ -57,12 +57,12 @@ def stage_memory(
     bounds: Sequence[range],
     weights: Callable[[ModelPart, int], int],
     sizes: Sizes | None = None,
-    decodes: Sequence[bool] = (),
+    decodes: Sequence[float] = (),
 ) -> tuple[StageMemory, ...]:
     """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
 
-    `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` which stages decode
-    beside the first.
+    `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` are the
+    stages' parts of decoding: each with one has the VAE and, at times, the decoder's state.
     """
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)

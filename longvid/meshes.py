@@ -204,7 +204,7 @@ def split(film: Film, machine: Machine, topology: Topology) -> tuple[tuple[range
     width, height = facts.grid.latent_size(facts.width, facts.height)
     decode = machine.decode(width * height, queue.chunk_latents, False) / film.steps
     costs = Costs(tuple(kinds[layer] for layer in sizes.layers), end, end, decode)
-    return deal_work(costs, topology.stage, film.settings.mesh.decode, queue.chunk_latents)
+    return deal_work(costs, topology.stage, film.settings.mesh.decode)
 
 
 def options(film: Film, machine: Machine, num_ranks: int, *, with_pace: bool = True) -> list[Option]:
@@ -251,7 +251,7 @@ def weigh(film: Film, machine: Machine, option: Option, *, with_pace: bool = Tru
     if option.reason:
         return option
     bounds, shares = split(film, machine, option.topology)
-    weights, decodes = partial(_device_bytes, film), [bool(part) for part in shares.of_stages] if shares else []
+    weights, decodes = partial(_device_bytes, film), shares.of_stages if shares else ()
     memory = stage_memory(
         film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes, decodes
     )

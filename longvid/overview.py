@@ -17,6 +17,7 @@ from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import Action, make_schedule, rules_of
 from longvid.parallel.topology import AXES, Topology
 from longvid.parallel.verify import Report, grid, simulate
+from longvid.parallel.verify_decoding import simulate_decoding
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings
 
@@ -58,12 +59,16 @@ class Overview:
         topology = topology or Topology()
         costs = Costs((1.0,) * facts.num_layers)
         share = plan_cache(settings.cache, steps, facts.num_layers).share
-        bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode, settings.queue.chunk_latents)
+        bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode)
         decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
+        if decoding:
+            simulate_decoding(decoding.plan.spread(make_schedule(plan, settings)), plan.chunks, plan.films)
         cost = stage_costs(costs, topology, bounds, steps, share)
         buffers = settings.mesh.buffers
         rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, buffers, cost, decoding)
-        memory = stage_memory(plan, settings, facts, report, topology, bounds, weights)
+        memory = stage_memory(
+            plan, settings, facts, report, topology, bounds, weights, decodes=shares.of_stages if shares else ()
+        )
         return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory, decoding)
 
     def as_json(self) -> dict[str, Any]:
@@ -148,7 +153,7 @@ class Overview:
     def layers(self) -> tuple[range, ...]:
         """Each stage's layers, if all cost the same: a render measures what they cost."""
         costs, chosen = Costs((1.0,) * self.facts.num_layers), self.settings
-        return deal_work(costs, self.topology.stage, chosen.mesh.decode, chosen.queue.chunk_latents)[0]
+        return deal_work(costs, self.topology.stage, chosen.mesh.decode)[0]
 
     @property
     def tokens_per_latent(self) -> int:

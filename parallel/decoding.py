@@ -4,13 +4,14 @@ A streaming decoder goes on from a state, and its frames are the same wherever a
 in *pieces* of a few latents, and each stage decodes some of them. The state goes from stage to stage like any other
 message, and is in one place alone; the frames go to the leader, which writes them in order.
 
-    round       4                           5
-    stage 0     k3 c3[0:3] k2 k1 k0         k3 c4[0:3] k2 k1 k0
-    stage 1     k3 k2 c3[3:6] k1 k0         k3 k2 c4[3:6] k1 k0
+    stage 0     c3[0:3]  k0 k1 k2 k3 k4 k5  c4[0:3]  k0 k1 k2 k3 k4 k5
+    stage 1              c3[3:6]  k0 k1 k2 k3 k4 k5  c4[3:6]  k0 k1 k2 k3 k4 k5
 
-A chunk that finishes in round n is handed out when round n + LAG begins: all that the first stage puts off is done by
-then. Its pieces are spread over the units of that round; or, where the next chunk finishes later, over the rounds until
-then. All actions have the round in which the chunk finished, for a checkpoint after that round has its frames.
+A stage is behind the one before by what that has done more, so a state that goes to the next stage comes when it is
+needed. Back to the first it has the rest of the round. A chunk that finishes in round n is handed out when round
+n + LAG begins: all that the first stage puts off is done by then. Where the next chunk finishes some rounds later, its
+pieces are spread over these. All actions have the round in which the chunk finished, for a checkpoint after that round
+has its frames.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
-from math import floor
+from math import sqrt
 from typing import Literal, Protocol, TypeVar
 
 from longvid.parallel.partition import Costs, split_layers
@@ -28,6 +29,8 @@ from longvid.plan import Chunk, FilmSpan, Plan
 
 LAG = 2
 """Rounds from a chunk's last step until it is handed out: the first stage puts steps off until the next round ends."""
+GOLDEN_RATIO = (sqrt(5) - 1) / 2
+"""Its multiples fill the numbers from 0 to 1 as evenly as any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,56 +111,47 @@ DecodeAction = Moves | HandOut | Decode | Decoded
 
 @dataclass(frozen=True)
 class Shares:
-    """How decoding is dealt out: each stage's part of the latents, and how many are one turn of all stages.
+    """How decoding is dealt out: each stage's part of the latents.
 
-    In a turn each stage decodes as many latents in a row as are its part, the earlier stages first.
+    Of a chunk each stage decodes as many latents in a row as are its part, the earlier stages first.
     """
 
     of_stages: tuple[float, ...]
-    turn_latents: int
 
-    def stage(self, index: int) -> int:
-        """The stage that decodes a film's latent. What rounding takes from a stage in one turn, it gets in another."""
-        turn, place = divmod(index, self.turn_latents)
-        for stage, until in enumerate(accumulate(self.of_stages)):
-            begun, done = (floor(n * self.turn_latents * until + 0.5) for n in (turn, turn + 1))
-            if place < done - begun:
-                return stage
-        return max(stage for stage, share in enumerate(self.of_stages) if share)
+    def stage(self, chunk: int, latent: int, num_latents: int) -> int:
+        """The stage that decodes a latent of a film's chunk. Chunks begin a part of a latent later, each another, so
+        that stages whose parts are no whole latents get them all the same.
+        """
+        at = (latent + (chunk + 0.5) * GOLDEN_RATIO % 1) / num_latents
+        last = max(stage for stage, share in enumerate(self.of_stages) if share)
+        return next((stage for stage, until in enumerate(accumulate(self.of_stages)) if at < until), last)
 
-    def pieces(self, chunks: Iterable[Chunk]) -> Iterator[list[tuple[range, int]]]:
-        """Of each of a film's chunks: (latents, stage)."""
-        index = 0
-        for chunk in chunks:
-            latents = range(chunk.num_latents)
-            yield [
-                (range(members[0], members[-1] + 1), stage)
-                for stage, run in groupby(latents, key=lambda latent: self.stage(index + latent))
-                if (members := list(run))
-            ]
-            index += chunk.num_latents
+    def pieces(self, chunk: int, num_latents: int) -> list[tuple[range, int]]:
+        """Of a film's chunk: (latents, stage)."""
+        runs = groupby(range(num_latents), key=lambda latent: self.stage(chunk, latent, num_latents))
+        found = [(list(latents), stage) for stage, latents in runs]
+        return [(range(latents[0], latents[-1] + 1), stage) for latents, stage in found]
 
 
-def share_decoding(costs: Costs, bounds: Sequence[range], chunk_latents: int) -> Shares:
+def share_decoding(costs: Costs, bounds: Sequence[range]) -> Shares:
     """Decoding for the stages that have least to do: the slowest is then as fast as it can be with these layers."""
     works = replace(costs, decode=0.0).of_stages(bounds)
     level = _level(works, costs.decode)
     rest = [max(0.0, level - work) for work in works]
-    if not costs.decode:
+    if not sum(rest):
         rest = [float(work == min(works)) for work in works]
-    total = sum(rest)
-    shares = tuple(value / total for value in rest)
-    return Shares(shares, chunk_latents)
+    shares = tuple(value / sum(rest) for value in rest)
+    return Shares(shares)
 
 
 def deal_work(
-    costs: Costs, num_stages: int, decode: Literal["stages", "leader"], chunk_latents: int
+    costs: Costs, num_stages: int, decode: Literal["stages", "leader"]
 ) -> tuple[tuple[range, ...], Shares | None]:
     """Each stage's layers, and what it decodes; None: the leader decodes alone, and has fewer layers for it."""
     if decode == "leader" or num_stages == 1:
         return split_layers(costs, num_stages), None
     bounds = split_layers(replace(costs, decode=0.0), num_stages)
-    return bounds, share_decoding(costs, bounds, chunk_latents)
+    return bounds, share_decoding(costs, bounds)
 
 
 def _level(works: Sequence[float], extra: float) -> float:
@@ -176,9 +170,6 @@ class Rounded(Protocol):
     @property
     def round(self) -> int: ...
 
-
-FILLED = 0.5
-"""The part of a round in which pieces are decoded: until the next begins, states have time to come back."""
 
 T = TypeVar("T", bound=Rounded)
 
@@ -210,9 +201,8 @@ class Decoding:
         """The stage that has a film's state when so many of its chunks are decoded; None before the first."""
         if not num_decoded:
             return None
-        span = self.films[film].chunks
-        *_, last = self.shares.pieces(self.chunks[span.start : span.start + num_decoded])
-        return last[-1][1]
+        last = num_decoded - 1
+        return self.shares.pieces(last, self.chunks[self.films[film].chunks[last]].num_latents)[-1][1]
 
 
 @dataclass
@@ -230,13 +220,10 @@ class _Spread:
     """Those of the next round, which is prepared."""
 
     def __post_init__(self) -> None:
-        self.pieces: list[Iterator[list[tuple[range, int]]]] = []
-        for index, film in enumerate(self.decoding.films):
-            chunks = self.decoding.chunks[film.chunks.start : film.chunks.stop]
-            pieces = self.decoding.shares.pieces(chunks)
-            for _ in range(self.decoding.first_chunk):
-                self.resting[index] = next(pieces)[-1][1]
-            self.pieces.append(pieces)
+        for film in range(len(self.decoding.films)):
+            stage = self.decoding.resting(film, self.decoding.first_chunk)
+            if stage is not None:
+                self.resting[film] = stage
 
     def program(self, stream: Iterable[T]) -> Iterator[T | DecodeAction]:
         for n, members in groupby(stream, key=lambda action: action.round):
@@ -285,7 +272,8 @@ class _Spread:
     def of_chunk(self, n: int, chunk: int) -> Iterator[Decode]:
         films = self.decoding.films
         film = next(index for index, span in enumerate(films) if chunk in span.chunks)
-        pieces = next(self.pieces[film])
+        index_in_film = chunk - films[film].chunks.start
+        pieces = self.decoding.shares.pieces(index_in_film, self.decoding.chunks[chunk].num_latents)
         for index, (latents, stage) in enumerate(pieces, 1):
             is_last = index == len(pieces)
             ends_film = is_last and chunk + 1 == films[film].chunks.stop
@@ -315,8 +303,7 @@ def _merged(actions: Sequence[T], decoding: Sequence[DecodeAction]) -> Iterator[
     """A round with decoding in it, between its forwards, and none behind the round's end.
 
     What goes from a stage to a later one costs no time there, for that is as far behind; what goes back has to wait
-    until all stages are as far. So the round has as many parts as there are such moves, each with pieces in its
-    beginning.
+    until all stages are as far. So the round has as many parts as there are such moves, and each begins with pieces.
     """
     places = [
         at
@@ -328,10 +315,7 @@ def _merged(actions: Sequence[T], decoding: Sequence[DecodeAction]) -> Iterator[
     parts = list(_parts(decoding))
     before: dict[int, list[DecodeAction]] = {}
     for index, part in enumerate(parts):
-        first, stop = index * len(places) / len(parts), (index + FILLED) * len(places) / len(parts)
-        for at, action in enumerate(part):
-            place = int(first + (stop - first) * at / len(part))
-            before.setdefault(places[place], []).append(action)
+        before.setdefault(places[index * len(places) // len(parts)], []).extend(part)
     for at, own in enumerate(actions):
         yield from before.get(at, ())
         yield own

@@ -118,8 +118,8 @@ class Live:
     """On the leader, finished latents of chunks that are not shown yet."""
     pieces: dict[Piece, Tensor] = field(default_factory=dict)
     """On other ranks, latents that are to be decoded here."""
-    frames: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """Of each chunk, what was decoded, by the first latent of its piece."""
+    frames: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """What was decoded, by chunk and the first latent of its piece."""
 
 
 KEPT = -1
@@ -326,7 +326,8 @@ class Executor:
                 if len(state := self._kept_state(action)):
                     self._piece_decoder().keep(film, state)
             case Show(chunk=i):
-                frames = torch.cat([part for _, part in sorted(live.frames.pop(i).items())])
+                parts = sorted(key for key in live.frames if key[0] == i)
+                frames = torch.cat([live.frames.pop(part) for part in parts])
                 return Finished(plan.chunks[i], live.finished.pop(i).clone(), frames)
             case SaveFilms():
                 if self.saver and self._save_at == action.round:
@@ -538,7 +539,7 @@ class Executor:
         latents, chunk = range(piece.first, piece.stop), plan.chunks[piece.chunk]
         values = live.pieces.pop(piece) if piece in live.pieces else self._part(piece, plan, live)
         frames = self._piece_decoder().decode(piece.film, chunk, latents, values)
-        live.frames.setdefault(piece.chunk, {})[piece.first] = frames
+        live.frames[piece.chunk, piece.first] = frames
 
     def _part(self, piece: Piece, plan: Plan, live: Live) -> Tensor:
         finished = Finished(plan.chunks[piece.chunk], live.finished[piece.chunk])
@@ -593,7 +594,7 @@ class Executor:
             case PieceLatents(piece=piece):
                 return self._part(piece, plan, live)
             case PieceFrames(piece=piece):
-                return live.frames[piece.chunk].pop(piece.first)
+                return live.frames.pop((piece.chunk, piece.first))
             case DecoderState(piece=piece):
                 state = self._piece_decoder().packed(piece.film)
                 self._piece_decoder().forget(piece.film)
@@ -639,7 +640,7 @@ class Executor:
             case PieceLatents(piece=piece):
                 live.pieces[piece] = value
             case PieceFrames(piece=piece):
-                live.frames.setdefault(piece.chunk, {})[piece.first] = value
+                live.frames[piece.chunk, piece.first] = value
             case DecoderState(piece=piece):
                 self._piece_decoder().go_on(piece.film, value)
             case KeptState(film=film, is_asked=False) if len(value):

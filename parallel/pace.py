@@ -132,7 +132,8 @@ class _Run:
         num_stages = len(self.times.unit(0, 0))
         self.clocks, self.busy = [0.0] * num_stages, [0.0] * num_stages
         self.taken: list[deque[float]] = [deque() for _ in range(num_stages)]
-        self.pieces = list(self.times.shares.pieces(self.chunks)) if self.times.shares else []
+        shares = self.times.shares
+        self.pieces = [shares.pieces(i, chunk.num_latents) for i, chunk in enumerate(self.chunks)] if shares else []
 
     def unit(self, n: int, i: int, k: int) -> None:
         """One step of a chunk, through all stages."""

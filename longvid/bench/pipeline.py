@@ -109,7 +109,7 @@ def _efficiency(
     chunks = [Chunk(i, 0, n * i, n, 2 * (i > 0), 2 * (i + 1 < SIM_CHUNKS), (), (), (0, 0)) for i in range(SIM_CHUNKS)]
     # Ranks of one stage do the same at the same time, so a rank a stage stands for all of them.
     stages = Topology(stage=topology.stage)
-    bounds, shares = deal_work(split, topology.stage, mode, n)
+    bounds, shares = deal_work(split, topology.stage, mode)
     cost = stage_costs(split, stages, bounds, SIM_STEPS, chunk_latents=n if shares else None)
     films = (FilmSpan(range(SIM_CHUNKS), range(1)),)
     decoding = StageDecoding(Decoding(shares, chunks, films)) if shares else None

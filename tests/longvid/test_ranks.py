@@ -222,8 +222,8 @@ def test_cached_left_context_and_guidance_over_ranks_give_the_same_bytes(
 def test_a_trace_shows_what_every_rank_did(two: Path) -> None:
     events = [event for event in json.loads(two.with_suffix(".json").read_text())["traceEvents"] if event["ph"] == "X"]
     for rank, names in (
-        (0, ("forward", "step", "send hidden", "receive velocity")),
-        (1, ("forward", "receive hidden")),
+        (0, ("forward", "step", "send hidden", "receive velocity", "decode", "receive frames")),
+        (1, ("forward", "receive hidden", "decode", "send frames", "receive decoder")),
     ):
         seen = {" ".join(event["name"].split()) for event in events if event["pid"] == rank}
         for name in names:

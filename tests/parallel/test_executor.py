@@ -25,6 +25,8 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group, Header
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import Decoding, Shares
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.rehearsal import rehearse_schedule
@@ -425,7 +427,7 @@ class ThreadComm:
         time.sleep(self.random.choice([0, 0, 1e-4, 2e-3]))
         self.boxes[self.rank, to].put((header, payload.clone()))
 
-    def receive(self, source, shape, dtype, *, is_sized=False):
+    def receive(self, source, shape, dtype, *, is_sized=False, on_host=False):
         return ThreadIncoming(self.boxes[source, self.rank], None if is_sized else tuple(shape), dtype)
 
     def flush(self):
@@ -442,7 +444,48 @@ class ThreadIncoming:
         return header, payload
 
 
-def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None, recalled=None):
+class ToyDecoder:
+    """A frame a latent: the digest of all latents of the shot so far. Its state is that digest."""
+
+    keeps_endings = True
+
+    def __init__(self):
+        self.states, self.kept = {}, {}
+
+    def decode(self, film, chunk, latents, values):
+        assert values.shape[1] == len(latents)
+        digest = self.states.pop(film, 0) if chunk.start + latents.start else 0
+        frames = []
+        for latent in values.unbind(1):
+            digest = (31 * digest + int(latent.sum())) % 251
+            frames.append(torch.full((1, 2, 2, 3), digest, dtype=torch.uint8))
+        self.states[film] = digest
+        return torch.cat(frames)
+
+    def packed(self, film):
+        return torch.tensor([self.states[film]], dtype=torch.uint8)
+
+    def forget(self, film):
+        del self.states[film]
+
+    def go_on(self, film, packed):
+        assert film not in self.states
+        self.states[film] = int(packed)
+
+    def keep(self, film, packed):
+        self.kept[film] = int(packed)
+
+
+def assert_decoded(finished, plan):
+    decoder = ToyDecoder()
+    for chunk in finished:
+        whole = decoder.decode(0, chunk.chunk, range(chunk.chunk.num_latents), chunk.latents)
+        assert torch.equal(chunk.frames, whole)
+
+
+def run_on_ranks(
+    plan, steps, rules, topology, bounds, seed=0, make_cache=lambda rank: None, recalled=None, decoding=None
+):
     """The leader's finished chunks, and what is still alive on every rank in the end."""
     boxes = defaultdict(queue.SimpleQueue)
     alone = Group((0,), 0)
@@ -454,8 +497,12 @@ def run_on_ranks(plan, steps, rules, topology, bounds, seed=0, make_cache=lambda
         toy = replace(executor(steps, ToyStage(bounds[place.stage])), mesh=mesh, guidance=3.0, cache=make_cache(rank))
         if toy.cache:
             toy.sampler = ForecastingSampler(steps)
+        toy.decoding, toy.decoder = decoding, ToyDecoder()
         toy.recalled = recalled if place.stage == 0 else None
         finished = list(toy.run(queue_schedule(plan.chunks, steps, rules, plan.first_chunk), plan, live=live))
+        assert not toy.decoder.states, "a state stays where nobody needs it"
+        if decoding and rank == 0:
+            assert toy.decoder.kept == {0: int(finished[-1].frames[-1, 0, 0, 0])}
         return finished, live
 
     with ThreadPoolExecutor(topology.num_ranks) as pool:
@@ -476,15 +523,24 @@ STAGES[4] = [range(i, i + 1) for i in range(4)]
     rules=st.sampled_from(RULES),
     stages=st.integers(1, 4),
     guidance=st.sampled_from([1, 1, 2]),
+    decode=st.none() | st.lists(st.integers(0, 3), min_size=4, max_size=4),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=60)
-def test_every_mesh_equals_the_recursion_bit_for_bit(make_film, shots, context, steps, rules, stages, guidance, seed):
+def test_every_mesh_equals_the_recursion_bit_for_bit(
+    make_film, shots, context, steps, rules, stages, guidance, decode, seed
+):
     """Both branches of the toy predict the same, so guidance between them changes nothing that is whole."""
     plan = make_film(shots, *context)
-    topology = Topology(stage=stages, guidance=guidance)
-    rehearse_schedule(lambda: queue_schedule(plan.chunks, steps, rules), topology, 1)
-    finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], seed)
+    topology, decoding = Topology(stage=stages, guidance=guidance), None
+    if decode:
+        parts = [part + (stage == seed % stages) for stage, part in enumerate(decode[:stages])]
+        shares = Shares(tuple(part / sum(parts) for part in parts))
+        decoding = StageDecoding(Decoding.of(shares, plan, rules, steps))
+    rehearse_schedule(lambda: queue_schedule(plan.chunks, steps, rules), topology, 1, decoding=decoding)
+    finished, live = run_on_ranks(plan, steps, rules, topology, STAGES[stages], seed, decoding=decoding)
+    if decoding:
+        assert_decoded(finished, plan)
     assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
     assert not any(value for left in live for value in vars(left).values())
 
