@@ -395,7 +395,9 @@ def plan(
         settings, script = _settings(model, preset, overrides), load_script(story)
 
         from longvid.cache.settings import plan_cache
-        from longvid.models.facts import facts_of, find_model, weight_bytes
+        from longvid.chips import chip_here
+        from longvid.meshes import choose_mesh
+        from longvid.models.facts import facts_of, find_model, known_sizes, weight_bytes
         from longvid.models.families import require
         from longvid.models.vin_config import find_vin
 
@@ -403,7 +405,9 @@ def plan(
         require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
         find_vin(settings, facts, find_model(settings.model.path))
         weights = partial(weight_bytes, settings.model.path)
-        overview = Overview.of(make_plan(script, settings, facts), settings, facts, ranks, weights)
+        sizes = known_sizes(settings.model.path) if ranks > 1 else None
+        mesh = choose_mesh(ranks, settings, facts, sizes, chip_here(settings))
+        overview = Overview.of(make_plan(script, settings, facts), settings, facts, mesh, weights)
         picture = overview.grid() if grid else None
     if as_json:
         _print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})

@@ -30,6 +30,7 @@ from longvid.checkpoint import (
     load_ending,
     save_ending,
 )
+from longvid.chips import CPU, chip_of
 from longvid.decode import FilmDecoders, StageDecoders, push
 from longvid.ending import Ending, longer_script
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
@@ -42,6 +43,7 @@ from longvid.launch.env import rank_of
 from longvid.ledger import Ledger
 from longvid.live import LivePrompter, Wish, Wishes
 from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
+from longvid.meshes import choose_mesh
 from longvid.models.checkpoint import (
     Checkpoint,
     Condition,
@@ -54,8 +56,9 @@ from longvid.models.checkpoint import (
     StageOptions,
     StreamDecoder,
 )
+from longvid.models.configs import Configs
 from longvid.models.costs import measure_costs
-from longvid.models.families import require
+from longvid.models.families import known_sizes, require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
 from longvid.models.parts import ModelPart
 from longvid.models.prompt_cache import open_prompts
@@ -83,7 +86,6 @@ from longvid.parallel.schedule import (
     rules_of,
 )
 from longvid.parallel.sequence import make_sequence
-from longvid.parallel.topology import choose_topology, workload
 from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler
@@ -237,7 +239,7 @@ class Engine:
         set_threads(settings)
         is_pipeline = model is not None and not isinstance(model, str | Path)
         checkpoint = checkpoint_of(model) if is_pipeline else open_checkpoint(settings.model.path)
-        return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts))
+        return cls(checkpoint, settings, join_mesh(settings, checkpoint.facts, checkpoint.configs))
 
     def _new_sampler(self, num_tokens: int) -> Sampler:
         return self.wrap_sampler(make_caching(self._make_sampler(self.settings.sampler, num_tokens), self.cache_plan))
@@ -902,6 +904,8 @@ class Engine:
         return lambda chunk: chunk_noise(chunk, channels, height, width).to(self.device)
 
     def _notices(self, plan: Plan) -> Iterator[str]:
+        if self.costs and (at := self.costs.measured_at):
+            yield f"layers are dealt out by what they take at {at[0]}x{at[1]}, scaled by operations to the model's size"
         vocabulary = self.facts.vocabulary
         if vocabulary is None:
             return
@@ -952,12 +956,13 @@ def set_threads(settings: Settings) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
 
 
-def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
+def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     """This process's place among the ranks that a launcher started; a lone one without a launcher."""
     environment = rank_of(os.environ)
-    num_ranks = environment.world_size if environment else 1
+    num_ranks, device = environment.world_size if environment else 1, pick_device(settings)
     try:
-        topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+        chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else CPU
+        topology = choose_mesh(num_ranks, settings, facts, known_sizes(configs) if num_ranks > 1 else None, chip)
     except InputError as error:
         started = (
             f"the launcher started {num_ranks} (WORLD_SIZE={num_ranks})" if environment else "no launcher started any"
@@ -967,10 +972,11 @@ def join_mesh(settings: Settings, facts: ModelFacts) -> Mesh:
         return lone_mesh()
     if environment.rendezvous is None:
         raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
-    device, timeout = pick_device(settings), settings.runtime.timeout_s
+    timeout = settings.runtime.timeout_s
     if device.type == "cuda":
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
     connect(device, timeout)
+    topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
     return make_mesh(topology, environment.rank, device, timeout)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from longvid.chips import Chip
-from longvid.models.sizes import Flops, Layer, Sizes, Tokens
+from longvid.models.sizes import Layer, Sizes, Tokens, layer_bytes
 from longvid.parallel.partition import Costs
 from longvid.parallel.topology import Topology
+from longvid.plan import ModelFacts
+from longvid.settings import MemorySettings, Settings
 
 VAE_SHARE = 0.5
 """Of what layers attain, what the convolutions of a VAE are taken to: they are narrow where they are many."""
 MERGED = 6
 """How often each fp32 value of attention's output is read or written when a ring's partial results meet."""
-MESSAGE_S = 20e-6
-"""Seconds until the first byte of a message is there."""
+HOST_SHARE = 0.8
+"""Of PCIe's rate, what copies from pinned memory attain."""
+HOST_GB = 32.0
+"""10^9 bytes a second from host memory, taken for a device that was measured: PCIe 4.0 x16."""
+DISK_GB = 5.0
+"""10^9 bytes a second that the ranks of a machine read together: of an NVMe drive on PCIe 4.0 x4, of 7 stated."""
 GB = 1e9
 
 
@@ -28,6 +35,11 @@ class Machine(Protocol):
     @property
     def memory_gb(self) -> float:
         """That a rank may fill."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What else people should know of it."""
         ...
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
@@ -46,10 +58,16 @@ class Machine(Protocol):
         """A message from a stage to the next."""
         ...
 
+    def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
+        """Weights from where `memory.offload` has them."""
+        ...
 
-def operations(flops: Flops, sizes: Sizes) -> float:
-    """What is computed at every step."""
-    return flops.total if sizes.prompt_each_step else flops.each_step
+
+def unit_tokens(settings: Settings, facts: ModelFacts, sizes: Sizes, size: tuple[int, int]) -> Tokens:
+    """Those of a unit as most of a film's are, of so many pixels (width, height), without neighbours' K/V."""
+    count = settings.queue.chunk_latents + (settings.queue.context_latents if settings.recomputes_left else 0)
+    own = count * facts.grid.tokens_per_latent(*size)
+    return Tokens(own, own, sizes.text_columns)
 
 
 @dataclass(frozen=True)
@@ -67,21 +85,34 @@ class ChipMachine:
         return self.chip.name
 
     @property
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    @property
     def memory_gb(self) -> float:
         return self.chip.memory_gb - self.reserved_gb
 
     @property
     def rate(self) -> float:
         """FLOPs a second that layers attain."""
-        share = self.chip.attained if self.itemsize == 2 else self.chip.attained * self.chip.fp32_share
-        return self.chip.tflops * 1e12 * share
+        chip = self.chip
+        tflops = chip.tflops * chip.attained if self.itemsize == 2 else chip.fp32 * chip.fp32_attained
+        return tflops * 1e12
+
+    @property
+    def rate_of_8_bits(self) -> float:
+        """Operations a second that int8 matrices attain: the share that bf16 does."""
+        return self.chip.tops * 1e12 * self.chip.attained
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
         seq, flops = topology.seq, layer.flops(tokens)
         # Each value of a token is read or written that often: norms, projections, rotation, attention, sums.
         values = tokens.own / seq * (32 * layer.width + 4 * layer.inner)
-        moved = (values + layer.params) * self.itemsize
-        computing = max(operations(flops, self.sizes) / seq / self.rate, moved / (self.chip.bandwidth * GB))
+        moved = values * self.itemsize + layer_bytes(layer, self.itemsize)
+        # Weights alone in 8 bits are multiplied in 16: only with activations in 8 bits, too, it goes faster.
+        in_8_bits = layer.linear_flops(tokens) if layer.eight_bits == "w8a8" else 0.0
+        seconds = (self.sizes.operations(flops) - in_8_bits) / self.rate + in_8_bits / self.rate_of_8_bits
+        computing = max(seconds / seq, moved / (self.chip.bandwidth * GB))
         return computing + self._exchange(layer, tokens, topology, flops.attention / seq / self.rate)
 
     def _exchange(self, layer: Layer, tokens: Tokens, topology: Topology, attention: float) -> float:
@@ -92,13 +123,14 @@ class ChipMachine:
         inside = (self.chip.link if topology.ulysses <= self.chip.node else self.chip.network) * GB
         ulysses, ring = topology.ulysses, topology.ring
         value = layer.width * self.itemsize
-        heads = 4 * tokens.own / topology.seq * value * (1 - 1 / ulysses) / inside + 4 * MESSAGE_S * (ulysses > 1)
-        block = 2 * tokens.seen / ring * value / ulysses / link + MESSAGE_S
+        latency = self.chip.latency
+        heads = 4 * tokens.own / topology.seq * value * (1 - 1 / ulysses) / inside + 4 * latency * (ulysses > 1)
+        block = 2 * tokens.seen / ring * value / ulysses / link + latency
         merged = MERGED * tokens.own / topology.seq * layer.width * 4 / (self.chip.bandwidth * GB)
         return heads + (ring - 1) * (max(0.0, block - attention / ring) + merged)
 
     def ends(self, tokens: Tokens, topology: Topology) -> float:
-        return operations(self.sizes.ends_flops(tokens), self.sizes) / topology.seq / self.rate / 2
+        return self.sizes.operations(self.sizes.ends_flops(tokens)) / topology.seq / self.rate / 2
 
     def decode(self, cells: int, num_latents: int, starts: bool) -> float:
         vae = self.sizes.vae
@@ -108,7 +140,17 @@ class ChipMachine:
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
         speed = self.chip.link if topology.num_ranks <= self.chip.node else self.chip.network
-        return MESSAGE_S + num_bytes / (speed * GB)
+        return self.chip.latency + num_bytes / (speed * GB)
+
+    def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
+        return fetch_seconds(num_bytes, memory, self.chip.host, min(topology.num_ranks, self.chip.node))
+
+
+def fetch_seconds(num_bytes: float, memory: MemorySettings, host_gb: float, ranks_a_machine: int) -> float:
+    """Weights from host memory, each rank by its own way, or from the disk that they share."""
+    if memory.offload == "host":
+        return num_bytes / (host_gb * HOST_SHARE * GB)
+    return num_bytes * ranks_a_machine / (DISK_GB * GB)
 
 
 @dataclass(frozen=True)
@@ -125,11 +167,13 @@ class MeasuredMachine:
     unit: Tokens
     cells: int
     latents: int
+    notes: Sequence[str] = ()
     loopback_gb: float = 1.0
     """10^9 bytes a second between processes, taken for what is not measured."""
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
-        share = operations(layer.flops(tokens), self.sizes) / operations(layer.flops(self.unit), self.sizes)
+        operations = self.sizes.operations
+        share = operations(layer.flops(tokens)) / operations(layer.flops(self.unit))
         exchanged = 4 * tokens.own / topology.seq * layer.width * 4 * (1 - 1 / topology.seq)
         return self.costs.layers[0] * share / topology.seq + exchanged / (self.loopback_gb * GB)
 
@@ -142,3 +186,6 @@ class MeasuredMachine:
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
         return num_bytes / (self.loopback_gb * GB)
+
+    def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
+        return fetch_seconds(num_bytes, memory, HOST_GB, topology.num_ranks)

@@ -1,25 +1,25 @@
 """What ranks hold, by kind, before anything is loaded. In 10^6 bytes.
 
 Always: weights, neighbours' K/V, latents, and what a cache remembers. With a model's `Sizes` also what computing takes:
-activations and messages, on ranks that decode the VAE with its state, and on the leader the text encoder. What
-libraries take comes on top.
+activations and messages, on the leader the VAE with its state, and the text encoder; and what `memory.*` changes of all
+that. What libraries take comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from itertools import accumulate
+from dataclasses import astuple, dataclass, replace
+from itertools import accumulate, groupby
 
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
-from longvid.models.sizes import Sizes
+from longvid.models.sizes import Sizes, layer_bytes
 from longvid.parallel.pace import kind_of
 from longvid.parallel.schedule import rules_of
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import Report
 from longvid.plan import Chunk, ModelFacts, Plan, sharing_layers
-from longvid.settings import Settings
+from longvid.settings import MemorySettings, Settings
 
 MB = 1e6
 VAE_COPIES = 2
@@ -28,7 +28,12 @@ VAE_COPIES = 2
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of a stage: of the first, the leader."""
+    """One rank of a stage: of the first, the leader.
+
+    `activations_mb` are a unit's, with messages; where it decodes and that is more, those of the decoder, for it is at
+    work between units. `vae_mb` is what stays of the VAE. A text encoder that goes before the film begins counts in
+    `text_mb` as far as it holds more than all that comes after it.
+    """
 
     weights_mb: float
     kv_mb: float
@@ -56,7 +61,8 @@ def stage_memory(
 ) -> tuple[StageMemory, ...]:
     """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
 
-    `decodes` are the stages' parts of decoding: each with one has the VAE and, at times, the decoder's state.
+    `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` are the
+    stages' parts of decoding: each with one has the VAE and, at times, the decoder's state.
     """
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
@@ -78,8 +84,6 @@ def stage_memory(
     recomputed = settings.recomputes_left
     tokens = [per_latent * (chunk.num_latents + chunk.num_left * recomputed) for chunk in plan.chunks]
     kinds = tuple({kind_of(chunk): chunk for chunk in plan.chunks}.values())
-    vae = _vae_mb(sizes, width * height, itemsize) if sizes else 0.0
-    text = itemsize * sizes.text_params / MB if sizes else 0.0
 
     scenes = 2 * report.max_live_scenes * settings.queue.context_latents * per_latent * token
     late = sharing_layers(facts.num_layers)
@@ -90,24 +94,44 @@ def stage_memory(
         values = [of_count[count] for count in tokens]
         until = [0, *accumulate(values)]
         remembered = max(until[min(i + in_flight, len(values))] - until[i] for i in range(len(values)))
-        return StageMemory(
+        held = StageMemory(
             weights(part, itemsize) / MB,
             (kv * len(layers) + scenes * len(range(max(late.start, layers.start), layers.stop))) / MB,
             latents / MB if stage == 0 else 0.0,
             remembered * token / MB,
-            activation_bytes(kinds, plan, settings, facts, sizes, topology, stage) / MB if sizes else 0.0,
-            vae if stage == 0 or (decodes and decodes[stage]) else 0.0,
-            text if stage == 0 else 0.0,
         )
+        if not sizes:
+            return held
+        at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
+        if stage and not any(decodes[stage : stage + 1]):
+            return replace(held, activations_mb=(at_work + waiting) / MB)
+        decoding = itemsize * VAE_COPIES * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
+        vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height)) / MB
+        held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae)
+        return held if stage else _with_text(held, sizes, itemsize, settings.memory)
 
     return tuple(of_stage(stage, layers) for stage, layers in enumerate(bounds))
 
 
-def _vae_mb(sizes: Sizes, cells: int, itemsize: int) -> float:
-    """The VAE's, 10^6 bytes. Encoder and decoder are loaded whole."""
-    vae = sizes.vae
-    values = vae.params + vae.state_values(cells) + VAE_COPIES * vae.working_values(cells)
-    return itemsize * values / MB
+def device_bytes(sizes: Sizes, part: ModelPart, itemsize: int, memory: MemorySettings) -> int:
+    """Of a part's weights, those that are on the device at once: with `memory.offload`, two groups of each kind."""
+    whole = sizes.part_bytes(part, itemsize)
+    if memory.offload == "none":
+        return whole
+    away = 0
+    for _, layers in groupby((sizes.layers[index] for index in part.layers), key=lambda layer: layer.params):
+        each = [layer_bytes(layer, itemsize) for layer in layers]
+        away += sum(sorted(each)[: max(0, len(each) - 2 * memory.group)])
+    return whole - sizes.num_experts * away
+
+
+def _with_text(held: StageMemory, sizes: Sizes, itemsize: int, memory: MemorySettings) -> StageMemory:
+    """The leader's, with the text encoder, which is loaded whole."""
+    text = itemsize * sizes.text_params
+    if memory.frees_encoder(text):
+        loaded_before = held.weights_mb + itemsize * sizes.vae.params / MB
+        return replace(held, text_mb=max(0.0, loaded_before + text / MB - held.total_mb))
+    return replace(held, text_mb=text / MB)
 
 
 def activation_bytes(
@@ -118,8 +142,8 @@ def activation_bytes(
     sizes: Sizes,
     topology: Topology,
     stage: int,
-) -> float:
-    """The most bytes of a unit at hand of any of `chunks` on a rank, and of its messages from stage to stage.
+) -> tuple[float, float]:
+    """The most bytes of a unit at work of any of `chunks` on a rank, and of what waits or is on its way.
 
     Counted a token and channel, in the layers as diffusers has them: what is alive in attention (while keys are
     rotated, in fp32), in the feed-forward, and where its output is added in fp32.
@@ -131,7 +155,7 @@ def activation_bytes(
     layer = max(sizes.layers, key=lambda layer: layer.inner / layer.width)
     upcast = 4 if itemsize == 2 else 0
 
-    def of_unit(num_own: int, num_seen: int, is_joined: bool) -> float:
+    def of_unit(num_own: int, num_seen: int, is_joined: bool) -> tuple[float, float]:
         own, seen = per_latent * num_own / topology.seq, per_latent * num_seen / topology.seq
         attention = (6 * own + (2 * is_joined) * seen) * itemsize + 8 * seen
         feed_forward = (2 + 2 * layer.inner / layer.width) * own * itemsize
@@ -140,7 +164,7 @@ def activation_bytes(
         moving = 2 * settings.mesh.buffers * branches if topology.stage > 1 else 0
         levels = (24 + 6 * itemsize) * own if facts.per_token_timesteps and recomputes else 0.0
         busiest = max(attention, feed_forward, added)
-        return (busiest + (waiting + moving) * own * itemsize + levels) * layer.width
+        return (busiest + levels) * layer.width, (waiting + moving) * own * itemsize * layer.width
 
     return max(
         of_unit(

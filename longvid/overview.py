@@ -15,7 +15,7 @@ from longvid.parallel.decoding import DecodeAction, Decoding, deal_work
 from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import Action, make_schedule, rules_of
-from longvid.parallel.topology import AXES, Topology, choose_topology, workload
+from longvid.parallel.topology import AXES, Topology
 from longvid.parallel.verify import Report, grid, simulate
 from longvid.parallel.verify_decoding import simulate_decoding
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
@@ -46,17 +46,17 @@ class Overview:
         plan: Plan,
         settings: Settings,
         facts: ModelFacts,
-        num_ranks: int = 1,
+        topology: Topology | None = None,
         weights: Callable[[ModelPart, int], int] = lambda part, itemsize: 0,
     ) -> Overview:
-        """Simulate the plan's whole schedule, and rehearse it on the ranks; an error in it is ours (ScheduleError).
+        """Simulate the plan's whole schedule, and rehearse it on the mesh (None: a lone rank).
 
-        `weights` says how many bytes a part of the transformer takes, with so many bytes a number. Raises InputError
-        for a mesh that does not fit.
+        An error in it is ours (ScheduleError). `weights` says how many bytes a part of the transformer takes, with so
+        many bytes a number.
         """
         actions, rules, steps = make_schedule(plan, settings), rules_of(settings), settings.sampler.steps
         report = simulate(actions, plan.chunks, steps, rules)
-        topology = choose_topology(num_ranks, settings.mesh, workload(settings, facts))
+        topology = topology or Topology()
         costs = Costs((1.0,) * facts.num_layers)
         share = plan_cache(settings.cache, steps, facts.num_layers).share
         bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode)

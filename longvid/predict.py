@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from longvid.cache.settings import plan_cache
-from longvid.chips import find_chip
+from longvid.chips import chip_here, find_chip
+from longvid.errors import InputError
 from longvid.machines import ChipMachine, Machine
+from longvid.meshes import Film, choose_mesh
 from longvid.models.facts import facts_of, sizes_of
 from longvid.models.families import require
-from longvid.outlook import Film, Outlook
+from longvid.outlook import Outlook
 from longvid.plan import make_plan
 from longvid.script import Script
 from longvid.settings import Settings
@@ -22,14 +24,19 @@ def predict(script: Script, settings: Settings, gpu: str | None, num_ranks: int)
 
     def lay_out(settings: Settings) -> Film:
         require(facts, settings, plan_cache(settings.cache, settings.sampler.steps, facts.num_layers))
-        return Film(make_plan(script, settings, facts), settings, facts, sizes)
+        return Film(make_plan(script, settings, facts), settings, facts, sizes.held(settings.memory.quantize))
 
     film = lay_out(settings)
     machine: Machine
+    chip = find_chip(gpu) if gpu else chip_here(settings)
     if gpu:
-        machine = ChipMachine(find_chip(gpu), sizes, film.itemsize)
+        machine = ChipMachine(chip, film.sizes, film.itemsize)
     else:
         from longvid.measured import measure_machine
 
         machine = measure_machine(film, num_ranks)
-    return Outlook.of(film, machine, num_ranks, lay_out)
+    try:
+        taken = choose_mesh(num_ranks, settings, facts, sizes, chip)
+    except InputError:  # with these settings alone, and that may lack a ring
+        taken = None
+    return Outlook.of(film, machine, num_ranks, taken, lay_out)

@@ -33,6 +33,10 @@ class ModelSettings(Section):
     lora: list[LoraSettings] = Field(default_factory=list)
 
 
+LARGE_ENCODER_BYTES = 256 << 20
+"""Of a text encoder that `auto` frees."""
+
+
 class MemorySettings(Section):
     """What is held, where, and in how many bits.
 
@@ -49,6 +53,10 @@ class MemorySettings(Section):
     group: Annotated[int, Field(ge=1, le=1024)] = 1
     quantize: Literal["none", "int8", "fp8", "w8a8"] = "none"
     vae_rows: Annotated[int, Field(ge=0, le=4096)] = 0
+
+    def frees_encoder(self, num_bytes: int) -> bool:
+        """Whether a text encoder of so many bytes goes once the prompts are encoded."""
+        return self.text_encoder == "free" or (self.text_encoder == "auto" and num_bytes > LARGE_ENCODER_BYTES)
 
 
 class SamplerSettings(Section):

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from longvid.parallel.decoding import LAG, Shares
 from longvid.parallel.schedule import QueueRules
 from longvid.plan import Chunk
 
@@ -35,14 +36,21 @@ class Pace:
 class Times:
     """What the parts of a film take, in seconds.
 
-    `unit(chunk, step)` is each stage's work, `decode(chunk)` that of the first stage when a chunk is finished, and
-    `hop(chunk)` how long activations are on their way; `capacity` of them may be under way to a stage.
+    `unit(chunk, step)` is each stage's work, `decode(chunk)` that of decoding a finished chunk, and `hop(chunk)` how
+    long activations are on their way; `capacity` of them may be under way to a stage. The first stage decodes, or as
+    `shares` has it dealt out.
     """
 
     unit: Callable[[int, int], Sequence[float]]
     decode: Callable[[int], float]
     hop: Callable[[int], float]
     capacity: int
+    shares: Shares | None = None
+
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """Each stage's part of decoding."""
+        return self.shares.of_stages if self.shares else (1.0,)
 
 
 def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:
@@ -62,7 +70,8 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
 
     def work(chunk: int) -> list[float]:
         total = [sum(stage) for stage in zip(*(times.unit(chunk, step) for step in computed), strict=True)]
-        total[0] += times.decode(chunk)
+        for stage, part in enumerate(times.parts):
+            total[stage] += part * times.decode(chunk)
         return total
 
     works = {kind: work(i) for kind, i in {kind_of(chunk): chunk.index for chunk in chunks}.items()}
@@ -88,18 +97,25 @@ def run(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) ->
     """The pace of all of these chunks, unit by unit."""
     state = _Run(chunks, steps, rules, times)
     for n in range(rules.num_rounds(len(chunks), steps)):
+        state.decode_until(n - LAG)
         newest = min(n // rules.gap, len(chunks) - 1)
         oldest = max(-(-(n - steps + 1) // rules.gap), 0)
         for i in range(newest, oldest - 1, -1):
             state.unit(n, i, n - rules.gap * i)
         state.settle(n - 1)
+        state.show()
     state.settle(rules.num_rounds(len(chunks), steps))
+    state.decode_rest()
     return Pace(max(state.clocks), state.first, tuple(state.busy))
 
 
 @dataclass
 class _Run:
-    """Clocks of all stages. `late` is what the first stage puts off: (round, chunk, version or None, arrival)."""
+    """Clocks of all stages. `late` is what the first stage puts off: (round, chunk, version or None, arrival).
+
+    Where stages decode, `finished` are chunks that wait for it, with their rounds. A piece is taken to begin with a
+    round: what it waits for is then done, for later stages are as far behind.
+    """
 
     chunks: Sequence[Chunk]
     steps: int
@@ -108,11 +124,16 @@ class _Run:
     late: deque[tuple[int, int, int | None, float]] = field(default_factory=deque)
     put_off: set[tuple[int, int]] = field(default_factory=set)
     first: float = 0.0
+    finished: deque[tuple[int, int]] = field(default_factory=deque)
+    shown: float | None = None
+    """When the first chunk's pieces are decoded, until the first stage comes to show them."""
 
     def __post_init__(self) -> None:
         num_stages = len(self.times.unit(0, 0))
         self.clocks, self.busy = [0.0] * num_stages, [0.0] * num_stages
         self.taken: list[deque[float]] = [deque() for _ in range(num_stages)]
+        shares = self.times.shares
+        self.pieces = [shares.pieces(i, chunk.num_latents) for i, chunk in enumerate(self.chunks)] if shares else []
 
     def unit(self, n: int, i: int, k: int) -> None:
         """One step of a chunk, through all stages."""
@@ -158,13 +179,45 @@ class _Run:
             self.pop()
 
     def pop(self) -> None:
-        _, i, version, arrival = self.late.popleft()
+        n, i, version, arrival = self.late.popleft()
         self.clocks[0] = max(self.clocks[0], arrival)
         if version is not None:
             self.put_off.discard((i, version))
+            return
+        if self.pieces:
+            self.finished.append((n, i))
             return
         seconds = self.times.decode(i)
         self.clocks[0] += seconds
         self.busy[0] += seconds
         if i == 0:
             self.first = self.clocks[0]
+
+    def decode_until(self, done: int) -> None:
+        """Decode the chunks that finished in rounds up to one, a piece a stage."""
+        while self.finished and self.finished[0][0] <= done:
+            _, i = self.finished.popleft()
+            ends = [self.decode_piece(i, latents, stage) for latents, stage in self.pieces[i]]
+            if i == 0:
+                self.shown = max(ends)
+
+    def decode_piece(self, i: int, latents: range, stage: int) -> float:
+        """When a stage is done with a piece."""
+        seconds = self.times.decode(i) * len(latents) / self.chunks[i].num_latents
+        self.clocks[stage] += seconds
+        self.busy[stage] += seconds
+        return self.clocks[stage]
+
+    def show(self) -> None:
+        """On the first stage, at the end of a round: hand out the first chunk's frames if they are there."""
+        if self.shown is not None:
+            self.first, self.shown = max(self.shown, self.clocks[0]), None
+
+    def decode_rest(self) -> None:
+        """What is left when all units are done: piece after piece, for there is one state."""
+        now = 0.0
+        for _, i in self.finished:
+            for latents, stage in self.pieces[i]:
+                self.clocks[stage] = max(self.clocks[stage], now)
+                now = self.decode_piece(i, latents, stage)
+            self.first = self.first or now

@@ -13,13 +13,15 @@ class Costs:
     """Measured times, in any one unit, per unit of work: each layer's, and what else the end stages do.
 
     `first` is what the first stage does besides layers (patches in), `last` the output layer. `decode` is a step's
-    share of decoding the chunk, which the first stage does too.
+    share of decoding the chunk, which the first stage does too. `measured_at` is the size in pixels that they were
+    measured at and scaled from, if it was not the film's.
     """
 
     layers: tuple[float, ...]
     first: float = 0.0
     last: float = 0.0
     decode: float = 0.0
+    measured_at: tuple[int, int] | None = None
 
     @property
     def total(self) -> float:

@@ -7,7 +7,7 @@ Axes: `replica` (films) x `stage` (layers) x `chunk` (chunks at one step) x `gui
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -109,8 +109,8 @@ def workload(settings: Settings, facts: ModelFacts) -> Workload:
     return Workload(LONG_FILM * steps, in_flight, facts.num_layers, heads, branches, splits_tokens, at_one_step)
 
 
-def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topology:
-    """The mesh for so many ranks: what the settings fix, and for what they leave `auto`, the one predicted fastest.
+def fitting_meshes(num_ranks: int, mesh: MeshSettings, work: Workload) -> list[Topology]:
+    """Every mesh for so many ranks that the settings leave open, with the ring that they say.
 
     Raises InputError, with the equation, where axes and ranks do not fit each other, the model or the film.
     """
@@ -130,7 +130,12 @@ def choose_topology(num_ranks: int, mesh: MeshSettings, work: Workload) -> Topol
         product = " x ".join(f"{axis} {fixed.get(axis, 'auto')}" for axis in AXES)
         why = reasons[0] if reasons else f"no whole numbers solve {product} = {num_ranks} ranks"
         raise InputError(f"mesh: {why}")
-    return min(fits, key=lambda topology: (predicted_time(topology, work), topology.seq, topology.guidance))
+    return fits
+
+
+def choose_by_shape(meshes: Sequence[Topology], work: Workload) -> Topology:
+    """The best of some meshes where no more is known of the model than its workload."""
+    return min(meshes, key=lambda topology: (predicted_time(topology, work), topology.seq, topology.guidance))
 
 
 def all_meshes(num_ranks: int, mesh: MeshSettings, work: Workload) -> Iterator[tuple[Topology, str | None]]:

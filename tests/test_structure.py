@@ -21,10 +21,11 @@ LEVELS = {
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together live trace ledger",
+    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together live trace ledger"
+    " memory machines meshes",
     5: "engine doctor tune calibrate",
     6: "launch",
-    7: "cli __main__ progress journal overview memory machines outlook predict measured options batch",
+    7: "cli __main__ progress journal overview outlook predict measured options batch",
 }
 BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""

@@ -128,7 +128,7 @@ def load_engine(settings: Settings) -> Engine:
 
     set_threads(settings)
     checkpoint = open_checkpoint(settings.model.path)
-    return Engine(checkpoint, settings, join_mesh(settings, checkpoint.facts))
+    return Engine(checkpoint, settings, join_mesh(settings, checkpoint.facts, checkpoint.configs))
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering

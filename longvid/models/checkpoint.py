@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
+from longvid.models.configs import Configs
 from longvid.models.parts import ModelPart
 from longvid.models.weights import Loading
 from longvid.parallel.comm import Group
@@ -170,6 +171,9 @@ class Checkpoint(Protocol):
     def facts(self) -> ModelFacts: ...
 
     @property
+    def configs(self) -> Configs: ...
+
+    @property
     def root(self) -> Path | None:
         """Its directory; None for a pipeline that is in memory alone."""
         ...
@@ -198,10 +202,10 @@ class Checkpoint(Protocol):
         """The timestep below which a second expert runs; 0 where there is one alone."""
         ...
 
-    def blank_inputs(self, device: torch.device) -> FilmInputs:
+    def blank_inputs(self, device: torch.device, size: tuple[int, int]) -> FilmInputs:
         """A prompt of usual length, and an image where there must be one, that show nothing: for measuring.
 
-        They are for a film of the model's native size and a single shot.
+        They are for a film of so many pixels (width, height) and a single shot.
         """
         ...
 

@@ -105,7 +105,7 @@ class CogVideoXCheckpoint:
             dit = load_part(CogVideoXTransformer3DModel, folder, part, COGVIDEOX_PARTS, dtype, device, loading)
             return CogVideoXStage(dit, **options.of(part))
 
-    def blank_inputs(self, device: torch.device) -> FilmInputs:
+    def blank_inputs(self, device: torch.device, size: tuple[int, int]) -> FilmInputs:
         width = self.configs.of("transformer")["text_embed_dim"]
         return FilmInputs([torch.zeros(self._text_tokens, width, device=device)])
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
-from longvid.models.checkpoint import Checkpoint, StageOptions, StreamDecoder
+from longvid.machines import unit_tokens
+from longvid.models.checkpoint import Checkpoint, FamilyStage, StageOptions, StreamDecoder
+from longvid.models.families import known_sizes
 from longvid.models.parts import ModelPart
+from longvid.models.sizes import Sizes
 from longvid.parallel.partition import Costs
 from longvid.parallel.stage import Unit
-from longvid.plan import Chunk, PromptBlend
+from longvid.plan import Chunk, ModelFacts, PromptBlend
 from longvid.settings import Settings
 
 REPEATS = 5
+PATIENCE_S = 3.0
+"""What measuring may take: larger units are measured at a smaller size of the picture."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 @torch.no_grad()
@@ -24,37 +33,71 @@ def measure_costs(
     decoder: StreamDecoder,
     settings: Settings,
     device: torch.device,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Costs:
     """Seconds for a unit of one branch: each layer, the two ends, and a step's share of decoding.
 
-    `size` is the film's width and height in pixels, else the model's own. Reads one layer of each kind: they are all
-    alike.
+    `size` is the film's width and height in pixels, else the model's own. Where that would take longer than
+    `patience_s` in all, a smaller picture is measured, and what was found is scaled by operations;
+    `Costs.measured_at` says so. Reads one layer of each kind: they are all alike.
     """
-    unit = _unit(checkpoint, settings, device, size)
-    dtype, inputs = getattr(torch, settings.runtime.dtype), checkpoint.blank_inputs(device)
+    facts, sizes = checkpoint.facts, known_sizes(checkpoint.configs)
+    wanted = size or (facts.width, facts.height)
+    bench = _Bench(checkpoint, decoder, settings, device)
 
-    def seconds(layers: range) -> float:
-        stage = checkpoint.load_stage(ModelPart(layers), dtype, device, StageOptions())
-        stage.prepare(inputs)
-        return _seconds(lambda: stage.forward(unit), device)
+    def scaled(costs: Costs, at: Size, to: Size) -> Costs:
+        return costs if sizes is None or at == to else scaled_costs(costs, sizes, settings, facts, at, to)
 
-    dual, count = checkpoint.facts.dual_layers, checkpoint.facts.num_layers
-    ends = seconds(range(0))
-    kinds = [kind for kind in (range(dual), range(dual, count)) if kind]
-    one_of = {kind: max(seconds(kind[:1]) - ends, 1e-6) for kind in kinds}
-    layers = [one_of[kind] for kind in kinds for _ in kind]
-    assert unit.latents is not None
-    own = unit.latents[:, -settings.queue.chunk_latents :]
-    decoding = _seconds(lambda: decoder.push(own), device) / settings.sampler.steps
-    decoder.reset()
-    return Costs(tuple(layers), ends / 2, ends / 2, decoding)
+    def measured(run: Callable[[Size, int], Costs]) -> tuple[Costs, Size]:
+        """At the largest size that patience allows, found from below: small units attain less of a machine's rate."""
+        ladder = list(smaller_sizes(facts, wanted)) if sizes else [wanted]
+        at = ladder[-1]
+        while at != wanted:
+            once = run(at, 1)
+            short = (some for some in ladder if bench.seconds_of(scaled(once, at, some)) * (REPEATS + 1) <= patience_s)
+            largest = next(short, at)
+            if ladder.index(largest) >= ladder.index(at):
+                break
+            at = largest
+        return run(at, REPEATS), at
+
+    (layers, at), (decoding, decoded_at) = measured(bench.layers), measured(bench.decoding)
+    costs = replace(scaled(layers, at, wanted), decode=scaled(decoding, decoded_at, wanted).decode)
+    smallest = min(at, decoded_at)
+    return costs if smallest == wanted else replace(costs, measured_at=smallest)
 
 
-def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device, size: tuple[int, int] | None) -> Unit:
+def smaller_sizes(facts: ModelFacts, size: Size) -> Iterator[Size]:
+    """The size, and again and again with half of its longer side, as far as there are some tokens in it."""
+    _, down, across = facts.grid.patch
+    units = facts.grid.spatial * across, facts.grid.spatial * down
+    counts = [size[0] // units[0], size[1] // units[1]]
+    yield size
+    while max(counts) >= 4:
+        longer = counts.index(max(counts))
+        counts[longer] //= 2
+        yield counts[0] * units[0], counts[1] * units[1]
+
+
+def scaled_costs(costs: Costs, sizes: Sizes, settings: Settings, facts: ModelFacts, at: Size, size: Size) -> Costs:
+    """Costs that were measured at one size, at another: each part by its operations."""
+    before, after = (unit_tokens(settings, facts, sizes, some) for some in (at, size))
+    count = sizes.operations
+    layers = tuple(
+        seconds * count(layer.flops(after)) / count(layer.flops(before))
+        for seconds, layer in zip(costs.layers, sizes.layers, strict=True)
+    )
+    latents = [facts.grid.latent_size(*some) for some in (at, size)]
+    decoded = [sizes.vae.flops(width * height, settings.queue.chunk_latents) for width, height in latents]
+    ends = count(sizes.ends_flops(after)) / count(sizes.ends_flops(before))
+    return Costs(layers, costs.first * ends, costs.last * ends, costs.decode * decoded[1] / decoded[0])
+
+
+def typical_unit(facts: ModelFacts, settings: Settings, device: torch.device, size: Size) -> Unit:
     """A unit as most of a film's are: with left context, at two noise levels."""
-    facts, queue = checkpoint.facts, settings.queue
-    width, height = facts.grid.latent_size(*(size or (facts.width, facts.height)))
+    queue = settings.queue
+    width, height = facts.grid.latent_size(*size)
     left = queue.context_latents if settings.recomputes_left else 0
     count = left + queue.chunk_latents
     latents = torch.zeros(facts.latent_channels, count, height, width, device=device)
@@ -63,13 +106,62 @@ def _unit(checkpoint: Checkpoint, settings: Settings, device: torch.device, size
     return Unit(chunk, 0, timesteps, (height, width), latents)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of a few runs, after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+class _Bench:
+    """A layer of each kind, the ends and the decoder, to be timed at several sizes."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, decoder: StreamDecoder, settings: Settings, device: torch.device
+    ) -> None:
+        self._checkpoint, self._decoder = checkpoint, decoder
+        self._settings, self._device = settings, device
+        dual, count = checkpoint.facts.dual_layers, checkpoint.facts.num_layers
+        self._kinds = [kind for kind in (range(dual), range(dual, count)) if kind]
+        self._stages: dict[range, FamilyStage] = {}
+
+    def layers(self, size: Size, repeats: int) -> Costs:
+        """All but decoding: medians of some runs."""
+        unit = typical_unit(self._checkpoint.facts, self._settings, self._device, size)
+        inputs = self._checkpoint.blank_inputs(self._device, size)
+
+        def seconds(layers: range) -> float:
+            stage = self._stage(layers)
+            stage.prepare(inputs)
+            return self._seconds(lambda: stage.forward(unit), repeats)
+
+        ends = seconds(range(0))
+        each = [max(seconds(kind[:1]) - ends, 1e-6) for kind in self._kinds]
+        layers = tuple(cost for cost, kind in zip(each, self._kinds, strict=True) for _ in kind)
+        return Costs(layers, ends / 2, ends / 2)
+
+    def decoding(self, size: Size, repeats: int) -> Costs:
+        """A step's share of decoding alone."""
+        unit = typical_unit(self._checkpoint.facts, self._settings, self._device, size)
+        assert unit.latents is not None
+        own = unit.latents[:, -self._settings.queue.chunk_latents :]
+        seconds = self._seconds(lambda: self._decoder.push(own), repeats)
+        self._decoder.reset()
+        nothing = (0.0,) * self._checkpoint.facts.num_layers
+        return Costs(nothing, decode=seconds / self._settings.sampler.steps)
+
+    def seconds_of(self, costs: Costs) -> float:
+        """What a run takes that finds such costs."""
+        one_of_each = sum(costs.layers[kind.start] for kind in self._kinds)
+        ends = (1 + len(self._kinds)) * (costs.first + costs.last)
+        return one_of_each + ends + costs.decode * self._settings.sampler.steps
+
+    def _stage(self, layers: range) -> FamilyStage:
+        dtype = getattr(torch, self._settings.runtime.dtype)
+        if layers not in self._stages or self._checkpoint.pipeline:  # stages of a pipeline share its transformer
+            self._stages[layers] = self._checkpoint.load_stage(ModelPart(layers), dtype, self._device, StageOptions())
+        return self._stages[layers]
+
+    def _seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """The median of a few runs, after one that warms up."""
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            work()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from longvid.errors import InputError
+from longvid.models import families
 from longvid.models.configs import Configs, read_configs
 from longvid.models.families import family_of, read_facts, read_sizes
 from longvid.models.hub import SHORT_NAMES, HubModel
@@ -67,3 +68,8 @@ def facts_of(name: str) -> ModelFacts:
 def sizes_of(name: str) -> Sizes:
     """What a checkpoint's parts take and cost, from its config files alone. Raises InputError."""
     return read_sizes(configs_of(name))
+
+
+def known_sizes(name: str) -> Sizes | None:
+    """The same; None where it is not known of such a checkpoint."""
+    return families.known_sizes(configs_of(name))

@@ -103,6 +103,14 @@ def read_sizes(configs: Configs) -> Sizes:
         raise InputError(f"{configs.place}: its config files lack what sizes are computed from ({error})") from None
 
 
+def known_sizes(configs: Configs) -> Sizes | None:
+    """The same; None where it is not known of such a checkpoint."""
+    try:
+        return read_sizes(configs)
+    except InputError:
+        return None
+
+
 def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
     """Refuse settings that the model's family cannot serve, before weights are loaded. Raises InputError."""
     if not isinstance(settings.attention, Dense):

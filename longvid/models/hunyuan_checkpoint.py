@@ -19,6 +19,7 @@ from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
 from longvid.models.configs import Configs
 from longvid.models.hunyuan import HunyuanPrompt, HunyuanStage
 from longvid.models.hunyuan_facts import HUNYUAN_PARTS
+from longvid.models.hunyuan_sizes import TEXT_COLUMNS
 from longvid.models.hunyuan_vae import HunyuanStreamDecoder
 from longvid.models.parts import ModelPart
 from longvid.models.weights import (
@@ -113,9 +114,9 @@ class HunyuanCheckpoint:
             dit = load_part(HunyuanVideoTransformer3DModel, folder, part, HUNYUAN_PARTS, dtype, device, options.loading)
             return HunyuanStage(dit, guidance=guidance, **options.of(part))
 
-    def blank_inputs(self, device: torch.device) -> FilmInputs:
+    def blank_inputs(self, device: torch.device, size: tuple[int, int]) -> FilmInputs:
         config = self.configs.of("transformer")
-        states = torch.zeros(64, config["text_embed_dim"], device=device)
+        states = torch.zeros(TEXT_COLUMNS, config["text_embed_dim"], device=device)
         return FilmInputs([HunyuanPrompt(states, torch.zeros(config["pooled_projection_dim"], device=device))])
 
     def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:

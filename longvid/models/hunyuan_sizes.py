@@ -40,7 +40,9 @@ def hunyuan_sizes(configs: Configs) -> Sizes:
 
 def _double(width: int, inner: int, head: int) -> JointLayer:
     side = linear(width, 6 * width) + 4 * linear(width, width) + 2 * head + linear(width, inner) + linear(inner, width)
-    return JointLayer(2 * side, width, inner, modulation=2 * 6 * width**2)
+    # Of the text's own, those of keys and values stay in full precision.
+    own_of_text = 2 * width**2 + 2 * width * inner
+    return JointLayer(2 * side, width, inner, modulation=2 * 6 * width**2, text_linear_params=own_of_text)
 
 
 def _single(width: int, inner: int, head: int) -> JointLayer:

@@ -34,7 +34,8 @@ def checkpoint_of(pipeline: Any) -> Checkpoint:
     origin = Path(str(pipeline.config.get("_name_or_path") or ""))
     extra = extra_facts(origin) if origin.is_dir() else {}
     index = {**pipeline.config, "_class_name": type(pipeline).__name__}
-    loaded = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+    parts = {name: part.config for name, part in pipeline.components.items() if hasattr(part, "config")}
+    loaded = {name: config.to_dict() if hasattr(config, "to_dict") else config for name, config in parts.items()}
     return _open(Configs("pipeline", index, extra, origin if extra else None, loaded), pipeline)
 
 

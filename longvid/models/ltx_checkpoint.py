@@ -20,6 +20,7 @@ from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
 from longvid.models.configs import Configs
 from longvid.models.ltx import LtxStage
 from longvid.models.ltx_facts import LTX_PARTS
+from longvid.models.ltx_sizes import TEXT_COLUMNS
 from longvid.models.ltx_vae import LtxStreamDecoder
 from longvid.models.parts import ModelPart
 from longvid.models.weights import (
@@ -100,9 +101,9 @@ class LtxCheckpoint:
         grid = self.facts.grid
         return LtxStage(dit, compression=(grid.temporal, grid.spatial), **options.of(part))
 
-    def blank_inputs(self, device: torch.device) -> FilmInputs:
+    def blank_inputs(self, device: torch.device, size: tuple[int, int]) -> FilmInputs:
         width = self.configs.of("transformer")["caption_channels"]
-        return FilmInputs([torch.zeros(16, width, device=device)], fps=self.facts.fps)
+        return FilmInputs([torch.zeros(TEXT_COLUMNS, width, device=device)], fps=self.facts.fps)
 
     def make_sampler(self, settings: SamplerSettings, num_tokens: int) -> Sampler:
         """Euler on the stock noise levels, which may depend on the tokens that are denoised together."""

@@ -33,6 +33,7 @@ def ltx_sizes(configs: Configs) -> Sizes:
         text_params=t5_params(configs.of("text_encoder"), own_positions=False),
         text_columns=TEXT_COLUMNS,
         embed=embed,
+        prompt_each_step=False,
     )
 
 

@@ -22,9 +22,6 @@ from longvid.models.checkpoint import Checkpoint, Prompt, PromptEncoder
 from longvid.models.parts import read_shapes
 from longvid.settings import MemorySettings
 
-LARGE_BYTES = 256 << 20
-"""Files of a text encoder that `auto` frees."""
-
 _STATES = "states"
 
 
@@ -37,9 +34,7 @@ def open_prompts(
     def load() -> PromptEncoder:
         return checkpoint.load_prompts(dtype, device)
 
-    if root is None or checkpoint.pipeline is not None or memory.text_encoder == "keep":
-        return load()
-    if memory.text_encoder == "auto" and _encoder_bytes(root) <= LARGE_BYTES:
+    if root is None or checkpoint.pipeline is not None or not memory.frees_encoder(_encoder_bytes(root)):
         return load()
     folder = Path(memory.prompt_cache).expanduser() if memory.prompt_cache else user_cache() / "prompts"
     machine = f"{device.type} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"

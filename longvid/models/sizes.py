@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
-from typing import Any, Protocol
+from dataclasses import astuple, dataclass, field, replace
+from math import sqrt
+from typing import Any, Literal, Protocol, Self
 
 from longvid.models.parts import ModelPart
 
@@ -68,11 +69,31 @@ class Flops:
         return self.total - self.prompt
 
 
+EightBits = Literal["none", "int8", "fp8", "w8a8"]
+"""How linear layers are held, as `memory.quantize` says it."""
+
+
 class Layer(Protocol):
     """A transformer layer."""
 
     @property
     def params(self) -> int: ...
+
+    @property
+    def linear_params(self) -> int:
+        """Weights that `memory.quantize` puts in 8 bits."""
+        ...
+
+    @property
+    def eight_bits(self) -> EightBits: ...
+
+    def linear_flops(self, tokens: Tokens) -> float:
+        """Operations of those weights."""
+        ...
+
+    def held(self, eight_bits: EightBits) -> Self:
+        """The same layer with its linear weights held so."""
+        ...
 
     @property
     def width(self) -> int: ...
@@ -93,6 +114,17 @@ class CrossLayer:
     width: int
     inner: int
     text_width: int
+    eight_bits: EightBits = "none"
+
+    @property
+    def linear_params(self) -> int:
+        return 6 * self.width**2 + 2 * self.width * self.inner
+
+    def linear_flops(self, tokens: Tokens) -> float:
+        return 2 * tokens.own * self.linear_params
+
+    def held(self, eight_bits: EightBits) -> Self:
+        return replace(self, eight_bits=eight_bits)
 
     def flops(self, tokens: Tokens) -> Flops:
         square, columns = self.width**2, tokens.text + tokens.image
@@ -107,12 +139,28 @@ class CrossLayer:
 
 @dataclass(frozen=True)
 class JointLayer:
-    """Attention and feed-forward over tokens and text alike; `modulation` are weights that meet the noise level."""
+    """Attention and feed-forward over tokens and text alike; `modulation` are weights that meet the noise level.
+
+    `text_linear_params` are those of `linear_params` that text has of its own.
+    """
 
     params: int
     width: int
     inner: int
     modulation: int
+    text_linear_params: int = 0
+    eight_bits: EightBits = "none"
+
+    @property
+    def linear_params(self) -> int:
+        return 4 * self.width**2 + 2 * self.width * self.inner + self.text_linear_params
+
+    def linear_flops(self, tokens: Tokens) -> float:
+        shared = self.linear_params - self.text_linear_params
+        return 2 * (tokens.own * shared + tokens.text * (self.text_linear_params or shared))
+
+    def held(self, eight_bits: EightBits) -> Self:
+        return replace(self, eight_bits=eight_bits)
 
     def flops(self, tokens: Tokens) -> Flops:
         own, seen = tokens.own + tokens.text, tokens.seen + tokens.text
@@ -122,6 +170,12 @@ class JointLayer:
             feed_forward=4 * own * self.width * self.inner,
             levels=2 * self.modulation,
         )
+
+
+def layer_bytes(layer: Layer, itemsize: int) -> int:
+    """Of a layer's weights, with those in 8 bits where it has any; their scales are next to nothing."""
+    in_8_bits = 0 if layer.eight_bits == "none" else layer.linear_params
+    return itemsize * (layer.params - in_8_bits) + in_8_bits
 
 
 # ------------------------------------------------------------------------------------------------------- the video VAE
@@ -163,6 +217,8 @@ class Network:
     other_params: int = 0
     attention_widths: list[int] = field(default_factory=list)
     """Of self-attention within a frame, at the first level."""
+    num_whole: int = 0
+    """The first so many convolutions work on whole frames where the others work in bands of rows."""
 
     def conv(self, inputs: int, outputs: int, taps: int = 27, *, keeps: int = 0, first: int | None = None) -> None:
         at_first = self.first if first is None else first
@@ -197,9 +253,24 @@ class Network:
     @property
     def widest(self) -> float:
         """The most values a latent cell and latent that go into a convolution, its past ones and what comes out."""
-        return max(
-            ((conv.frames + conv.keeps) * conv.inputs + conv.frames * conv.outputs) * conv.cells for conv in self.convs
-        )
+        return max(map(_around, self.convs))
+
+    def widest_in_bands(self, cells: int, height: int, rows: int) -> float:
+        """The most values at once of a latent of `height` rows, of which `rows` at a time are decoded.
+
+        A band has a row more above and below. Each convolution keeps two rows of what came to it, and what goes around
+        it, until the next band.
+        """
+        whole = max(map(_around, self.convs[: self.num_whole]))
+        banded = self.convs[self.num_whole :]
+        share = min(1.0, (rows + 2) / height)
+        kept = sum(2 * (conv.frames + conv.keeps) * conv.inputs * sqrt(conv.cells) / height for conv in banded)
+        return cells * max(whole, share * max(map(_around, banded)) + kept)
+
+
+def _around(conv: Conv) -> float:
+    """Values that go into a convolution, its past ones and what comes out, a latent cell and latent."""
+    return ((conv.frames + conv.keeps) * conv.inputs + conv.frames * conv.outputs) * conv.cells
 
 
 @dataclass(frozen=True)
@@ -219,9 +290,10 @@ class Vae:
         """Values that live on between latents."""
         return self.decoder.state * cells
 
-    def working_values(self, cells: int) -> float:
-        """Values at once inside the widest layer, beside the state."""
-        return self.decoder.widest * cells * self.together
+    def working_values(self, cells: int, height: int = 0, rows: int = 0) -> float:
+        """Values at once inside the widest layer, beside the state; with `rows`, of `height`, so many at a time."""
+        widest = self.decoder.widest_in_bands(cells, height, rows) if rows else self.decoder.widest * cells
+        return widest * self.together
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model
@@ -259,6 +331,21 @@ class Sizes:
         layers = sum(self.layers[index].params for index in part.layers)
         ends = self.shared + self.first * part.is_first + self.last * part.is_last
         return self.num_experts * (layers + ends)
+
+    def part_bytes(self, part: ModelPart, itemsize: int) -> int:
+        """Bytes of the same."""
+        layers = sum(layer_bytes(self.layers[index], itemsize) for index in part.layers)
+        ends = self.shared + self.first * part.is_first + self.last * part.is_last
+        return self.num_experts * (layers + itemsize * ends)
+
+    def held(self, eight_bits: EightBits) -> Sizes:
+        """With linear weights held so, but for those of the first and the last layer."""
+        inner = tuple(layer.held(eight_bits) for layer in self.layers[1:-1])
+        return replace(self, layers=(*self.layers[:1], *inner, *self.layers[1:][-1:]))
+
+    def operations(self, flops: Flops) -> float:
+        """Of a pass or a part of it, what is computed at every step."""
+        return flops.total if self.prompt_each_step else flops.each_step
 
     def ends_flops(self, tokens: Tokens) -> Flops:
         """Patches in, and the output layer."""

@@ -148,12 +148,12 @@ class WanCheckpoint:
     def boundary(self) -> float:
         return float((self.facts.boundary_ratio or 0.0) * self.scheduler.config.num_train_timesteps)
 
-    def blank_inputs(self, device: torch.device) -> FilmInputs:
+    def blank_inputs(self, device: torch.device, size: tuple[int, int]) -> FilmInputs:
         config, facts = self.configs.of("transformer"), self.facts
         prompt = torch.zeros(16, config["text_dim"], device=device)
         if facts.image != "required":
             return FilmInputs([prompt], images=[None])
-        width, height = facts.grid.latent_size(facts.width, facts.height)
+        width, height = facts.grid.latent_size(*size)
         latents = torch.zeros(facts.latent_channels, 1, height, width, device=device)
         states = torch.zeros(257, config["image_dim"], device=device) if config.get("image_dim") else None
         image = ImageCondition(latents, self._replaces_first_latent, facts.grid.temporal, states)

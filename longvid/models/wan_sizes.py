@@ -124,6 +124,7 @@ def _decoder(
     net.conv(z, z, taps=1)
     net.conv(z, widths[0], keeps=2)
     _middle(net, widths[0])
+    net.num_whole = len(net.convs)
     for level, (before, after) in enumerate(itertools.pairwise(widths)):
         entering = before // 2 if level and halves else before
         for block in range(blocks + 1):

@@ -91,6 +91,7 @@ class WanStreamDecoder:
         """Forget the shot: the next latent pushed is a first latent, which holds one frame."""
         self._state: State = [None] * self.vae._cached_conv_counts["decoder"]
         self._is_first = True
+        self._decoder.release()
 
     @torch.no_grad()
     def push(self, latents: Tensor, is_last: bool = False) -> Tensor:
@@ -197,6 +198,10 @@ def _unpatchify(x_THWC: Tensor, patch: int) -> Tensor:
 
 
 class _Decoder(Protocol):
+    def release(self) -> None:
+        """Give back memory that is kept from pass to pass."""
+        ...
+
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""
         ...
@@ -207,6 +212,9 @@ class _StockDecoder:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""

@@ -46,6 +46,8 @@ class ChannelsLastDecoder:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
+        self.release = scratch.release
+        """Gives back the memory that is kept from pass to pass."""
         self._post_quant = _Convolution(vae.post_quant_conv)
         self.conv_in = CausalConvolution(decoder.conv_in, scratch)
         mid = decoder.mid_block
@@ -127,6 +129,10 @@ class _Scratch:
         if kept.numel() < count or kept.dtype != like.dtype or kept.device != like.device:
             self._values = like.new_empty(count)
         return self._values[:count].view(shape)
+
+    def release(self) -> None:
+        """Have none until the next call."""
+        self._values = torch.empty(0)
 
 
 class _Convolution:

@@ -171,13 +171,14 @@ def test_the_network_interface_is_the_users_choice() -> None:
 
 def test_a_mesh_that_does_not_fit_what_was_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from longvid.engine import join_mesh
-    from longvid.models.facts import facts_of
+    from longvid.models.facts import configs_of, facts_of
     from longvid.settings import load_settings
 
     for name, value in {**variables("torchrun", (0, 3, 0, 3)), **MEETING}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"stage 2 .* = 3 ranks; the launcher started 3 \(WORLD_SIZE=3\)"):
-        join_mesh(load_settings(None, ["mesh.stage=2", "mesh.seq=1", "mesh.guidance=1"]), facts_of("mini"))
+        settings = load_settings(None, ["mesh.stage=2", "mesh.seq=1", "mesh.guidance=1"])
+        join_mesh(settings, facts_of("mini"), configs_of("mini"))
 
 
 def test_a_lone_rank_needs_nothing_more() -> None:

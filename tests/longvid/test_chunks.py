@@ -12,7 +12,7 @@ import torch
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.events import Event, RoundDone
-from longvid.parallel.topology import choose_topology, workload
+from longvid.parallel.topology import choose_by_shape, fitting_meshes, workload
 from longvid.script import parse_script
 from longvid.settings import MeshSettings, load_settings
 
@@ -99,9 +99,10 @@ def test_a_chunk_axis_that_does_not_fit_is_refused(
 ) -> None:
     work = workload(load_settings(None, overrides), engine.facts)
     with pytest.raises(InputError, match=message):
-        choose_topology(2 if "stage" in mesh else 4, MeshSettings(**mesh), work)
+        fitting_meshes(2 if "stage" in mesh else 4, MeshSettings(**mesh), work)
 
 
 def test_auto_spreads_chunks_over_ranks(engine: Engine) -> None:
-    topology = choose_topology(4, MeshSettings(), workload(engine.settings, engine.facts))
+    work = workload(engine.settings, engine.facts)
+    topology = choose_by_shape(fitting_meshes(4, MeshSettings(), work), work)
     assert (topology.chunk, topology.num_ranks) == (4, 4)

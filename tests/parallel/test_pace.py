@@ -4,12 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longvid.parallel.decode_program import StageDecoding
+from longvid.parallel.decoding import Decode, Decoding, deal_work
 from longvid.parallel.pace import Times, pace_of, run
+from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import Hidden, Velocity, rank_program
 from longvid.parallel.rehearsal import rehearse
 from longvid.parallel.schedule import Finish, Forward, QueueRules, queue_schedule
 from longvid.parallel.topology import Topology
-from longvid.plan import Chunk
+from longvid.plan import Chunk, FilmSpan
 
 
 def make_chunks(count, context=2, shot=1000):
@@ -21,16 +24,18 @@ def make_chunks(count, context=2, shot=1000):
     return chunks
 
 
-def rehearsed(chunks, steps, rules, times, stages):
+def rehearsed(chunks, steps, rules, times, stages, decoding=None):
     topology = Topology(stage=stages)
-    programs = [rank_program(queue_schedule(chunks, steps, rules), topology, rank) for rank in range(stages)]
+    programs = [rank_program(queue_schedule(chunks, steps, rules), topology, rank, decoding) for rank in range(stages)]
 
     def cost(rank, action):
         match action:
             case Forward(chunk=i, step=k):
                 return times.unit(i, k)[rank]
-            case Finish(latents=latents):
+            case Finish(latents=latents) if decoding is None:
                 return times.decode(latents.chunk)
+            case Decode(piece=piece):
+                return times.decode(piece.chunk) * (piece.stop - piece.first) / chunks[piece.chunk].num_latents
         return 0.0
 
     def latency(message):
@@ -90,7 +95,9 @@ def test_the_rest_of_a_long_film_is_counted_as_if_it_were_run(costs, extra, step
     chunks, rules = make_chunks(max(steps, len(costs)) + 4 + extra), QueueRules(left=left)
     times = Times(lambda i, k: costs, lambda i: decode, lambda i: hop, 4)
     whole, found = run(chunks, steps, rules, times), pace_of(chunks, steps, rules, times)
-    assert found.makespan == pytest.approx(whole.makespan, rel=0.02, abs=max(costs) + decode)  # chunks come in pairs
+    assert found.makespan == pytest.approx(
+        whole.makespan, rel=0.02, abs=2 * max(costs) + decode
+    )  # chunks come in pairs
     assert found.busy == pytest.approx(whole.busy, rel=1e-9)
     assert found.first == whole.first
 
@@ -99,3 +106,24 @@ def test_the_first_chunk_leaves_after_the_triangle_of_units_before_it():
     steps = 6
     times = Times(lambda i, k: [1.0], lambda i: 0.0, lambda i: 0.0, 2)
     assert run(make_chunks(20), steps, QueueRules(), times).first == steps * (steps + 1) // 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.lists(st.sampled_from([1.0, 1.5, 2.0]), min_size=6, max_size=9),
+    stages=st.integers(2, 4),
+    count=st.integers(8, 20),
+    steps=st.integers(3, 8),
+    decode=st.sampled_from([0.0, 0.5, 4.0]),
+)
+def test_decoding_on_all_stages_takes_about_what_a_rehearsal_takes(layers, stages, count, steps, decode):
+    """The recurrence does not know where in a round a piece is decoded, nor how long its state is awaited."""
+    bounds, shares = deal_work(Costs(tuple(layers), decode=decode), stages, "stages")
+    works = [sum(layers[i] for i in span) for span in bounds]
+    chunks, rules = make_chunks(count), QueueRules()
+    times = Times(lambda i, k: works, lambda i: decode * steps, lambda i: 0.0, 4, shares)
+    films = (FilmSpan(range(count), range(1), 0),)
+    decoding = StageDecoding(Decoding(shares, chunks, films))
+    found, expected = run(chunks, steps, rules, times), rehearsed(chunks, steps, rules, times, stages, decoding)
+    assert found.busy == pytest.approx(expected.busy, rel=1e-9)
+    assert found.makespan == pytest.approx(expected.makespan, rel=0.2)

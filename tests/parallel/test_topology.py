@@ -7,12 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvid.errors import InputError
-from longvid.parallel.topology import AXES, Topology, Workload, choose_topology, predicted_time
+from longvid.parallel.topology import AXES, Topology, Workload, choose_by_shape, fitting_meshes, predicted_time
 from longvid.settings import MeshSettings
 
 SIZES = st.integers(1, 4)
 TOPOLOGIES = st.builds(Topology, replica=SIZES, stage=SIZES, chunk=SIZES, guidance=SIZES, seq=SIZES)
 WORK = Workload(num_units=1000, in_flight=8, num_layers=8, num_heads=4, branches=1)
+
+
+def choose_topology(num_ranks, mesh, work):
+    return choose_by_shape(fitting_meshes(num_ranks, mesh, work), work)
 
 
 @given(TOPOLOGIES, st.data())

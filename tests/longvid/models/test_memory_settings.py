@@ -19,7 +19,7 @@ import longvid.models.wan_checkpoint as wan_checkpoint
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.models.checkpoint import Checkpoint, StageOptions
-from longvid.models.costs import _unit
+from longvid.models.costs import typical_unit
 from longvid.models.loader import open_checkpoint, open_loading
 from longvid.models.offload import _parts, _with_each_part
 from longvid.models.parts import ModelPart
@@ -114,15 +114,19 @@ def test_layers_that_wait_on_disk_change_no_bit(kind: str, checkpoint_of: Checkp
         settings = load_settings(None, overrides)
         options = StageOptions(loading=open_loading(checkpoint, settings, CPU))
         stage = checkpoint.load_stage(ModelPart(range(3)), torch.float32, CPU, options)
-        stage.prepare(checkpoint.blank_inputs(CPU))
+        stage.prepare(checkpoint.blank_inputs(CPU, native(checkpoint)))
         unit = make_unit(checkpoint, settings)
         found.append([stage.forward(unit).velocity for _ in range(2)])
     for others in found[1:]:
         assert all(torch.equal(ours, whole) for ours, whole in zip(others, found[0], strict=True))
 
 
+def native(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.facts.width, checkpoint.facts.height
+
+
 def make_unit(checkpoint: Checkpoint, settings: Settings) -> Unit:
-    unit = _unit(checkpoint, settings, CPU, None)
+    unit = typical_unit(checkpoint.facts, settings, CPU, native(checkpoint))
     assert unit.latents is not None
     return replace(unit, latents=torch.randn(unit.latents.shape, generator=torch.Generator().manual_seed(0)))
 

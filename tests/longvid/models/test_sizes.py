@@ -11,6 +11,7 @@ from longvid.models.hunyuan_sizes import hunyuan_sizes
 from longvid.models.known import KNOWN, known_configs
 from longvid.models.ltx_sizes import ltx_sizes
 from longvid.models.parts import ModelPart
+from longvid.models.quantize import is_quantized
 from longvid.models.sizes import Tokens
 from longvid.models.wan_sizes import wan_sizes
 
@@ -84,6 +85,23 @@ def test_stages_hold_exactly_what_their_part_names_say(name):
     parts = [ModelPart(range(half), is_last=False), ModelPart(range(half, len(sizes.layers)), is_first=False)]
     for part in parts:
         assert sizes.part_params(part) == sum(size for key, size in shapes.items() if part.owns(key, names))
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "CogVideoX-5b", "LTX-Video", "HunyuanVideo"])
+def test_weights_in_8_bits_are_those_that_quantizing_takes(name):
+    configs = known_configs(name)
+    sizes, model = sizes_of(configs), build(configs, "transformer")
+    layers = [
+        layer for key in PARTS[configs.pipeline].of(configs.of("transformer")).lists for layer in getattr(model, key)
+    ]
+    for ours, theirs in zip(sizes.layers, layers, strict=True):
+        taken = sum(module.weight.numel() for key, module in theirs.named_modules() if is_quantized(module, key))
+        assert ours.linear_params == taken
+    held = sizes.held("int8")
+    part = ModelPart(range(len(layers)))
+    saved = sum(layer.linear_params for layer in sizes.layers[1:-1])
+    assert sizes.part_bytes(part, 2) - held.part_bytes(part, 2) == saved
+    assert sizes.part_bytes(part, 2) == 2 * sizes.part_params(part)
 
 
 def parts_of_families():
