@@ -344,8 +344,8 @@ class QueueRules:
 class ChunkRules:
     """What the settings say of the chunk schedule: chunks of a group at most, and the steps whose overlaps are fused.
 
-    `forecast` and `gated` are as in QueueRules. With `tokens`, each step reads global tokens of the shot's chunks in the
-    group, as they stand before it, and of those finished ones that `memory` says. Of pure noise none are made.
+    `forecast` and `gated` are as in QueueRules. With `tokens`, each step reads global tokens of the shot's chunks in
+    the group, as they stand before it, and of those finished ones that `memory` says. Of pure noise none are made.
     """
 
     group: int = 64

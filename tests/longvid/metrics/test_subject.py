@@ -1,4 +1,4 @@
-"""The subject of drawn films: what stays the same is consistent and does not drift; what changes is told by how much."""
+"""The subject of drawn films: what stays as it is does not drift, and what changes is told by how much."""
 
 from dataclasses import replace
 
