@@ -119,7 +119,8 @@ def draw_films(films: FilmSet, layout: FilmLayout, rng: np.random.Generator, cou
     data = films.young if young else films.old
     rows = rng.integers(0, len(data), count)
     clean = torch.from_numpy(data.latents[rows].astype(np.float32)).transpose(1, 2).contiguous()
-    captions, index = [], []
+    captions: list[str] = []
+    index = []
     for row in rows.tolist():
         silent = rng.random() < 0.1
         index.append(len(captions) + data.look_of_latent[row])

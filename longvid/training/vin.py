@@ -65,6 +65,7 @@ def draw_moment(rng: np.random.Generator, layout: FilmLayout, shares: Sequence[f
     """
     kind = KINDS[rng.choice(3, p=shares)]
     steps, count = int(rng.choice(STEP_COUNTS)), layout.chunks
+    key_levels: NDArray[np.float64]
     young = kind == "staircase" or (kind == "together" and rng.random() < 0.5)
     if kind == "together":
         finished = not young and rng.random() < 0.5

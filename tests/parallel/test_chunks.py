@@ -172,7 +172,7 @@ def test_places_tell_each_other_what_tokens_see_and_none_waits_for_ever(make_fil
         for action in rank_program(chunk_schedule(chunks, steps, rules), topology, rank):
             match action:
                 case Look(own=own):
-                    found |= set(own)
+                    found = set(own)
                 case Receive(message=Seen(latents=latents)):
                     found |= set(latents)
                 case Encode(latents=latents, readers=readers):
