@@ -7,8 +7,9 @@ python benchmarks/vin.py --out benchmarks/results/vin-cpu.json
 python benchmarks/vin.py --out benchmarks/results/vin-cpu.json --seconds 60 300 --films 8 --kinds "queue" "queue + VIN"
 
 All kinds are judged at the chunk borders of the queue; a whole clip has none of its own. Consistency has VBench's
-formula over pixels of the subject, cut out by its matte, and over the background (`longvid.metrics.subject`). Drift is
-how far the film's last quarter lies from its first, wander how far all that follows its first quarter does.
+formula over pixels of the subject, cut out by its matte, and over the background (`longvid.metrics.subject`). A jolt is
+the mean change of the subject's velocity from frame to frame, of 64 pixels a side. Drift is how far the film's last
+quarter lies from its first, wander how far all that follows its first quarter does, three seconds at a time.
 """
 
 from __future__ import annotations
@@ -49,11 +50,10 @@ FILMS = {24.0: 8, 60.0: 8, 300.0: 2}
 FITS = 60.0
 """Seconds up to which a whole clip fits the model's positions."""
 FIGURES = {
-    "subject_consistency": "subject consistency",
-    "background_consistency": "background consistency",
     "seam_ratio": "seam ratio",
-    "jolt": "jolt, px",
     "joint_adherence": "joint adherence",
+    "subject_consistency": "subject consistency",
+    "jolt": "jolt, px",
     "drift_size": "drift of size, %",
     "drift_speed": "of speed, %",
     "drift_path": "of path, px",
@@ -126,7 +126,7 @@ def compared(films: dict[str, Any], seconds: float, one: str, other: str, figure
         return None
     won = int(np.sum(gaps < 0 if figure in LESS_IS_BETTER else gaps > 0))
     error = gaps.std(ddof=1) / len(gaps) ** 0.5
-    return f"{gaps.mean():+.3f} ± {error:.3f} ({won} of {len(gaps)})"
+    return f"{gaps.mean():+.2g} ± {error:.2g} ({won} of {len(gaps)})"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values):.3f}" if values else ""
+    return f"{np.mean(values):#.3g} ± {np.std(values):.2g}" if values else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
