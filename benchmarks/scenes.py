@@ -1,7 +1,10 @@
 """Scene changes on the embedded model, one kind beside the other: how soon the new prompt shows, how smooth the change
 is, and whether both prompts are obeyed; and prompts that change as the film streams. With a contact sheet.
 
-python benchmarks/scenes.py --out benchmarks/results/scenes.json --sheet benchmarks/results/scenes.png
+Every film is kept in the result as soon as it is measured, and what is there is not made again, but for the sheet.
+
+python benchmarks/scenes.py --out benchmarks/results/scenes.json
+python benchmarks/scenes.py --out benchmarks/results/scenes.json --sheet benchmarks/results/scenes.png --films 16
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,17 +141,19 @@ def measure_live(engine: Engine, change: Change, seed: int, early_steps: int) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     lines = [
         "| transition | latents until it shows: median, most | obeyed before | after | largest jump |",
         "|---|---|---|---|---|",
     ]
-    for kind in KINDS:
+    for kind in kinds:
         own = [row for row in rows if row["kind"] == kind]
         lags = [row["lag"] for row in own if row["lag"] is not None]
         before, after = (sum(row[f"obeys_{when}"] for row in own) for when in ("before", "after"))
         jumps = np.median([row["jump"] for row in own])
         obeyed = f"{before} of {len(own)} | {after} of {len(own)}"
-        lines.append(f"| `{kind}` | {np.median(lags):g}, {max(lags)} | {obeyed} | {jumps:.1f}x |")
+        shows = f"{np.median(lags):g}, {max(lags)}" if lags else ""
+        lines.append(f"| `{kind}` | {shows} | {obeyed} | {jumps:.1f}x |")
     return "\n".join(lines)
 
 
@@ -155,6 +161,8 @@ def live_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| `early_steps` | frames from the asking to the change | obeyed before | after |", "|---|---|---|---|"]
     for early_steps in EARLY_STEPS:
         own = [row for row in rows if row["early_steps"] == early_steps]
+        if not own:
+            continue
         before, after = (sum(row[f"obeys_{when}"] for row in own) for when in ("before", "after"))
         later = np.median([row["frames_later"] for row in own])
         lines.append(f"| {early_steps} | {later:.0f} | {before} of {len(own)} | {after} of {len(own)} |")
@@ -184,36 +192,81 @@ def _in_lines(prompt: str) -> list[str]:
     return [" ".join(words[:3]), " ".join(words[3:])]
 
 
+def is_there(rows: list[dict[str, Any]], change: Change, **facts: Any) -> bool:
+    """Whether a film was measured before."""
+    wanted = {"before": change.before, "after": change.after, **facts}
+    return any(wanted.items() <= row.items() for row in rows)
+
+
+def open_result(path: Path | None, overrides: list[str]) -> dict[str, Any]:
+    """What was measured before with these settings."""
+    empty: dict[str, Any] = {"frames": 2 * SCENE, "settings": overrides, "rows": [], "live": []}
+    if path is None or not path.exists():
+        return empty
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if all(result[name] == empty[name] for name in ("frames", "settings")) else empty
+
+
+@dataclass
+class Bench:
+    """Measures what is not there yet, for so many minutes."""
+
+    engine: Engine
+    result: dict[str, Any]
+    out: Path | None
+    minutes: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self.began > 60 * self.minutes
+
+    def keep(self, name: str, found: dict[str, Any]) -> None:
+        self.result[name].append(found)
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        if self.out:
+            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def transitions(self, count: int, shown: int) -> list[tuple[str, Change, Frames]]:
+        """So many films of each kind. Returns those of the first changes, which are to be shown."""
+        films = []
+        for index, change in enumerate(changes(count)):
+            for kind in KINDS:
+                is_known = is_there(self.result["rows"], change, kind=kind)
+                if (is_known and index >= shown) or self.is_over:
+                    continue
+                found, frames = measure(self.engine, kind, change, seed=index)
+                if not is_known:
+                    self.keep("rows", found)
+                if index < shown:
+                    films.append((kind, change, frames))
+        return films
+
+    def live(self, count: int) -> None:
+        """So many films of each `early_steps`."""
+        for index, change in enumerate(changes(count)):
+            for early_steps in EARLY_STEPS:
+                if not is_there(self.result["live"], change, early_steps=early_steps) and not self.is_over:
+                    self.keep("live", measure_live(self.engine, change, index, early_steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=int, default=8, help="of each kind")
-    parser.add_argument("--live", type=int, default=4, help="films of each `early_steps`")
+    parser.add_argument("--films", type=int, default=12, help="of each kind")
+    parser.add_argument("--live", type=int, default=8, help="films of each `early_steps`")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no film after so many")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
-    engine = Engine.load("mini", overrides=args.overrides)
-    rows, films = [], []
-    for index, change in enumerate(changes(args.films)):
-        for kind in KINDS:
-            found, frames = measure(engine, kind, change, seed=index)
-            rows.append(found)
-            print(json.dumps(found), file=sys.stderr, flush=True)
-            if index < 3:
-                films.append((kind, change, frames))
-    live = [
-        measure_live(engine, change, index, early_steps)
-        for index, change in enumerate(changes(args.live))
-        for early_steps in EARLY_STEPS
-    ]
-    result = {"films": args.films, "frames": 2 * SCENE, "settings": args.overrides, "rows": rows, "live": live}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.sheet:
+    engine, result = Engine.load("mini", overrides=args.overrides), open_result(args.out, args.overrides)
+    bench = Bench(engine, result, args.out, args.minutes)
+    films = bench.transitions(args.films, 3 if args.sheet else 0)
+    bench.live(args.live)
+    if films:
         sheet(films, args.sheet)
-    print(table(rows))
-    if live:
-        print(f"\n{live_table(live)}")
+    print(table(result["rows"]))
+    print(f"\n{live_table(result['live'])}")
 
 
 if __name__ == "__main__":

@@ -656,6 +656,7 @@ def train_vin(
     side: Annotated[
         int | None, typer.Option(min=16, help="Pixels of a film's side.", show_default="the model's")
     ] = None,
+    start: Annotated[Path | None, typer.Option(help="An adapter to begin with, not afresh.")] = None,
     seed: Seed = 0,
     threads: Threads = 0,
     deepspeed: Annotated[
@@ -669,7 +670,7 @@ def train_vin(
         settings = vin_settings(
             steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, tokens=tokens, guidance=guidance, clips=clips
         )
-        done = run_vin(out, model, replace(settings, side=side), deepspeed, on_log)
+        done = run_vin(out, model, replace(settings, side=side), deepspeed, on_log, start)
     typer.echo(f"--set vin.policy=on --set vin.path={done}")
 
 

@@ -121,7 +121,7 @@ class Live:
     """Global tokens that units bring along from the stage before."""
     halfway: dict[int, Tensor] = field(default_factory=dict)
     """Chunks on their way through the decoder."""
-    seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    seen: dict[LatentVersion, Tensor] = field(default_factory=dict)
     """What global tokens see of each chunk's key latents, packed: see `longvid.parallel.vin`."""
     finished: dict[int, Tensor] = field(default_factory=dict)
     """On the leader, finished latents of chunks that are not shown yet."""
@@ -303,9 +303,10 @@ class Executor:
                 if self.mesh.is_owner:
                     live.solvers[i] = self.sampler.new_solver()
             case Look(encode=encode, own=own):
+                live.seen.clear()  # what was found for others alone
                 for version in own:
                     keys = self._key_latents(encode, [version], plan.chunks, live)
-                    live.seen[version.chunk, version.version] = pack(*self._global_stage().look(keys))
+                    live.seen[version] = pack(*self._global_stage().look(keys))
             case Encode():
                 live.tokens[action.tokens] = self._encode(action, plan.chunks, live)
             case Recall(latents=version):
@@ -421,10 +422,10 @@ class Executor:
 
     def _encode(self, action: Encode, chunks: Sequence[Chunk], live: Live) -> Tensor:
         """A shot's global tokens: of its key latents, or of what they see of each chunk's, if that was found before."""
-        stage, parts = self._global_stage(), [(z.chunk, z.version) for z in action.latents]
-        keys = self._key_latents(action, () if parts[0] in live.seen else action.latents, chunks, live)
-        if parts[0] in live.seen:
-            return stage.conclude(merge([live.seen.pop(part) for part in parts]), keys.prompts)
+        stage, was_seen = self._global_stage(), action.latents[0] in live.seen
+        keys = self._key_latents(action, () if was_seen else action.latents, chunks, live)
+        if was_seen:
+            return stage.conclude(merge([live.seen.pop(version) for version in action.latents]), keys.prompts)
         return stage.encode(keys)
 
     def _key_latents(
@@ -606,9 +607,8 @@ class Executor:
             case Overlap(chunk=i, step=k):
                 [overlap] = live.overlaps.pop(OverlapVersion(i, k), [_NOTHING])
                 comm.send(header, overlap, action.to, is_sized=is_sized)
-            case Seen(chunk=first, step=k, num_chunks=count):
-                parts = [live.seen[i, k] for i in range(first, first + count)]
-                comm.send(header, torch.stack(parts), action.to)
+            case Seen(latents=seen):
+                comm.send(header, torch.stack([live.seen[version] for version in seen]), action.to)
             case Verdict() | Notice():
                 comm.send(header, _NOTHING, action.to)
             case Halfway(chunk=i):
@@ -661,8 +661,8 @@ class Executor:
                 live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
             case Border(latents=version):
                 live.borders[version] = value
-            case Seen(chunk=first, step=k):
-                live.seen |= {(i, k): part for i, part in enumerate(value, first)}
+            case Seen(latents=seen):
+                live.seen |= dict(zip(seen, value, strict=True))
             case LatentVersion():
                 live.latents[message] = value
             case _:
@@ -686,7 +686,7 @@ class Executor:
             return _NOTHING.shape, _NOTHING.dtype
         if isinstance(message, Seen):
             heads, tokens, width = self._global_stage().part_shape
-            return (message.num_chunks, heads, tokens, width + 1), torch.float32
+            return (len(message.latents), heads, tokens, width + 1), torch.float32
         if isinstance(message, PieceLatents | Halfway):
             return self._shape_for_decoding(message, plan)
         chunk = plan.chunks[message.chunk]

@@ -18,9 +18,9 @@ in flight, and no program waits for what it could do without. Programs are strea
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, product
 from typing import Literal, Protocol
 
@@ -134,14 +134,20 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a shot's global tokens see of the key latents of each of these chunks, which are one run's."""
+    """What a shot's global tokens see of the key latents of each of these chunks, which one place has."""
 
-    chunk: int
-    step: int
-    num_chunks: int
+    latents: tuple[LatentVersion, ...]
+
+    @property
+    def chunk(self) -> int:
+        return self.latents[0].chunk
+
+    @property
+    def step(self) -> int:
+        return self.latents[0].version
 
     def __str__(self) -> str:
-        return f"seen c{self.chunk}-{self.chunk + self.num_chunks - 1} k{self.step}"
+        return f"seen {' '.join(map(str, self.latents))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,14 +449,17 @@ class _Run:
     place: int
     size: int
     group: range = range(0)
+    past: list[range] = field(default_factory=list)
 
     def see(self, action: Admit) -> None:
-        if action.group is not None:
+        if action.group is not None and action.group != self.group:
+            self.past.append(self.group)
             self.group = action.group
 
     def owner(self, chunk: int) -> int:
-        """The place of a chunk of this group, or of the first one of the next."""
-        return place_of(chunk, self.group, self.size) if chunk in self.group else 0
+        """The place of a chunk of this group, or of an earlier one, or of the first one of the next."""
+        group = next((group for group in (self.group, *reversed(self.past)) if chunk in group), None)
+        return place_of(chunk, group, self.size) if group else 0
 
     def has(self, chunk: int) -> bool:
         return self.owner(chunk) == self.place
@@ -725,26 +734,30 @@ class _FirstStage:
         return self.due.pop(latents)
 
     def encode(self, action: Encode) -> Iterator[RankAction]:
-        """Global tokens of a shot that has chunks here. In a chunk schedule ranks look at own ones, and tell others."""
-        runs: dict[int, list[LatentVersion]] = {}
-        for latents in action.latents:
-            runs.setdefault(self.run.owner(latents.chunk), []).append(latents)
-        own = runs.pop(self.place.chunk, None)
-        if own is None:
-            return
-        self.tokens.add(action.tokens)
-        yield from self.flush_for(*own)
-        if not self.run.group:
+        """Global tokens of a shot that has chunks here. In a chunk schedule ranks look at own ones, finished ones of
+        earlier groups among them, and tell those that have readers."""
+        if action.readers is None:
+            self.tokens.add(action.tokens)
+            yield from self.flush_for(*action.latents)
             yield action
             return
-        yield from [self.take_border(latents) for latents in list(self.due)]  # they were sent before
-        n = action.round
-        yield Look(action, tuple(own))
-        for place in runs:
-            yield Send(n, Seen(own[0].chunk, own[0].version, len(own)), self.rank(chunk=place))
-        for place, others in runs.items():
-            yield Receive(n, Seen(others[0].chunk, others[0].version, len(others)), self.rank(chunk=place))
-        yield action
+        n, runs = action.round, defaultdict[int, list[LatentVersion]](list)
+        for latents in action.latents:
+            runs[self.run.owner(latents.chunk)].append(latents)
+        readers = dict.fromkeys(map(self.run.owner, action.readers))
+        own, is_reader = runs.pop(self.place.chunk, []), self.place.chunk in readers
+        if own:
+            yield from self.flush_for(*own)
+            yield Look(action, tuple(own))
+            for place in readers:
+                if place != self.place.chunk:
+                    yield Send(n, Seen(tuple(own)), self.rank(chunk=place))
+        if is_reader:
+            yield from [self.take_border(latents) for latents in list(self.due)]  # they were sent before
+            self.tokens.add(action.tokens)
+            for place, others in runs.items():
+                yield Receive(n, Seen(tuple(others)), self.rank(chunk=place))
+            yield action
 
     def end(self, end: _End) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of

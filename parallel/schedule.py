@@ -123,11 +123,15 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Make a shot's global tokens for a round, of the key latents in these `latents`."""
+    """Make a shot's global tokens for a round, of the key latents in these `latents`.
+
+    In the chunk schedule: for the units of `readers`.
+    """
 
     round: int
     latents: tuple[LatentVersion, ...]
     shot: int = 0
+    readers: range | None = None
 
     @property
     def tokens(self) -> GlobalVersion:
@@ -340,8 +344,8 @@ class QueueRules:
 class ChunkRules:
     """What the settings say of the chunk schedule: chunks of a group at most, and the steps whose overlaps are fused.
 
-    `forecast` and `gated` are as in QueueRules. With `tokens`, each step but the first, of pure noise, reads global
-    tokens of the shot's chunks in the group, as they stand before it.
+    `forecast` and `gated` are as in QueueRules. With `tokens`, each step reads global tokens of the shot's chunks in
+    the group, as they stand before it, and of those finished ones that `memory` says. Of pure noise none are made.
     """
 
     group: int = 64
@@ -349,12 +353,13 @@ class ChunkRules:
     forecast: frozenset[int] = frozenset()
     gated: frozenset[int] = frozenset()
     tokens: bool = False
+    memory: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> ChunkRules:
-        steps, chosen = settings.sampler.steps, settings.chunks
+        steps, chosen, vin = settings.sampler.steps, settings.chunks, settings.vin
         forecast, gated = settings.cache.forecast_steps(steps), settings.cache.gated_steps(steps)
-        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated, settings.vin.policy == "on")
+        return cls(chosen.group, round(chosen.fuse * steps), forecast, gated, vin.policy == "on", vin.memory)
 
     def groups(self, num_chunks: int) -> tuple[range, ...]:
         """As few groups as there can be, as even as they can be: ranks share each of them."""
@@ -467,6 +472,8 @@ def _shifted(value: Any, chunks: int, rounds: int) -> Any:
             return GlobalVersion(value.round + rounds, value.shot)
         case tuple():
             return tuple(_shifted(item, chunks, rounds) for item in value)
+        case range():
+            return range(value.start + chunks, value.stop + chunks)
     return value
 
 
@@ -500,20 +507,22 @@ def sequential_schedule(
 
 def chunk_schedule(chunks: Sequence[Chunk], steps: int, rules: ChunkRules) -> Iterator[Action]:
     """All chunks of a group at the same step, in the order of the film; one group after the other."""
-    for g, group in enumerate(rules.groups(len(chunks))):
-        together = _Group(chunks, steps, rules, group)
+    groups = rules.groups(len(chunks))
+    for g, (group, after) in enumerate(zip(groups, (*groups[1:], range(0)), strict=True)):
+        together = _Group(chunks, steps, rules, group, after)
         for k in range(steps):
             yield from together.round(g * steps + k, k)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Chunks that are denoised side by side."""
+    """Chunks that are denoised side by side, and those that are next."""
 
     chunks: Sequence[Chunk]
     steps: int
     rules: ChunkRules
     group: range
+    after: range
 
     def round(self, n: int, k: int) -> Iterator[Action]:
         """One step of every chunk. A chunk steps when the one after has read its latents, so few values live twice."""
@@ -522,6 +531,8 @@ class _Group:
                 yield Admit(n, i, self.group, self.is_left(LatentVersion(i, 0)))
         encodes = list(self.encodes(n, k))
         yield from encodes
+        if k + 1 == self.steps:
+            yield from self.forget(n)
         for i in self.group:
             if k in self.rules.forecast:
                 yield Forecast(n, i, k)
@@ -533,23 +544,59 @@ class _Group:
         for encode in encodes:
             yield DropGlobals(n, encode.tokens)
 
-    def has_tokens(self, k: int) -> bool:
-        return self.rules.tokens and k > 0 and k not in self.rules.forecast
+    def has_tokens(self, k: int, shot: int) -> bool:
+        """Whether a shot has tokens at a step: when it is computed, and there is more to make them of than noise."""
+        has_memory = shot == self.chunks[self.group.start].shot and bool(self.memory)
+        return self.rules.tokens and k not in self.rules.forecast and (k > 0 or has_memory)
 
     def encodes(self, n: int, k: int) -> Iterator[Encode]:
         """The global tokens of every shot in the group."""
-        if self.has_tokens(k):
-            for shot, members in groupby(self.group, key=lambda i: self.chunks[i].shot):
-                yield Encode(n, tuple(LatentVersion(i, k) for i in members), shot)
+        for shot, found in groupby(self.group, key=lambda i: self.chunks[i].shot):
+            members = list(found)
+            if self.has_tokens(k, shot):
+                finished = self.memory if members[0] == self.group.start else ()
+                told = [LatentVersion(i, self.steps) for i in finished]
+                told += [LatentVersion(i, k) for i in members if k]
+                yield Encode(n, tuple(told), shot, range(members[0], members[-1] + 1))
+
+    @cached_property
+    def memory(self) -> tuple[int, ...]:
+        """The finished chunks of earlier groups that the tokens of the group's first shot are made of."""
+        return tuple(i for i in range(self.shot_start(self.group), self.group.start) if self.is_read(i, self.group))
+
+    def shot_start(self, group: range) -> int:
+        """The first chunk of the shot that a group begins with, or goes on with."""
+        start = group.start
+        while self.chunks[start].start:
+            start -= 1
+        return start
+
+    def is_read(self, i: int, group: range) -> bool:
+        """Whether the tokens of a group are made of an earlier group's chunk, too."""
+        if not self.rules.tokens or not group:
+            return False
+        first = self.shot_start(group)
+        return first <= i < group.start and is_remembered(i, first, group.start, self.rules.memory)
+
+    def forget(self, n: int) -> Iterator[Action]:
+        """Finished chunks that tokens were made of for the last time. One that is left out once is left out for good.
+
+        The last of them is seen as left context, too.
+        """
+        for i in self.memory:
+            is_left = i + 1 == self.group.start and self.chunks[i + 1].num_left > 0
+            if not is_left and not self.is_read(i, self.after):
+                yield DropLatents(n, LatentVersion(i, self.steps))
 
     def forward(self, n: int, i: int, k: int) -> Iterator[Action]:
         left = self.left(i, k)
-        tokens = GlobalVersion(n, self.chunks[i].shot) if self.has_tokens(k) else None
+        shot = self.chunks[i].shot
+        tokens = GlobalVersion(n, shot) if self.has_tokens(k, shot) else None
         forward = Forward(n, i, k, left, tokens=tokens, overlap=self.overlap(i, k))
         if k in self.rules.gated:
             yield Gate(forward)
         yield forward
-        if left and left.chunk < self.group.start and k + 1 == self.steps:
+        if left and left.chunk < self.group.start and k + 1 == self.steps and not self.is_read(left.chunk, self.after):
             yield DropLatents(n, left)
 
     def settle(self, n: int, i: int, k: int) -> Iterator[Action]:
@@ -562,7 +609,7 @@ class _Group:
         yield DropLatents(n, LatentVersion(i, k))
         if made.version == self.steps:
             yield Finish(n, made)
-            if not self.is_left(made):
+            if not self.is_left(made) and not self.is_read(i, self.after):
                 yield DropLatents(n, made)
 
     def left(self, i: int, k: int) -> LatentVersion | None:

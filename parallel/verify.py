@@ -492,19 +492,37 @@ class _ChunkSimulation:
         self.latents.add(LatentVersion(i, 0))
 
     def encode(self, action: Encode) -> None:
-        k = self.step_at_hand
-        _require(self.has_tokens, "no unit of this round reads global tokens")
-        members = (i for i in self.group if self.chunks[i].shot == action.shot)
-        expected = tuple(LatentVersion(i, k) for i in members)
-        _require(bool(expected) and action.latents == expected, f"they are made of {expected}")
+        _require(self.has_tokens(action.shot), "no unit of this round reads global tokens")
+        members = [i for i in self.group if self.chunks[i].shot == action.shot]
+        _require(bool(members), f"shot {action.shot} is not in the group")
+        expected = [LatentVersion(i, self.steps) for i in self.memory(action.shot)]
+        expected += [LatentVersion(i, self.step_at_hand) for i in members if self.step_at_hand > 0]
+        _require(action.latents == tuple(expected), f"they are made of {expected}")
+        readers = list(action.readers or ())
+        _require(readers == members, f"they are read by {members}")
         for latents in action.latents:
             self.require_latents(latents)
         _require(action.tokens not in self.tokens, f"{action.tokens} are made twice")
         self.tokens.add(action.tokens)
 
-    @property
-    def has_tokens(self) -> bool:
-        return self.rules.tokens and self.is_computed and self.step_at_hand > 0
+    def memory(self, shot: int) -> list[int]:
+        """Finished chunks of a shot that the tokens of this group are made of."""
+        return self.memory_at(self.group.start) if self.chunks[self.group.start].shot == shot else []
+
+    def memory_at(self, border: int) -> list[int]:
+        """Those that are read by the tokens of the shot that goes on at a border of groups."""
+        if not self.rules.tokens or not 0 < border < len(self.chunks):
+            return []
+        before = [i for i in range(border) if self.chunks[i].shot == self.chunks[border].shot]
+        found = set(before[:1]) if self.rules.memory else set()
+        for octave in range(self.rules.memory):
+            near, far = (border - 2**power for power in (octave, octave + 1))
+            found |= {i for i in before if far < i <= near and (i - before[0]) % 2**octave == 0}
+        return sorted(found)
+
+    def has_tokens(self, shot: int) -> bool:
+        has_any = self.step_at_hand > 0 or bool(self.memory(shot))
+        return self.rules.tokens and self.is_computed and has_any
 
     def take_turn(self, i: int, k: int) -> None:
         _require(k == self.step_at_hand, f"step {self.step_at_hand} belongs to round {self.round}")
@@ -526,7 +544,8 @@ class _ChunkSimulation:
         _require(action.left == expected, f"the left context is {expected}")
         if expected:
             self.require_latents(expected)
-        tokens = GlobalVersion(self.round, self.chunks[i].shot) if self.has_tokens else None
+        shot = self.chunks[i].shot
+        tokens = GlobalVersion(self.round, shot) if self.has_tokens(shot) else None
         _require(action.tokens == tokens, f"its global tokens are {tokens}")
         _require(tokens is None or tokens in self.tokens, f"{tokens} are not live")
         overlap = OverlapVersion(i, k) if self.is_fused(i - 1) else None
@@ -592,13 +611,14 @@ class _ChunkSimulation:
         _require(not idle, f"{', '.join(sorted(map(str, idle)))} should have been dropped in round {self.round}")
 
     def to_be_read(self) -> set[LatentVersion]:
-        """At the end of a round: each chunk's newest latents, and those that the next group's first chunk has left
-        of it; when the group is finished, only what is left of it for the next.
+        """At the end of a round: each chunk's newest latents, and finished ones that the group's first chunk has left
+        of it, or that its tokens are made of; when the group is finished, only what the next one so reads.
         """
         is_last = self.step_at_hand + 1 == self.steps
         border = self.group.stop if is_last else self.group.start
         is_read = 0 < border < len(self.chunks) and self.chunks[border].num_left > 0
         newest = set() if is_last else {LatentVersion(i, k) for i, k in self.taken.items()}
+        newest |= {LatentVersion(i, self.steps) for i in self.memory_at(border)}
         return newest | ({LatentVersion(border - 1, self.steps)} if is_read else set())
 
     def close(self) -> None:

@@ -47,8 +47,12 @@ def read_clip(frames: NDArray[np.uint8]) -> Reading:
     """Read a clip of one scene, uint8 [T, side, side, 3], of at least 3 frames, at any side of at least 32."""
     assert frames.ndim == 4 and len(frames) >= 3 and frames.shape[1] == frames.shape[2], frames.shape
     frames = shrink(frames, _WORKING_SIDE)
+    return read_matte(frames, find_object(frames))
+
+
+def read_matte(frames: NDArray[np.uint8], matte: Matte | None) -> Reading:
+    """Read a clip whose object was told from its background."""
     votes = {"background": _vote(_backgrounds(frames))}
-    matte = find_object(frames)
     if matte is None:
         motion = Motion(None, 0.0, 0.0, 0.0)
         votes |= dict.fromkeys(("colour", "shape", "size"), (None, 0.0))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longvid.metrics.adherence import Reading, expected, read_clip, score
+from longvid.metrics.adherence import Reading, expected, read_matte, score
 from longvid.metrics.images import shrink
+from longvid.metrics.matte import find_object
+from longvid.metrics.subject import SubjectMeter
 from longvid.script import Script, transition_frames
 from longvid.training import world
 
@@ -68,6 +70,7 @@ class SceneMeter:
         self.wanted = expected(span.prompt)
         self.frames = 0
         self.windows: list[Window] = []
+        self.subject = SubjectMeter(self.wanted.get("motion"))
         self._waiting: list[NDArray[np.uint8]] = []
         self._next = span.settled
 
@@ -99,6 +102,7 @@ class SceneMeter:
             "matches": matches if judged else {},
             "shares": {name: self._share(name, read[name]) for name in world.ATTRIBUTES} if self.windows else {},
             "joint_adherence": joint_adherence(self.windows) if judged else None,
+            "subject": self.subject.value(),
             "ok": all(matches.values()) if judged else None,
         }
 
@@ -110,7 +114,9 @@ class SceneMeter:
 
     def _read(self, count: int) -> None:
         clip, self._waiting = np.stack(self._waiting[:count]), self._waiting[count:]
-        reading = read_clip(clip)
+        matte = find_object(clip)
+        reading = read_matte(clip, matte)
+        self.subject.push(clip, matte)
         self.windows.append(Window(self._next, count, reading, score(reading, self.wanted)))
         self._next += count
 

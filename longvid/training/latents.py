@@ -54,7 +54,9 @@ def encode_world(
             world.make_clip(np.random.default_rng((seed, 4, num_frames, i)), num_frames, side)
             for i in range(first, min(first + SHARD, clips))
         ]
-        latents = np.concatenate([_encode(vae, drawn[i : i + 16]) for i in range(0, len(drawn), 16)])
+        latents = np.concatenate(
+            [encode_frames(vae, [clip.frames for clip in drawn[i : i + 16]]) for i in range(0, len(drawn), 16)]
+        )
         texts = [json.dumps([[asdict(look) for look in clip.looks], clip.changes]) for clip in drawn]
         part = path.with_suffix(".part.npz")
         np.savez(part, latents=latents, texts=np.array(texts))
@@ -63,8 +65,9 @@ def encode_world(
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLWan, clips: list[world.Clip]) -> NDArray[np.float16]:
-    pixels = to_pixels(np.stack([clip.frames for clip in clips])).to(torch.bfloat16)
+def encode_frames(vae: AutoencoderKLWan, clips: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+    """Normalised latents [clips, F, C, h, w] of clips uint8 [T, H, W, 3] of one length, by a VAE in bfloat16."""
+    pixels = to_pixels(np.stack(clips)).to(torch.bfloat16)
     mean = vae.encode(pixels).latent_dist.mode().float()
     latents = (mean - channels(vae.config.latents_mean)) / channels(vae.config.latents_std)
     encoded: NDArray[np.float16] = latents.transpose(1, 2).numpy().astype(np.float16)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class LoopSettings:
     seed: int = 0
     warmup: int = 100
     final_lr_share: float = 0.02
+    decay: Literal["linear", "cosine"] = "linear"
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     save_every: int = 500
@@ -38,8 +39,10 @@ class LoopSettings:
 
 
 def lr_share(step: int, settings: LoopSettings) -> float:
-    """Warm-up, flat, then a linear decay over the last 30 % of the steps."""
+    """Warm-up, then a decay: along a cosine to 0, or flat at first and linear over the last 30 % of the steps."""
     warm = min(1.0, (step + 1) / settings.warmup)
+    if settings.decay == "cosine":
+        return warm * (1 + math.cos(math.pi * step / settings.steps)) / 2
     decay_from = 0.7 * settings.steps
     if step < decay_from:
         return warm

@@ -19,19 +19,21 @@ from longvid.launch.env import rank_of
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.models.vin import Vin
+from longvid.models.vin_config import VinConfig
 from longvid.models.wan_checkpoint import WanCheckpoint
 from longvid.training.dit import block_forward
-from longvid.training.latents import LatentSet, encode_world, load_latents
+from longvid.training.films import FilmBatch, FilmLayout, FilmSet, draw_films, encode_films, load_films
 from longvid.training.loop import Ema, LoopSettings, OnLog, Run, finite_or_stop, lr_share
 from longvid.training.muon import Muon, split_parameters
 from longvid.training.train_dit import World
-from longvid.training.vin import KINDS, FilmBatch, FilmLayout, VinTrainee, config_for, draw_batch, draw_moment
+from longvid.training.vae import compile_norms
+from longvid.training.vin import KINDS, Moment, VinTrainee, config_for, draw_moment
 
 Zero = Literal["zero2", "zero3"]
 """What DeepSpeed splits over ranks: optimiser states and gradients; or the weights, too."""
 
-HELD_OUT = 64
-"""Films that are never trained on: the first ones."""
+HELD_OUT = 48
+"""Films of each kind that are never trained on: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,31 @@ def make_optimizers(vin: Vin, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr, weight_decay=0.01), adamw]
 
 
-def part_of(data: LatentSet, rows: slice) -> LatentSet:
-    """Some of the films."""
-    return LatentSet(data.latents[rows], data.looks[rows], data.look_of_latent[rows])
-
-
-def train_batch(data: LatentSet, settings: VinSettings, step: int, rank: int = 0) -> FilmBatch:
+def train_batch(data: FilmSet, settings: VinSettings, step: int, rank: int = 0) -> tuple[FilmBatch, Moment]:
     """What a rank trains on at a step."""
     rng = np.random.default_rng((settings.loop.seed, 6, step, rank))
-    return draw_batch(part_of(data, slice(HELD_OUT, None)), settings.layout, rng, settings.loop.batch)
+    moment = draw_moment(rng, settings.layout)
+    films = data.part(slice(HELD_OUT, None))
+    return draw_films(films, settings.layout, rng, settings.loop.batch, young=moment.young), moment
 
 
 @torch.no_grad()
-def compare(trainee: VinTrainee, data: LatentSet, settings: VinSettings) -> dict[str, float | str]:
+def compare(trainee: VinTrainee, data: FilmSet, settings: VinSettings, rounds: int = 4) -> dict[str, float | str]:
     """How much less error there is with tokens than without, a kind of moment, on films that were held out."""
-    held_out, gains = part_of(data, slice(HELD_OUT)), {}
+    held_out, gains = data.part(slice(HELD_OUT)), {}
     for number, kind in enumerate(KINDS):
         rng = np.random.default_rng((settings.loop.seed, 7, number))
         errors = np.zeros(2)
-        for _ in range(4):
+        for _ in range(rounds):
             moment = draw_moment(rng, settings.layout, np.eye(len(KINDS))[number].tolist())
-            batch = draw_batch(held_out, settings.layout, rng, settings.loop.batch, moment)
-            errors += [float(error) for error in trainee(batch, settings.pull)]
+            batch = draw_films(held_out, settings.layout, rng, settings.loop.batch, young=moment.young)
+            errors += [float(error) for error in trainee(batch, moment, settings.pull)]
         gains[f"{kind} gain"] = float(1 - errors[0] / errors[1])
     return dict(gains)
 
 
 def train_vin(
-    folder: Path, settings: VinSettings, trainee: VinTrainee, data: LatentSet, on_log: OnLog = lambda _: None
+    folder: Path, settings: VinSettings, trainee: VinTrainee, data: FilmSet, on_log: OnLog = lambda _: None
 ) -> Vin:
     """Train, or go on training, in ``folder``; returns the adapter with averaged weights."""
     loop, vin = settings.loop, trainee.vin
@@ -98,7 +97,7 @@ def train_vin(
     run.load(parts)
     losses: list[tuple[float, float]] = []
     for step in run.steps(parts, optimizers):
-        loss, alone = trainee(train_batch(data, settings, step), settings.pull)
+        loss, alone = trainee(*train_batch(data, settings, step), settings.pull)
         _update(loss, vin, optimizers, loop.grad_clip)
         ema.update(vin, step)
         losses.append((finite_or_stop(loss, step), float(alone)))
@@ -125,10 +124,13 @@ def _update(loss: Tensor, vin: Vin, optimizers: list[torch.optim.Optimizer], cli
 # ---------------------------------------------------------------------------------------------------------- the recipe
 
 
-def run_vin(folder: Path, model: str, settings: VinSettings, zero: Zero | None, on_log: OnLog) -> Path:
+def run_vin(
+    folder: Path, model: str, settings: VinSettings, zero: Zero | None, on_log: OnLog, start: Path | None = None
+) -> Path:
     """Train an adapter for a model in ``folder``, on films of the drawn world; returns the adapter's directory.
 
-    With ``zero`` this is one of the ranks that a launcher started. Raises InputError for a model that it is not for.
+    With a ``start`` it begins as the adapter in that directory. With ``zero`` this is one of the ranks that a launcher
+    started. Raises InputError for a model that it is not for.
     """
     checkpoint = open_checkpoint(model)
     facts, device = checkpoint.facts, torch.device("cpu")
@@ -137,18 +139,21 @@ def run_vin(folder: Path, model: str, settings: VinSettings, zero: Zero | None, 
     if zero and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     with leader_first(zero) as is_leader:
-        data = _films(folder / "latents", checkpoint, settings, on_log if is_leader else lambda _: None)
+        data = _films(folder / "films", checkpoint, settings, on_log if is_leader else lambda _: None)
     tokenizer, encoder = checkpoint.load_text(torch.float32, device)
     dit = checkpoint.load_layers(ModelPart(range(facts.num_layers)), torch.float32, device)
     torch.manual_seed(settings.loop.seed)
     vin = Vin(config_for(dit, settings.layout, settings.tokens, settings.processors)).to(device)
-    vin.begin_as(dit)
+    if start is None:
+        vin.begin_as(dit)
+    else:
+        vin = _load_start(start, vin.config).to(device)
     run_block: Any = block_forward
     if settings.compile_blocks and not zero:
         torch._dynamo.config.recompile_limit = 64
         run_block = torch.compile(block_forward, dynamic=False)
     shift = float(checkpoint.scheduler.config.get("shift", 1.0))
-    trainee = VinTrainee(dit, vin, World(data, data, tokenizer, encoder), settings.layout, shift, run_block)
+    trainee = VinTrainee(dit, vin, World(data.young, data.old, tokenizer, encoder), settings.layout, shift, run_block)
     train = train_vin if zero is None else _train_with(zero)
     trained = train(folder, settings, trainee, data, on_log)
     if is_leader:
@@ -156,29 +161,41 @@ def run_vin(folder: Path, model: str, settings: VinSettings, zero: Zero | None, 
     return folder / "vin"
 
 
+def _load_start(folder: Path, wanted: VinConfig) -> Vin:
+    """An adapter to begin with. Raises InputError for one of other sizes."""
+    vin = Vin.load(folder)
+    if vin.config != wanted:
+        raise InputError(f"{folder}: is an adapter of other sizes: {vin.config}, and the training is of {wanted}")
+    return vin.train()
+
+
 def vin_settings(
     *, steps: int, batch: int, lr: float, seed: int, threads: int, tokens: int, guidance: float, clips: int
 ) -> VinSettings:
     """The recipe with the figures that a user may change."""
-    loop = LoopSettings(steps, lr, batch, seed, warmup=50, ema_decay=0.995, save_every=50, threads=threads)
+    loop = LoopSettings(
+        steps, lr, batch, seed, warmup=50, ema_decay=0.995, save_every=50, threads=threads, decay="cosine"
+    )
     return VinSettings(loop, tokens=tokens, pull=1 - 1 / guidance, clips=clips)
 
 
-def _films(folder: Path, checkpoint: WanCheckpoint, settings: VinSettings, on_log: OnLog) -> LatentSet:
+def _films(folder: Path, checkpoint: WanCheckpoint, settings: VinSettings, on_log: OnLog) -> FilmSet:
     """Encoded films of the drawn world, made where they are not there yet."""
-    if settings.clips <= HELD_OUT:
-        raise InputError(f"train vin: {settings.clips} clips are too few: {HELD_OUT} are held out")
-    facts, num_frames = checkpoint.facts, settings.layout.num_frames
-    encode_world(
-        checkpoint.load_vae(torch.float32, torch.device("cpu")),
+    if settings.clips <= 3 * HELD_OUT:
+        raise InputError(f"train vin: {settings.clips} clips are too few: {2 * HELD_OUT} are held out")
+    vae: Any = checkpoint.load_vae(torch.float32, torch.device("cpu"))
+    if settings.compile_blocks:
+        compile_norms(vae)
+    encode_films(
+        vae,
         folder,
-        clips=settings.clips,
-        num_frames=num_frames,
-        side=settings.side or min(facts.width, facts.height),
+        settings.layout,
+        count=settings.clips,
+        side=settings.side or min(checkpoint.facts.width, checkpoint.facts.height),
         seed=settings.loop.seed,
         on_shard=lambda done: on_log({"step": done, "stage": "encode"}),
     )
-    return load_latents(folder, num_frames)
+    return load_films(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- DeepSpeed
@@ -223,15 +240,15 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _train_with(zero: Zero) -> Callable[[Path, VinSettings, VinTrainee, LatentSet, OnLog], Vin]:
-    def train(folder: Path, settings: VinSettings, trainee: VinTrainee, data: LatentSet, on_log: OnLog) -> Vin:
+def _train_with(zero: Zero) -> Callable[[Path, VinSettings, VinTrainee, FilmSet, OnLog], Vin]:
+    def train(folder: Path, settings: VinSettings, trainee: VinTrainee, data: FilmSet, on_log: OnLog) -> Vin:
         return train_vin_sharded(folder, settings, trainee, data, on_log, zero)
 
     return train
 
 
 def train_vin_sharded(
-    folder: Path, settings: VinSettings, trainee: VinTrainee, data: LatentSet, on_log: OnLog, zero: Zero
+    folder: Path, settings: VinSettings, trainee: VinTrainee, data: FilmSet, on_log: OnLog, zero: Zero
 ) -> Vin:
     """`train_vin` on all ranks together, each with films of its own. AdamW alone: Muon needs whole matrices.
 
@@ -258,7 +275,7 @@ def train_vin_sharded(
     while step < loop.steps:
         for group in engine.optimizer.param_groups:
             group["lr"] = loop.lr * lr_share(step, loop)
-        loss, alone = engine(train_batch(data, settings, step, rank), settings.pull)
+        loss, alone = engine(*train_batch(data, settings, step, rank), settings.pull)
         engine.backward(loss)
         engine.step()
         losses.append((finite_or_stop(loss, step), float(alone)))

@@ -257,13 +257,33 @@ def make_clip(
             changes = [0]
     else:
         changes = [round(i * num_frames / len(looks)) for i in range(len(looks))]
-    weights = morph_weights(changes, num_frames)
-    # One frame more than is drawn: where an orbit starts depends on how its velocity turns.
-    velocities = [motion_velocity(rng, look.motion, num_frames + 1) for look in looks]
-    start = _start(rng, looks[0].motion, velocities[0])
-    velocity = np.einsum("tk,ktd->td", weights, np.stack(velocities)[:, :-1]).astype(np.float32)
-    frames = draw(looks, weights, Track(start, velocity), side)
-    return Clip(frames, tuple(looks), tuple(changes))
+    film = Travel.draw(rng, looks, changes, num_frames)
+    return Clip(film.frames(0, num_frames, side), tuple(looks), tuple(changes))
+
+
+@dataclass(frozen=True)
+class Travel:
+    """An object's way through a film of any length, and how much of each look its frames show: what is to be drawn."""
+
+    looks: list[Look]
+    weights_TK: FloatArray
+    track: Track
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, looks: list[Look], changes: list[int], num_frames: int) -> Travel:
+        """A way for looks that begin at these frames."""
+        weights = morph_weights(changes, num_frames)
+        # One frame more than is drawn: where an orbit starts depends on how its velocity turns.
+        velocities = [motion_velocity(rng, look.motion, num_frames + 1) for look in looks]
+        start = _start(rng, looks[0].motion, velocities[0])
+        velocity = np.einsum("tk,ktd->td", weights, np.stack(velocities)[:, :-1]).astype(np.float32)
+        return cls(looks, weights, Track(start, velocity))
+
+    def frames(self, first: int, count: int, side: int) -> NDArray[np.uint8]:
+        """Draw frames, uint8 [count, side, side, 3]."""
+        shown = slice(first, first + count)
+        x, y = self.track.positions()[first].tolist()
+        return draw(self.looks, self.weights_TK[shown], Track((x, y), self.track.velocity_T2[shown]), side)
 
 
 def morph_weights(changes: list[int], num_frames: int) -> FloatArray:

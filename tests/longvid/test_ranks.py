@@ -45,6 +45,11 @@ TIMEOUT_S = 600
 MANIFEST = "film.mp4.longvid/state/manifest.json"
 
 
+def is_saved_after(manifest: Path, done: int) -> bool:
+    """Whether there is a checkpoint of that round or a later one."""
+    return manifest.exists() and json.loads(manifest.read_text())["round"] >= done
+
+
 def arguments(story: Path, film: Path, *options: str, settings: Sequence[str] = ()) -> list[str]:
     sets = [part for setting in (*FAST, *settings) for part in ("--set", setting)]
     return ["render", str(story), "-o", str(film), *sets, *options]
@@ -412,14 +417,17 @@ def test_chunks_over_ranks_give_the_same_bytes(
 def test_chunks_and_branches_over_ranks_give_the_same_bytes_after_a_kill(
     story: Path, adapter: Path, warm: Warm, tmp_path: Path
 ) -> None:
-    """With global tokens, of which every rank makes all. Each owner saved its own chunks, and its part of the decoder's
-    layers; others go on with them, and decode by rows.
+    """With global tokens, of which every rank makes all: of its group, and of what is kept of those before.
+
+    Each owner saved its own chunks, and its part of the decoder's layers; others go on with them, and decode by rows.
     """
-    settings = [*CHUNKS, "sampler.guidance=2", "sampler.steps=6", "vin.policy=on", f"vin.path={adapter}"]
+    settings = [*CHUNKS, "chunks.group=3", "sampler.guidance=2", "sampler.steps=6"]
+    settings += ["vin.policy=on", f"vin.path={adapter}"]
     one = warm.render(story, tmp_path / "one.mp4", settings=settings)
+    assert warm.render(story, tmp_path / "forgets.mp4", settings=[*settings, "vin.memory=0"]) != one
     film = tmp_path / "film.mp4"
     ranks = warm.start(arguments(story, film, settings=[*settings, "mesh.chunk=2", "mesh.guidance=2"]), num_ranks=4)
-    wait_for((tmp_path / MANIFEST).exists)
+    wait_for(lambda: is_saved_after(tmp_path / MANIFEST, 7))  # in the second group
     os.kill(ranks.pids[2], signal.SIGKILL)
     assert ranks.wait() == [3, 3, -signal.SIGKILL, 3], ranks.said()
     assert (

@@ -27,8 +27,10 @@ from longvid.parallel.pipeline import (
     Boundary,
     DecodingOwners,
     HandOn,
+    Look,
     Receive,
     SaveLatents,
+    Seen,
     place_of,
     rank_program,
 )
@@ -63,7 +65,8 @@ def films(draw):
     """Shots in latents, chunk_latents, context_latents, steps, rules."""
     steps = draw(st.integers(1, 5))
     forecast = draw(st.frozensets(st.integers(1, steps - 2))) if steps > 2 else frozenset()
-    rules = ChunkRules(draw(st.integers(1, 5)), draw(st.integers(0, steps)), forecast, tokens=draw(st.booleans()))
+    tokens, memory = draw(st.booleans()), draw(st.integers(0, 3))
+    rules = ChunkRules(draw(st.integers(1, 5)), draw(st.integers(0, steps)), forecast, tokens=tokens, memory=memory)
     return draw(SHOTS), *draw(CONTEXT), steps, rules
 
 
@@ -90,7 +93,7 @@ def test_every_schedule_is_accepted_and_bounded_by_its_group(make_film, film):
     assert report.num_forecasts == len(chunks) * len(rules.forecast)
     assert report.num_units == len(chunks) * steps - report.num_forecasts
     assert report.num_rounds == rules.num_rounds(len(chunks), steps)
-    assert report.max_live_latents <= min(rules.group, len(chunks)) + 2
+    assert report.max_live_latents <= min(rules.group, len(chunks)) + 2 + (rules.memory + 1) * rules.tokens
 
 
 @given(films())
@@ -145,6 +148,44 @@ round  c0  c1  c2
     3   .   .   1   finish c2"""
 
 
+def test_tokens_are_made_of_the_first_chunk_and_of_one_in_each_octave_before_the_group(make_film):
+    chunks, rules = make_film([26], 2, 0).chunks, ChunkRules(6, tokens=True, memory=2)
+    actions = list(chunk_schedule(chunks, 2, rules))
+    encodes = [action for action in actions if isinstance(action, Encode)]
+    assert [(a.round, a.readers, [(z.chunk, z.version) for z in a.latents]) for a in encodes] == [
+        (1, range(5), [(i, 1) for i in range(5)]),
+        (2, range(5, 9), [(0, 2), (2, 2), (4, 2)]),
+        (3, range(5, 9), [(0, 2), (2, 2), (4, 2), *((i, 1) for i in range(5, 9))]),
+        (4, range(9, 13), [(0, 2), (6, 2), (8, 2)]),
+        (5, range(9, 13), [(0, 2), (6, 2), (8, 2), *((i, 1) for i in range(9, 13))]),
+    ]
+    dropped = {a.latents.chunk: a.round for a in actions if isinstance(a, DropLatents) and a.latents.version == 2}
+    assert [dropped[i] for i in range(9)] == [5, 1, 3, 1, 3, 3, 5, 3, 5]
+
+
+@given(films(), st.builds(Topology, chunk=st.integers(2, 4), stage=st.integers(1, 2), guidance=st.integers(1, 2)))
+@settings(deadline=None, max_examples=50)
+def test_places_tell_each_other_what_tokens_see_and_none_waits_for_ever(make_film, film, topology):
+    *shape, steps, rules = film
+    chunks, rules = make_film(*shape).chunks, replace(rules, tokens=True)
+    rehearse_schedule(lambda: chunk_schedule(chunks, steps, rules), topology, 2)
+    for rank in range(topology.num_ranks):
+        place, found = topology.coordinate(rank), set()
+        for action in rank_program(chunk_schedule(chunks, steps, rules), topology, rank):
+            match action:
+                case Look(own=own):
+                    found = set(own)
+                case Receive(message=Seen(latents=latents)):
+                    found |= set(latents)
+                case Encode(latents=latents, readers=readers):
+                    group = next(group for group in rules.groups(len(chunks)) if readers[0] in group)
+                    assert found == set(latents)
+                    assert place.chunk in {place_of(i, group, topology.chunk) for i in readers}
+                    found = set()
+                case Boundary():
+                    found = set()
+
+
 def test_a_group_reads_the_finished_latents_of_the_one_before(make_film):
     chunks, rules = make_film([7], 2, 1).chunks, ChunkRules(2, fused_steps=1)
     assert "\n".join(map(str, chunk_schedule(chunks, 2, rules))) == GROUPS_OF_TWO
@@ -191,8 +232,9 @@ def wrong(action, delta):
             yield replace(action, chunk=i + delta)
             yield replace(action, group=range(group.start, group.stop + delta))
             yield replace(action, is_left=not is_left)
-        case Encode(latents=latents, shot=shot):
+        case Encode(latents=latents, shot=shot, readers=readers):
             yield replace(action, shot=shot + delta)
+            yield replace(action, readers=range(readers.start, readers.stop + delta))
             yield replace(action, latents=latents[:-1])
             yield replace(action, latents=(*latents, replace(latents[-1], chunk=latents[-1].chunk + 1)))
         case DropGlobals(tokens=tokens):
