@@ -65,6 +65,7 @@ def draw_moment(rng: np.random.Generator, layout: FilmLayout, shares: Sequence[f
     """
     kind = KINDS[rng.choice(3, p=shares)]
     steps, count = int(rng.choice(STEP_COUNTS)), layout.chunks
+    own: NDArray[np.float64]
     key_levels: NDArray[np.float64]
     young = kind == "staircase" or (kind == "together" and rng.random() < 0.5)
     if kind == "together":
@@ -75,9 +76,9 @@ def draw_moment(rng: np.random.Generator, layout: FilmLayout, shares: Sequence[f
     else:
         stairs, far = 1 / steps, 0.0
         if kind == "staircase":
-            own = 1 - rng.integers(0, steps) / steps + (np.arange(count) - rng.integers(0, count)) * stairs
+            own = np.asarray(1 - rng.integers(0, steps) / steps + (np.arange(count) - rng.integers(0, count)) * stairs)
         else:
-            own = (1 + int(rng.integers(0, max(1, steps - count + 1))) + np.arange(count)) * stairs
+            own = np.asarray((1 + rng.integers(0, max(1, steps - count + 1)) + np.arange(count)) * stairs)
         key_levels = np.maximum(own + stairs, 0)
     keys = _told(rng, layout, young, key_levels) + _recalled(rng, layout, young, far)
     in_flight = [i for i in range(count) if TINY < own[i] < 1 + TINY]
