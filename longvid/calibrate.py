@@ -17,11 +17,12 @@ from longvid.cache.runtime import CacheRuntime, Place
 from longvid.cache.search import Matrix, choose_modules, choose_steps, forecast_errors
 from longvid.cache.settings import NoCache
 from longvid.cache.table import Row, computed_share, write_table
-from longvid.engine import Engine, set_threads
+from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
 from longvid.plan import Plan
+from longvid.ranks import set_threads
 from longvid.sampler import Sampler, Solver
 from longvid.script import load_script
 from longvid.settings import Settings

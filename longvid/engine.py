@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,25 +24,16 @@ from longvid.checkpoint import (
     Holder,
     LocalBulletin,
     Saved,
-    copy_ending,
     load_checkpoint,
     load_ending,
-    save_ending,
 )
-from longvid.chips import CPU, chip_of
 from longvid.decode import FilmDecoders, StageDecoders, push
-from longvid.ending import Ending, longer_script
+from longvid.decoding_parts import LayersPart, RowsPart, decoding_owners
+from longvid.ending import Ending
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted
-from longvid.events import ChunkDone, Event, Notice, RoundDone, Started
-from longvid.films import first_rounds, join, num_lanes
-from longvid.fingerprint import Machine, describe_folder, describe_model, fingerprint
-from longvid.kernels import native
-from longvid.kernels.dispatch import backend_for
-from longvid.launch.env import rank_of
+from longvid.events import ChunkDone, Event, Notice, Started
 from longvid.ledger import Ledger
 from longvid.live import LivePrompter, Wish, Wishes
-from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
-from longvid.meshes import choose_mesh
 from longvid.models.checkpoint import (
     Checkpoint,
     Condition,
@@ -54,29 +44,27 @@ from longvid.models.checkpoint import (
     RowsDecoder,
     SharedRowsDecoder,
     StageOptions,
-    StreamDecoder,
 )
-from longvid.models.configs import Configs
 from longvid.models.costs import measure_costs
-from longvid.models.families import known_sizes, require
+from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint, open_loading
 from longvid.models.parts import ModelPart
 from longvid.models.prompt_cache import open_prompts
-from longvid.models.prompts import unknown_words
 from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
-from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, connect, disconnect, gather
+from longvid.notices import notices
+from longvid.orders import Orders
+from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, disconnect, gather
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
-from longvid.parallel.mesh import Mesh, describe, lone_mesh, make_mesh
+from longvid.parallel.mesh import Mesh, describe
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import DecodingOwners, name_of, place_of
+from longvid.parallel.pipeline import name_of, place_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
     ChunkRules,
     QueueRules,
-    Step,
     first_round,
     last_round,
     make_schedule,
@@ -88,15 +76,15 @@ from longvid.parallel.schedule import (
 from longvid.parallel.sequence import make_sequence
 from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
+from longvid.ranks import join_mesh, pick_device, set_threads
+from longvid.rounds import RoundCounter
 from longvid.sampler import Sampler
-from longvid.script import Scene, Script, load_script, storyboard_text
+from longvid.script import Scene, Script, load_script
 from longvid.settings import Settings, load_settings
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
-from longvid.sparsity.tokens import largest_tokens
-from longvid.together import Clip, Film, FilmSavers, FilmSet, Job, join_live, join_memory
+from longvid.together import Clip, FilmSavers, FilmSet, Job, join_live, join_memory
 from longvid.trace import Trace, summary, summary_text, write_trace
-from longvid.writer import WriterState, check_path
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -201,11 +189,21 @@ class Engine:
         self._sampler = self._new_sampler(num_tokens=1)
         """Of the film at hand: noise levels may depend on its size."""
         self._boundary = checkpoint.boundary
+        self._orders = Orders(
+            settings,
+            self.facts,
+            self._root,
+            self._vin,
+            self.device,
+            mesh.topology,
+            self.attention is not None,
+            self._sampler_of,
+        )
         dtype = getattr(torch, settings.runtime.dtype)
         self._loading = open_loading(checkpoint, settings, self.device, mesh.seq)
         self.shares: Shares | None = None
         """Where stages decode: how that is dealt out."""
-        self._owners_decode = self._decoding_owners()
+        self._owners_decode = decoding_owners(settings, self.facts, mesh.topology, self.device)
         if mesh.is_leader:
             self._prompts = open_prompts(checkpoint, settings.memory, dtype, self.device)
         if mesh.is_leader or self._has_part:
@@ -249,23 +247,6 @@ class Engine:
         per_latent = self.facts.grid.tokens_per_latent(plan.width, plan.height)
         return self._new_sampler(per_latent * max(chunk.num_left + chunk.num_latents for chunk in plan.chunks))
 
-    def _decoding_owners(self) -> DecodingOwners:
-        """Who decodes with the leader: owners of chunks, for all finish theirs at once.
-
-        On a GPU they do so by rows alone: there the layers of a whole decode are diffusers', which round otherwise.
-        """
-        chosen, topology = self.settings.mesh.decode, self.mesh.topology
-        if chosen == "rows" and topology.stage > 1:
-            raise InputError(
-                f"mesh.decode=rows: ranks of chunk share rows, so mesh.stage must be 1, not {topology.stage}"
-            )
-        if topology.stage > 1 or chosen == "leader" or self.settings.memory.vae_rows:
-            return DecodingOwners()
-        if chosen == "rows":
-            return DecodingOwners(topology.chunk, by_rows=True)
-        parts = self.facts.decoder_parts if self.device.type == "cpu" else 1
-        return DecodingOwners(min(topology.chunk, parts))
-
     @property
     def _has_part(self) -> bool:
         """Whether this rank decodes together with others: some of the layers, or some rows."""
@@ -283,9 +264,9 @@ class Engine:
         if not self._has_part:
             return None
         if self._owners_decode.by_rows:
-            return _Rows(self._decoder)
+            return RowsPart(self._decoder)
         is_first = self.mesh.place.chunk + 1 == self._owners_decode.size
-        return _Part(cast(PartsDecoder, self._decoder), images, latent_size, is_first)
+        return LayersPart(cast(PartsDecoder, self._decoder), images, latent_size, is_first)
 
     def _load_stage(self, checkpoint: Checkpoint, dtype: torch.dtype) -> FamilyStage:
         """This rank's layers, dealt out by what they cost."""
@@ -438,8 +419,8 @@ class Engine:
         is finished as a film of its own, and Preempted after saving its state, once ``preemption`` was asked for.
         """
         film = Path(path)
-        job = self._on_leader(lambda: self._film(story, film, resume))
-        self._render(self._join([job]), on_event, trace, ledger, preemption)
+        job = self._on_leader(lambda: self._orders.film(story, film, resume))
+        self._render(self._orders.join([job]), on_event, trace, ledger, preemption)
         return film
 
     def extend(
@@ -462,8 +443,8 @@ class Engine:
         The rest is as with ``render``; the state is kept again.
         """
         target = Path(path or film)
-        job = self._on_leader(lambda: self._longer(Path(film), tuple(scenes), target, resume))
-        self._render(self._join([job]), on_event, trace, ledger, preemption)
+        job = self._on_leader(lambda: self._orders.longer(Path(film), tuple(scenes), target, resume))
+        self._render(self._orders.join([job]), on_event, trace, ledger, preemption)
         return target
 
     def render_films(
@@ -484,9 +465,9 @@ class Engine:
         else is as in `render`.
         """
         films = [Path(path) for path in paths]
-        to_make = self._on_leader(lambda: list(self._films_to_make(stories, films, resume)))
+        to_make = self._on_leader(lambda: list(self._orders.films_to_make(stories, films, resume)))
         if to_make:
-            self._render(self._join(to_make), on_event, trace, ledger, preemption)
+            self._render(self._orders.join(to_make), on_event, trace, ledger, preemption)
         return films
 
     def _render(
@@ -514,7 +495,7 @@ class Engine:
         )
         if not self.mesh.is_leader:
             self._go_on_decoding(tools)
-        with FilmSet(job, tools.decoders, on_event, self._keep_ending, tools.lasts) as films:
+        with FilmSet(job, tools.decoders, on_event, self._orders.keep_ending, tools.lasts) as films:
             if self.mesh.is_leader:
                 films.open(tools.saved, self.settings.output, tools.ended)
             if self._root is not None:
@@ -552,78 +533,6 @@ class Engine:
             self._decoder if self._has_part else None,
             self._decodes,
         )
-
-    def _film(self, story: str | Path | Script, path: Path, resume: bool) -> Film:
-        """What the leader knows of a film before it begins."""
-        check_path(path)
-        script = story if isinstance(story, Script) else load_script(story)
-        plan = make_plan(script, self.settings, self.facts)
-        if self._root is None:
-            if resume:
-                raise InputError("a model that is not a directory has no checkpoints: nothing can be resumed")
-            return Film(path, script, plan)
-        marks = self._fingerprint(script, plan)
-        manifest = find_manifest(path) if resume else None
-        if manifest:
-            manifest.require(path, marks)
-        return Film(path, script, plan, manifest, marks)
-
-    def _films_to_make(
-        self, stories: Sequence[str | Path | Script], paths: Sequence[Path], resume: bool
-    ) -> Iterator[Film]:
-        """Those of several films that are not complete; one without a checkpoint begins anew."""
-        for story, path in zip(stories, paths, strict=True):
-            if not (resume and is_complete(path)):
-                yield self._film(story, path, resume and has_checkpoint(path))
-
-    def _longer(self, film: Path, scenes: tuple[Scene, ...], path: Path, resume: bool) -> Film:
-        """What the leader knows of a longer film before it begins; the state is where it will be."""
-        check_path(path)
-        if self.settings.schedule == "chunks" or self._vin:
-            reason = (
-                "only the queue recalls latents, and no global tokens of them: schedule=chunks and vin are not for it"
-            )
-            raise InputError(f"{film}: cannot go on: {reason}")
-        source = path if resume and path != film and (state_folder(path) / ENDING).exists() else film
-        ending = Ending.read(source)
-        script = longer_script(ending.script(), scenes, f"{film} and what is added")
-        plan = make_plan(script, self.settings, self.facts, (*ending.ends, ending.frames))
-        marks = self._fingerprint(script, plan)
-        ending.require(film, marks)
-        marks["extends"] = {"frames": ending.frames}
-        if source != path:
-            copy_ending(source, path, ending)
-        manifest = Manifest.read(path) if resume else None
-        if manifest:
-            manifest.require(path, marks)
-        return Film(path, script, plan, manifest, marks, ending)
-
-    def _fingerprint(self, script: Script, plan: Plan) -> dict[str, Any]:
-        if self._root is None:
-            raise InputError("a model that is not a directory has no mark: films of it cannot go on")
-        kernels = describe_kernels(self.device, sparse=self.attention is not None)
-        machine = Machine(self.device.type, torch.get_num_threads(), self.mesh.topology, kernels)
-        model = describe_model(self._root) | (describe_folder(self._vin) if self._vin else {})
-        return fingerprint(script, plan, self.settings, self.facts, model=model, machine=machine)
-
-    def _join(self, films: Sequence[Film]) -> Job:
-        """The films as one plan, each from where its checkpoint is."""
-        rules, chosen = QueueRules.of(self.settings), self.settings
-        if len(films) > 1 and chosen.schedule == "chunks":
-            raise InputError(
-                "several films go side by side through the queue; with schedule=chunks render one at a time"
-            )
-        lanes = num_lanes(chosen.mesh.films, self.mesh.topology.stage, chosen.sampler.steps, rules)
-        done = [film.manifest.round if film.manifest else -1 for film in films]
-        plans = [film.plan for film in films]
-        start, firsts = first_rounds(plans, done, lanes, rules)
-        levels = {tuple(self._sampler_of(plan).timestep(k) for k in range(chosen.sampler.steps)) for plan in plans}
-        if len(levels) > 1:
-            raise InputError(
-                "films that are made together must have the same noise levels, and this model chooses them by the size "
-                "of a film's largest chunk: render them one by one"
-            )
-        return Job(tuple(films), join(plans, firsts), start - 1)
 
     def _make_savers(self, films: FilmSet, holder: Holder, on_event: OnEvent, preemption: Preemption) -> FilmSavers:
         spans = films.job.plan.films
@@ -665,25 +574,6 @@ class Engine:
             raise Interrupted(films.what_is_left()) from None
         except Preempted:
             raise Preempted(films.what_is_saved() if self.mesh.is_leader else "") from None
-
-    def _keep_ending(self, film: Film, ended: Ended, written: WriterState) -> None:
-        """Keep what a film that goes on from here needs, in place of what it went on from itself."""
-        before = film.ending
-        settings = self.settings.model_dump(mode="json")
-        if Path(settings["model"]["path"]).is_dir():
-            settings["model"]["path"] = str(Path(settings["model"]["path"]).resolve())
-        marks = {name: value for name, value in film.fingerprint.items() if name != "extends"}
-        save_ending(
-            film.path,
-            ended,
-            frames=film.plan.num_frames,
-            ends=[*before.ends, before.frames] if before else [],
-            segments=written.segments,
-            short=list(written.short),
-            storyboard=storyboard_text(film.script),
-            settings=settings,
-            fingerprint=marks,
-        )
 
     def _write_trace(self, path: Path, own: Trace, plan: Plan, on_event: OnEvent) -> None:
         traces = [own] if self.mesh.topology.num_ranks == 1 else gather(own)
@@ -747,7 +637,7 @@ class Engine:
             self.attention.load_state(join_memory(plan.films, [film.memory if film else {} for film in saved]))
         if self.cache:
             self.cache.load_state(join_memory(plan.films, [film.cached if film else {} for film in saved]))
-        rounds = _RoundCounter(plan, self.settings, on_event, tools.done, self._units_of_last_round(plan))
+        rounds = RoundCounter(plan, self.settings, on_event, tools.done, self._units_of_last_round(plan))
         actions = make_schedule(plan, self.settings)
         live = join_live(plan.films, saved, self._sampler)
         try:
@@ -850,7 +740,7 @@ class Engine:
 
     def _stream(self, plan: Plan, on_event: OnEvent, tools: _Tools) -> Generator[Clip]:
         if self.mesh.is_leader:
-            for text in self._notices(plan):
+            for text in notices(plan, self.settings, self.facts, self.attention, self.costs, self.device):
                 on_event(Notice(text))
             rounds, shape = num_rounds(plan, self.settings), (plan.width, plan.height, plan.fps)
             on_event(Started(plan.num_frames, len(plan.chunks), rounds, *shape, num_films=len(plan.films)))
@@ -903,143 +793,6 @@ class Engine:
         channels = self.facts.latent_channels
         return lambda chunk: chunk_noise(chunk, channels, height, width).to(self.device)
 
-    def _notices(self, plan: Plan) -> Iterator[str]:
-        if self.costs and (at := self.costs.measured_at):
-            yield f"layers are dealt out by what they take at {at[0]}x{at[1]}, scaled by operations to the model's size"
-        vocabulary = self.facts.vocabulary
-        if vocabulary is None:
-            return
-        for scene in plan.scenes:
-            unknown = unknown_words(plan.prompts[scene.prompt], vocabulary)
-            if unknown:
-                hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
-                place = f"line {scene.line}: " if scene.line else ""
-                if plan.joined:
-                    place = f"film {1 + plan.film_of(plan.chunks[plan.shots[scene.shot].first_chunk])}, {place}"
-                yield f"{place}the model does not know {', '.join(hints)}"
-        if self.attention:
-            tokens = largest_tokens(plan, self.settings, self.facts)
-            if not self.attention.pays(tokens, self.device):
-                name, count = self.settings.attention.policy, tokens.num_keys
-                yield f"attention.policy: {name} would be slower than dense attention to {count} tokens: it stays dense"
-        if (plan.width, plan.height) != (self.facts.width, self.facts.height):
-            native = f"{self.facts.width}x{self.facts.height}"
-            yield f"the model was trained at {native}; {plan.width}x{plan.height} may look wrong"
-
-
-def pick_device(settings: Settings) -> torch.device:
-    """The device of the settings. Raises InputError when it is not there."""
-    wanted = settings.runtime.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("runtime.device: cuda was asked for, but torch finds no CUDA device")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
-def describe_kernels(device: torch.device, *, sparse: bool) -> str:
-    """Whose instructions compute: those of another kind of processor round differently."""
-    if device.type == "cpu":
-        matrix_units = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
-        own = f"{torch.backends.cpu.get_cpu_capability()}, {matrix_units}, {native.isa() or 'torch alone'}"
-    else:
-        own = torch.cuda.get_device_name(device)
-    return f"{own}, {backend_for(device)}" if sparse else own
-
-
-def set_threads(settings: Settings) -> None:
-    """The threads of this rank: those of the settings, else its share of the machine's cores."""
-    environment = rank_of(os.environ)
-    if settings.runtime.threads:
-        torch.set_num_threads(settings.runtime.threads)
-    elif environment and environment.local_world_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
-
-
-def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
-    """This process's place among the ranks that a launcher started; a lone one without a launcher."""
-    environment = rank_of(os.environ)
-    num_ranks, device = environment.world_size if environment else 1, pick_device(settings)
-    try:
-        chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else CPU
-        topology = choose_mesh(num_ranks, settings, facts, known_sizes(configs) if num_ranks > 1 else None, chip)
-    except InputError as error:
-        started = (
-            f"the launcher started {num_ranks} (WORLD_SIZE={num_ranks})" if environment else "no launcher started any"
-        )
-        raise InputError(f"{error}; {started}") from None
-    if num_ranks == 1 or environment is None:
-        return lone_mesh()
-    if environment.rendezvous is None:
-        raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
-    timeout = settings.runtime.timeout_s
-    if device.type == "cuda":
-        torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
-    connect(device, timeout)
-    topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
-    return make_mesh(topology, environment.rank, device, timeout)
-
 
 def _as_it_is(sampler: Sampler) -> Sampler:
     return sampler
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's rows in decoding, for the executor; the leader deals out the latents."""
-
-    decoder: StreamDecoder
-
-    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
-        if chunk.start == 0:
-            self.decoder.reset()
-        return self.decoder.push(x)
-
-    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
-        raise AssertionError(f"nothing of chunk {chunk.index} goes from rank to rank but rows")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """This rank's part of the decoder, for the executor. `images` are the shots'; `latent_size` is (h, w)."""
-
-    decoder: PartsDecoder
-    images: Sequence[Condition | None]
-    latent_size: tuple[int, int]
-    is_first: bool
-
-    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
-        if chunk.start == 0:
-            self.decoder.reset()
-        image = self.images[chunk.shot] if self.is_first else None
-        return self.decoder.hand_on(image.show(x, chunk) if image else x)
-
-    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
-        return self.decoder.handed_shape(chunk.num_latents, *self.latent_size)
-
-
-class _RoundCounter:
-    """Turns units of the leader's chunks into one event a round; those of other owners are as far, then.
-
-    `num_last` are its units in the last round.
-    """
-
-    def __init__(self, plan: Plan, settings: Settings, on_event: OnEvent, done: int, num_last: int) -> None:
-        self._first, self._num_rounds = first_round(plan, settings), num_rounds(plan, settings)
-        self._units_until = lambda n: num_units(plan, settings, n)
-        self._on_event = on_event
-        self._round, self._num_last = max(done + 1, self._first), num_last
-
-    def on_unit(self, unit: Step) -> None:
-        if unit.round != self._round:
-            self._end_round()
-            self._round = unit.round
-        if unit.round + 1 == self._first + self._num_rounds:
-            self._num_last -= 1
-            if self._num_last == 0:
-                self._end_round()
-
-    def _end_round(self) -> None:
-        last = self._first + self._num_rounds - 1
-        before, done, all_units = map(self._units_until, (self._round - 1, self._round, last))
-        self._on_event(RoundDone(self._round + 1 - self._first, self._num_rounds, done - before, done, all_units))

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from longvid.doctor import cpu_facts
-from longvid.engine import pick_device
 from longvid.machines import MeasuredMachine, unit_tokens
 from longvid.meshes import Film
 from longvid.models.costs import measure_costs
 from longvid.models.loader import open_checkpoint
+from longvid.ranks import pick_device
 from longvid.settings import Settings, load_settings
 
 PATIENCE_S = 20.0

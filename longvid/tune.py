@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from longvid.engine import Engine, pick_device, set_threads
+from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.fingerprint import mark_of
 from longvid.kernels.dense import Partial
@@ -17,6 +17,7 @@ from longvid.kernels.layout import BlockLayout
 from longvid.models.families import require_sparse
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
+from longvid.ranks import pick_device, set_threads
 from longvid.script import load_script
 from longvid.settings import Settings
 from longvid.sparsity.option_search import OptionJudge, OptionSearch

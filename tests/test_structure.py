@@ -21,9 +21,9 @@ LEVELS = {
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode writer segments hls checkpoint together live trace ledger"
-    " memory machines meshes",
-    5: "engine doctor tune calibrate",
+    4: "models parallel.stage parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
+    " live trace ledger memory machines meshes",
+    5: "engine orders notices ranks doctor tune calibrate",
     6: "launch",
     7: "cli __main__ progress journal overview outlook predict measured options batch",
 }

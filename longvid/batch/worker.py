@@ -123,8 +123,9 @@ def _run_rank(task: Task, key: str) -> int:
 
 def load_engine(settings: Settings) -> Engine:
     """An engine for these settings, on this rank. Raises InputError."""
-    from longvid.engine import Engine, join_mesh, set_threads
+    from longvid.engine import Engine
     from longvid.models.loader import open_checkpoint
+    from longvid.ranks import join_mesh, set_threads
 
     set_threads(settings)
     checkpoint = open_checkpoint(settings.model.path)

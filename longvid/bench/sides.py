@@ -16,12 +16,13 @@ import torch
 from diffusers import WanPipeline
 
 from longvid.bench.film import FilmBench
-from longvid.engine import Engine, pick_device
+from longvid.engine import Engine
 from longvid.errors import Interrupted, LongvidError
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
 from longvid.models.wan_checkpoint import WanCheckpoint
 from longvid.plan import ModelFacts
+from longvid.ranks import pick_device
 from longvid.script import Duration, Scene, Script
 from longvid.settings import Settings, load_settings
 from longvid.writer import FilmWriter

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from longvid.cache.plan import MODULES
 from longvid.cache.table import Row, computed_share
 from longvid.calibrate import Calibration
-from longvid.engine import pick_device
 from longvid.errors import InputError
 from longvid.models.accelerate_subjects import WanSubject
 from longvid.models.loader import open_checkpoint
@@ -31,6 +30,7 @@ from longvid.models.parts import ModelPart
 from longvid.models.wan import TEXT_COLUMNS
 from longvid.models.wan_checkpoint import WanCheckpoint
 from longvid.plan import make_plan
+from longvid.ranks import pick_device
 from longvid.sampler import Sampler
 from longvid.script import load_script
 from longvid.settings import Settings

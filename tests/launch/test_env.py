@@ -170,8 +170,8 @@ def test_the_network_interface_is_the_users_choice() -> None:
 
 
 def test_a_mesh_that_does_not_fit_what_was_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longvid.engine import join_mesh
     from longvid.models.facts import configs_of, facts_of
+    from longvid.ranks import join_mesh
     from longvid.settings import load_settings
 
     for name, value in {**variables("torchrun", (0, 3, 0, 3)), **MEETING}.items():
