@@ -60,7 +60,8 @@ from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import name_of, place_of
+from longvid.parallel.pipeline import place_of
+from longvid.parallel.rank_actions import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.schedule import (
     ChunkRules,

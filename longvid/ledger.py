@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from longvid.parallel.pipeline import RankAction
+from longvid.parallel.rank_actions import RankAction
 from longvid.parallel.schedule import Forward, Step
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longvid.parallel.decoding import Decode
-from longvid.parallel.pipeline import HandOn, Look, RankAction, Receive, Send, name_of
+from longvid.parallel.rank_actions import HandOn, Look, RankAction, Receive, Send, name_of
 from longvid.parallel.schedule import Encode, Forecast, Forward, Fuse, Gate, Step
 
 KINDS = ("compute", "receive", "send", "decode", "write")

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from longvid.parallel.decoding import Decode, DecodeAction, Decoded, Decoding, HandOut, Move, Moves, Piece
-from longvid.parallel.pipeline import (
-    DecodePart,
+from longvid.parallel.pipeline import DecodePart, When
+from longvid.parallel.rank_actions import (
     DecoderState,
     KeepState,
     KeptState,
@@ -29,7 +29,6 @@ from longvid.parallel.pipeline import (
     SaveFilms,
     Send,
     Show,
-    When,
 )
 from longvid.parallel.topology import Coordinate, Topology
 

@@ -21,15 +21,12 @@ from longvid.errors import RuntimeFailure
 from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.mesh import Mesh, lone_mesh
-from longvid.parallel.pipeline import (
+from longvid.parallel.pipeline import LEADER_DECODES, SAVE_NOTICE, DecodingOwners, DecodingParts, rank_program
+from longvid.parallel.rank_actions import (
     BULKY,
-    LEADER_DECODES,
-    SAVE_NOTICE,
     Border,
     Boundary,
     DecoderState,
-    DecodingOwners,
-    DecodingParts,
     DropBorder,
     Halfway,
     HandOn,
@@ -51,7 +48,6 @@ from longvid.parallel.pipeline import (
     Show,
     Velocity,
     Verdict,
-    rank_program,
 )
 from longvid.parallel.schedule import (
     Action,

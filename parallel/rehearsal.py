@@ -14,17 +14,8 @@ from functools import cache
 
 from longvid.parallel.decoding import Decode
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import (
-    BULKY,
-    LEADER_DECODES,
-    DecodingOwners,
-    DecodingParts,
-    Message,
-    RankAction,
-    Receive,
-    Send,
-    rank_program,
-)
+from longvid.parallel.pipeline import LEADER_DECODES, DecodingOwners, DecodingParts, rank_program
+from longvid.parallel.rank_actions import BULKY, Message, RankAction, Receive, Send
 from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from longvid.engine import Engine
-from longvid.parallel.pipeline import RankAction
+from longvid.parallel.rank_actions import RankAction
 from longvid.parallel.sequence import KvPart
 from longvid.script import Script
 

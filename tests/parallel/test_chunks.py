@@ -22,18 +22,8 @@ from longvid.geometry import LatentGrid
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import (
-    SAVE_NOTICE,
-    Boundary,
-    DecodingOwners,
-    HandOn,
-    Look,
-    Receive,
-    SaveLatents,
-    Seen,
-    place_of,
-    rank_program,
-)
+from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
+from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.schedule import (
     Admit,

@@ -8,7 +8,8 @@ from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decode, Decoding, deal_work
 from longvid.parallel.pace import Times, pace_of, run
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import Hidden, Velocity, rank_program
+from longvid.parallel.pipeline import rank_program
+from longvid.parallel.rank_actions import Hidden, Velocity
 from longvid.parallel.rehearsal import rehearse
 from longvid.parallel.schedule import Finish, Forward, QueueRules, queue_schedule
 from longvid.parallel.topology import Topology
