@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import signal
@@ -12,7 +11,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -21,8 +19,22 @@ import typer
 from typer.core import TyperGroup
 
 from longvid.batch.commands import batch_app
+from longvid.bench_commands import bench_app
 from longvid.errors import InputError, Interrupted, LongvidError, Preempted, RuntimeFailure
-from longvid.options import AsJson, Loras, Model, Overrides, Preset, Ray, all_overrides, film_paths
+from longvid.options import (
+    AsJson,
+    Loras,
+    Model,
+    Overrides,
+    Preset,
+    Ray,
+    Story,
+    all_overrides,
+    chosen_settings,
+    film_paths,
+)
+from longvid.results import json_alone, print_json, show
+from longvid.train_commands import train_app
 
 _HOW_TO_GO_ON = "the same command with --resume goes on from the last checkpoint"
 
@@ -77,13 +89,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure longvid beside others on the same work.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-train_app = typer.Typer(help="Train the parts of a model of the drawn world, on this machine.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 app.add_typer(batch_app, name="batch")
-
-Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
 
 
 @app.command()
@@ -380,19 +388,19 @@ def plan(
     if gpu or measured:
         if gpu and measured:
             raise InputError("--measure is of this machine, and --gpu names another: give one of them")
-        with _json_alone():
+        with json_alone():
             from longvid.predict import predict
             from longvid.script import load_script
 
-            outlook = predict(load_script(story), _settings(model, preset, overrides), gpu, gpus)
-        _show(outlook.as_json(), outlook.as_text(), as_json)
+            outlook = predict(load_script(story), chosen_settings(model, preset, overrides), gpu, gpus)
+        show(outlook.as_json(), outlook.as_text(), as_json)
         return
-    with _json_alone():
+    with json_alone():
         from longvid.overview import Overview
         from longvid.plan import make_plan
         from longvid.script import load_script
 
-        settings, script = _settings(model, preset, overrides), load_script(story)
+        settings, script = chosen_settings(model, preset, overrides), load_script(story)
 
         from longvid.cache.settings import plan_cache
         from longvid.chips import chip_here
@@ -410,7 +418,7 @@ def plan(
         overview = Overview.of(make_plan(script, settings, facts), settings, facts, mesh, weights)
         picture = overview.grid() if grid else None
     if as_json:
-        _print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})
+        print_json({**overview.as_json(), **({"grid": picture.splitlines()} if picture else {})})
     else:
         typer.echo(overview.as_text() + (f"\n\n{picture}" if picture else ""))
 
@@ -433,8 +441,8 @@ def measure(
 
     With a storyboard, give the model and the settings that the film was rendered with: they say where chunks meet.
     """
-    with _json_alone():
-        settings = _settings(model, preset, overrides)
+    with json_alone():
+        settings = chosen_settings(model, preset, overrides)
 
         from longvid.measure import as_text, measure_render
         from longvid.metrics.film import measure_film
@@ -444,17 +452,17 @@ def measure(
             result = measure_film(film, None, reference)
         else:
             result = measure_render(film, load_script(script), settings, reference)
-    _show(result, as_text(result), as_json)
+    show(result, as_text(result), as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has, and what longvid will use of it."""
-    with _json_alone():
+    with json_alone():
         from longvid.doctor import as_text, examine
 
         facts = examine()
-    _show(facts, as_text(facts), as_json)
+    show(facts, as_text(facts), as_json)
 
 
 @app.command()
@@ -479,7 +487,7 @@ def tune(
 
     With attention.policy=sta for each head's window, with tile for each layer's global latents.
     """
-    settings = _settings(model, preset, overrides)
+    settings = chosen_settings(model, preset, overrides)
 
     from longvid.sparsity.search import Search
     from longvid.sparsity.settings import Sta, TileFrames
@@ -511,230 +519,6 @@ def _tune_options(story: Path, settings: Any, out: Path, chunks: int, tolerance:
 
 def _say_chunk(done: int, of: int) -> None:
     typer.echo(f"chunk {done} of {of}", err=True)
-
-
-@bench_app.command("film")
-def bench_film(
-    model: Annotated[str, typer.Option(help="mini, or the folder of a diffusers WanPipeline.")] = "mini",
-    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 60.0,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 8,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
-    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")] = 0,
-    skip_10min: Annotated[bool, typer.Option("--skip-10min", help="Leave out the film ten times as long.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time stock diffusers and longvid on the same film, each in a process of its own."""
-    with _json_alone():
-        from longvid.bench import film
-
-        bench = film.FilmBench(model, seconds, steps, dtype, threads)
-        result = film.bench_film(bench, with_10min=not skip_10min, say=lambda line: typer.echo(line, err=True))
-    _show(result, film.as_text(result), as_json)
-
-
-@bench_app.command("pipeline")
-def bench_pipeline(
-    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
-    ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time a film on one rank and on several, with a thread each, and predict it for many."""
-    with _json_alone():
-        from longvid.bench import pipeline
-
-        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
-        result = pipeline.bench_pipeline(bench, say=lambda line: typer.echo(line, err=True))
-    _show(result, pipeline.as_text(result), as_json)
-
-
-@bench_app.command("chunks")
-def bench_chunks(
-    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
-    ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    repeats: Annotated[int, typer.Option(min=1, max=100, help="Of which the medians count.")] = 3,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time the chunk schedule on one rank and with chunks over several, a thread each, in turn."""
-    with _json_alone():
-        from longvid.bench import chunks, pipeline
-
-        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
-        result = chunks.bench_chunks(bench, repeats, say=lambda line: typer.echo(line, err=True))
-    _show(result, chunks.as_text(result), as_json)
-
-
-@bench_app.command("attention")
-def bench_attention(
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Of which the median counts.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Time block-sparse attention on the CPU beside torch's dense attention, and the search for layouts."""
-    with _json_alone():
-        from longvid.bench import attention
-
-        bench = attention.AttentionBench(repeats=repeats)
-        result = attention.bench_attention(bench, say=lambda line: typer.echo(line, err=True))
-    _show(result, attention.as_text(result), as_json)
-
-
-@bench_app.command("batch")
-def bench_batch(
-    jobs: Annotated[int, typer.Option(min=1, max=100000)] = 200,
-    workers: Annotated[int, typer.Option(min=1, max=1024)] = 2,
-    kill_every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often a worker is killed.")] = 8.0,
-    as_json: AsJson = False,
-) -> None:
-    """Time many small films with and without the batch layer, and with a random worker killed every few seconds."""
-    with _json_alone():
-        from longvid.bench import batch
-
-        bench = batch.BatchBench(jobs=jobs, workers=workers, kill_s=kill_every)
-        result = batch.bench_batch(bench, say=lambda line: typer.echo(line, err=True))
-    _show(result, batch.as_text(result), as_json)
-
-
-Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run lives; a run there goes on.")]
-Seed = Annotated[int, typer.Option(min=0)]
-Threads = Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")]
-
-
-@train_app.command("vae")
-def train_vae(
-    out: Folder,
-    steps: Annotated[int, typer.Option(min=1)] = 1000,
-    batch: Annotated[int, typer.Option(min=1)] = 6,
-    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    decoder_only: Annotated[
-        bool, typer.Option("--decoder-only", help="Refine a trained VAE's decoder; its latents stay what they are.")
-    ] = False,
-) -> None:
-    """Train the video VAE. Ctrl-C saves; the same command goes on."""
-    with _training("vae", steps) as on_log:
-        from longvid.training.recipe import run_vae, vae_settings
-
-        settings = vae_settings(steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, decoder_only=decoder_only)
-        done = run_vae(out, settings, on_log)
-    typer.echo(f"the VAE is in {done}")
-
-
-@train_app.command("dit")
-def train_dit(
-    out: Folder,
-    steps: Annotated[int, typer.Option(min=1)] = 5300,
-    batch: Annotated[int, typer.Option(min=2)] = 48,
-    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 16384,
-    images: Annotated[int, typer.Option(min=1, help="First frames to encode and learn from.")] = 24576,
-) -> None:
-    """Train text encoder and video model on the VAE in DIR. Ctrl-C saves; the same command goes on."""
-    with _training("dit", steps) as on_log:
-        from longvid.training.recipe import dit_recipe, run_dit
-
-        recipe = dit_recipe(steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, clips=clips, images=images)
-        done = run_dit(out, recipe, on_log)
-    typer.echo(f"the model is in {done}")
-
-
-@train_app.command("vin")
-def train_vin(
-    out: Folder,
-    model: Annotated[str, typer.Option(help="mini, or the folder of a diffusers WanPipeline.")] = "mini",
-    steps: Annotated[int, typer.Option(min=1)] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 6,
-    lr: Annotated[float, typer.Option(min=0)] = 2e-3,
-    clips: Annotated[int, typer.Option(min=1, help="Films that are drawn and encoded beforehand.")] = 1024,
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Global tokens.")] = 32,
-    guidance: Annotated[float, typer.Option(min=1, help="Guidance that the model gives in one pass; 1: none.")] = 2.0,
-    side: Annotated[
-        int | None, typer.Option(min=16, help="Pixels of a film's side.", show_default="the model's")
-    ] = None,
-    start: Annotated[Path | None, typer.Option(help="An adapter to begin with, not afresh.")] = None,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    deepspeed: Annotated[
-        Literal["zero2", "zero3"] | None, typer.Option(help="Split what a step holds over the ranks of torchrun.")
-    ] = None,
-) -> None:
-    """Train global tokens that tie far chunks together, for a model that stays as it is. Ctrl-C saves."""
-    with _training("vin", steps) as on_log:
-        from longvid.training.train_vin import run_vin, vin_settings
-
-        settings = vin_settings(
-            steps=steps, batch=batch, lr=lr, seed=seed, threads=threads, tokens=tokens, guidance=guidance, clips=clips
-        )
-        done = run_vin(out, model, replace(settings, side=side), deepspeed, on_log, start)
-    typer.echo(f"--set vin.policy=on --set vin.path={done}")
-
-
-@train_app.command("cache")
-def train_cache(
-    story: Story,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="PRESET", help="The preset to write, a YAML file.")],
-    method: Annotated[
-        Literal["steps", "bac", "harmonica"],
-        typer.Option(
-            help="steps: whole steps, by what each does to the film; modules of layers: bac, by how much they change; "
-            "harmonica, by a router that is trained."
-        ),
-    ] = "steps",
-    share: Annotated[
-        float, typer.Option(min=0.01, max=1, help="steps and bac: of the work, what is to be computed.")
-    ] = 0.4,
-    bubble: Annotated[float, typer.Option(min=0, max=1, help="bac: share of layers that count as volatile.")] = 0.2,
-    price: Annotated[
-        float,
-        typer.Option(min=0, help="harmonica: what a computed module costs, beside relative errors of velocities."),
-    ] = 1e-3,
-    runs: Annotated[int, typer.Option(min=1, help="harmonica: denoising runs to train on.")] = 200,
-    model: Model = None,
-    preset: Preset = None,
-    overrides: Overrides = None,
-) -> None:
-    """Find what a model can do without, on a short film, for cache.policy=static."""
-    settings = _settings(model, preset, overrides)
-
-    from longvid.calibrate import calibrate, write_preset
-
-    if method == "harmonica":
-        from longvid.training.harmonica import HarmonicaSettings, run_harmonica
-
-        def tell(run: int, error: float, computed: float) -> None:
-            typer.echo(f"run {run} of {runs}: error {error:.2e}, {computed:.0%} computed", err=True)
-
-        found = run_harmonica(story, settings, HarmonicaSettings(runs=runs, price=price), tell)
-    else:
-        found = calibrate(
-            story,
-            settings,
-            method=method,
-            share=share,
-            bubble=bubble,
-            on_done=lambda done, of: typer.echo(f"{done} of {of}", err=True),
-        )
-    write_preset(found, out, settings.sampler.steps)
-    typer.echo(f"{found.share:.0%} of the work is left; render with --preset {out}")
-
-
-@contextlib.contextmanager
-def _training(kind: str, steps: int) -> Iterator[Any]:
-    """A callback that shows a training's log; an interruption is told with how to go on."""
-    from rich.console import Console
-
-    from longvid.progress import show_training
-
-    try:
-        with show_training(Console(stderr=True), kind, steps) as on_log:
-            yield on_log
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; the run is saved, and the same command goes on with it") from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -785,28 +569,3 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-def _settings(model: str | None, preset: str | None, overrides: list[str] | None) -> Any:
-    from longvid.settings import load_settings
-
-    return load_settings(preset, all_overrides(model, overrides))
-
-
-@contextlib.contextmanager
-def _json_alone() -> Iterator[None]:
-    """Send what libraries print to stderr: stdout is for the result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _show(result: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
-    else:
-        typer.echo(text)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    # NaN is not JSON, so a measure that has no value must be None.
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))

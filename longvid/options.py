@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from longvid.errors import InputError
 
+Story = Annotated[Path, typer.Argument(metavar="STORY", help="The storyboard, a YAML file.")]
 Model = Annotated[
     str | None,
     typer.Option(help="mini, the folder of a diffusers pipeline, or its id on the Hub.", show_default="mini"),
@@ -63,3 +64,10 @@ def _lora(text: str) -> dict[str, str | float]:
         return {"path": path, "weight": float(weight)} if colon else {"path": text}
     except ValueError:
         return {"path": text}
+
+
+def chosen_settings(model: str | None, preset: str | None, overrides: list[str] | None) -> Any:
+    """The settings that a model, a preset and overrides make."""
+    from longvid.settings import load_settings
+
+    return load_settings(preset, all_overrides(model, overrides))

@@ -25,7 +25,8 @@ LEVELS = {
     " live trace ledger memory machines meshes",
     5: "engine orders notices ranks doctor tune calibrate",
     6: "launch",
-    7: "cli __main__ progress journal overview outlook predict measured options batch",
+    7: "cli bench_commands train_commands results __main__ progress journal overview outlook predict measured options"
+    " batch",
 }
 BESIDE = "training metrics bench measure"
 """Beside the levels: may import 0 to 5, and only the command line imports them."""
