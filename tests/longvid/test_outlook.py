@@ -172,8 +172,7 @@ def test_every_known_model_that_can_run_is_planned(minute, model):
     arguments = ["--model", model, "--gpu", "b200-180g", "--gpus", 4, "--set", "runtime.dtype=bfloat16"]
     found = outlook_of(minute, *arguments)
     assert found["fits"] and found["pflops"] > 0
-    if model.startswith(("Cog", "LTX")):
-        assert all(o["reason"] for o in found["options"] if o["mesh"]["seq"] > 1)
+    assert any(not o["reason"] for o in found["options"] if o["mesh"]["seq"] > 1)
 
 
 def test_planning_loads_no_torch(minute):
