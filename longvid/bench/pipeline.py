@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,22 +46,27 @@ class PipelineBench:
 def bench_pipeline(bench: PipelineBench, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure both sides: seconds from the first forward to the last frame written, loading left out.
 
-    The films must be equal to the last byte. `bubble_` is the share of the ranks' time without work,
-    `comm_wait_fraction` that in which they wait for messages. `sim` holds the efficiency of a longer film (33 chunks
-    of 50 steps, 40 layers) by a rehearsal with the measured costs; what the exchange of tokens on `seq` costs is not
-    in it.
+    The films must be equal to the last byte. `speedup_of_copies` is what the machine gives to as many processes that
+    have nothing to do with each other: films a second of that many one-rank renders at once over those of one; a
+    machine whose cores share memory and clock gives less than their number. `bubble_` is the share of the ranks' time
+    without work, `comm_wait_fraction` that in which they wait for messages. `sim` holds the efficiency of a longer film
+    (33 chunks of 50 steps, 40 layers) by a rehearsal with the measured costs; what the exchange of tokens on `seq`
+    costs is not in it.
     """
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for ranks in (1, bench.ranks):
             say(f"{ranks} rank{'s' * (ranks > 1)}: {bench.seconds:g} s of film")
             sides.append(render(bench, ranks, Path(folder)))
+        say(f"{bench.ranks} films at once, of one rank each")
+        slowest = max(copy["wall_s"] for copy in render_copies(bench, Path(folder)))
     one, many = sides
     if one["digest"] != many["digest"]:
         raise RuntimeFailure("bench pipeline: the films differ")
     costs = Costs(**{**many["costs"], "layers": tuple(many["costs"]["layers"])})
     return {
         "speedup": one["wall_s"] / many["wall_s"],
+        "speedup_of_copies": bench.ranks * one["wall_s"] / slowest,
         "seconds_1": one["wall_s"],
         f"seconds_{bench.ranks}": many["wall_s"],
         "bubble_measured": many["bubble"],
@@ -135,6 +141,15 @@ def render(bench: PipelineBench, ranks: int, folder: Path) -> dict[str, Any]:
     return {**found, "digest": hashlib.sha256(film.read_bytes()).hexdigest()}
 
 
+def render_copies(bench: PipelineBench, folder: Path) -> list[dict[str, Any]]:
+    """Render the film as many times at once as there are ranks, a rank each."""
+    folders = [folder / f"copy{i}" for i in range(bench.ranks)]
+    for own in folders:
+        own.mkdir()
+    with ThreadPoolExecutor(bench.ranks) as pool:
+        return list(pool.map(lambda own: render(bench, 1, own), folders))
+
+
 def machine() -> dict[str, Any]:
     """What the figures are of."""
     return {**{key: cpu_facts()[key] for key in ("name", "cores")}, "torch": package_version("torch")}
@@ -146,6 +161,7 @@ def as_text(result: dict[str, Any]) -> str:
     bubble = f"{result['bubble_measured'] * 100:.1f} % measured, {result['bubble_predicted'] * 100:.1f} % predicted"
     lines = [
         f"1 rank {result['seconds_1']:.2f} s, {many} ranks {result[f'seconds_{many}']:.2f} s: {result['speedup']:.2f}x",
+        f"as many films at once, a rank each: {result['speedup_of_copies']:.2f}x",
         f"bubble {bubble}; waiting for messages {result['comm_wait_fraction'] * 100:.1f} %",
         f"predicted for {SIM_CHUNKS} chunks of {SIM_STEPS} steps through {SIM_LAYERS} layers:",
     ]
