@@ -224,6 +224,8 @@ class Executor:
     live: Live = field(default_factory=Live)
     """The state of the run at hand."""
     _save_at: int = -1
+    _latents_saved_at: int = -1
+    """The last round whose latents were saved: none are of the film's last one."""
     _prompt_at: int = -SAVE_NOTICE - 1
 
     def run(
@@ -241,7 +243,7 @@ class Executor:
         another rank is lost. Closing the iterator early releases everything.
         """
         live = self.live = live or Live()
-        self._save_at, self._prompt_at = -1, -SAVE_NOTICE - 1
+        self._save_at, self._latents_saved_at, self._prompt_at = -1, -1, -SAVE_NOTICE - 1
         for action, incoming in self._with_receives(actions, plan, done):
             if self.prompter and isinstance(action, Boundary):
                 plan = self._with_new_prompt(action.round, self.prompter, plan)
@@ -358,7 +360,7 @@ class Executor:
                 frames = torch.cat([live.frames.pop(part) for part in parts])
                 return Finished(plan.chunks[i], live.finished.pop(i).clone(), frames)
             case SaveFilms():
-                if self.saver and self._save_at == action.round:
+                if self.saver and self._latents_saved_at == action.round:
                     self.saver.save_films(action.round)
             case _:
                 assert_never(action)
@@ -746,6 +748,7 @@ class Executor:
             latents = {version: live.latents[version] for version in action.latents}
             solvers = {i: live.solvers[i] for i in {version.chunk for version in latents} & live.solvers.keys()}
             self.saver.save_latents(action.round, latents, solvers)
+            self._latents_saved_at = action.round
             if self.mesh.is_leader and not self.decoding:
                 self.saver.save_films(action.round)
 

@@ -476,6 +476,28 @@ class ToyDecoder:
         self.kept[film] = int(packed)
 
 
+class SaveOrder:
+    """A saver that is due after one round, and holds the executor to the order of what is saved."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, []
+
+    def is_due(self, done):
+        return done == self.at
+
+    def save_kv(self, done, kv):
+        assert not self.calls
+        self.calls.append(("kv", done))
+
+    def save_latents(self, done, latents, solvers):
+        assert self.calls == [("kv", done)]
+        self.calls.append(("latents", done))
+
+    def save_films(self, done):
+        assert self.calls == [("kv", done), ("latents", done)]
+        self.calls.append(("films", done))
+
+
 def assert_decoded(finished, plan):
     decoder = ToyDecoder()
     for chunk in finished:
@@ -499,8 +521,10 @@ def run_on_ranks(
             toy.sampler = ForecastingSampler(steps)
         toy.decoding, toy.decoder = decoding, ToyDecoder()
         toy.recalled = recalled if place.stage == 0 else None
+        toy.saver = SaveOrder(seed % 12)
         finished = list(toy.run(queue_schedule(plan.chunks, steps, rules, plan.first_chunk), plan, live=live))
         assert not toy.decoder.states, "a state stays where nobody needs it"
+        assert rank or len(toy.saver.calls) in (0, 3)
         if decoding and rank == 0:
             assert toy.decoder.kept == {0: int(finished[-1].frames[-1, 0, 0, 0])}
         return finished, live
@@ -543,6 +567,14 @@ def test_every_mesh_equals_the_recursion_bit_for_bit(
         assert_decoded(finished, plan)
     assert_equal(finished, plan, recursion(plan.chunks, steps, rules, True))
     assert not any(value for left in live for value in vars(left).values())
+
+
+@pytest.mark.parametrize("due", range(10))
+def test_a_save_is_whole_or_not_at_all_whatever_round_it_is_of(make_film, due):
+    """The last round has nothing to save, though the leader may have asked for it."""
+    plan, steps, rules = make_film([11], 2, 1), 4, RULES[0]
+    decoding = StageDecoding(Decoding.of(Shares((0.5, 0.5)), plan, rules, steps))
+    run_on_ranks(plan, steps, rules, Topology(stage=2), STAGES[2], due, decoding=decoding)
 
 
 class ForecastingSolver(ToySolver):
