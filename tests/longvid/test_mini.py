@@ -11,6 +11,7 @@ import torch
 from longvid.engine import Engine
 from longvid.metrics.adherence import read_clip, score
 from longvid.models.facts import find_model
+from longvid.notices import notices
 from longvid.script import Duration, Scene, Script, parse_script
 from longvid.training import world
 
@@ -66,8 +67,9 @@ def test_films_show_what_the_prompts_say(engine: Engine) -> None:
 
 def test_the_words_of_the_example_are_all_known(engine: Engine) -> None:
     example = Path(__file__).parents[2] / "examples" / "minute.yaml"
-    assert list(engine._notices(engine.plan(example))) == []
-    assert engine.plan(example).num_frames >= 60 * engine.facts.fps
+    plan = engine.plan(example)
+    assert not list(notices(plan, engine.settings, engine.facts, engine.attention, engine.costs, engine.device))
+    assert plan.num_frames >= 60 * engine.facts.fps
 
 
 def test_a_prompt_of_512_columns_is_what_it_was_trained_with(engine: Engine) -> None:
