@@ -2,18 +2,15 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512")
-HEADERS = ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
+SOURCES = ("amx", "sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512")
+HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
 
 setup(
     ext_modules=[
         Extension(
             "longvid.kernels._native",
             sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
-            depends=[
-                f"kernels/csrc/{name}"
-                for name in ("isa.h", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
-            ],
+            depends=[f"kernels/csrc/{name}" for name in HEADERS],
             # Never -ffast-math: the kernels rely on rounding, infinities and NaN.
             extra_compile_args=[
                 "-std=c++17",

@@ -8,9 +8,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal
 
-Isa = Literal["portable", "avx2", "avx512"]
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
-"""The variants of the kernels, in the order of the C++ and of speed."""
+Isa = Literal["portable", "avx2", "avx512", "amx"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
+"""The variants of the kernels, in the order of the C++ and of speed; `amx` is AVX-512 with matrix units for bf16."""
 
 
 @functools.cache

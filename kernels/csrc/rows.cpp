@@ -13,7 +13,7 @@ constexpr int64_t WORTH_A_THREAD = int64_t(1) << 18;
 
 const RowVariant *find(int isa) {
 #ifdef LONGVID_X86_VARIANTS
-    if (isa == 2) return &rows_avx512;
+    if (isa >= 2) return &rows_avx512;  // the matrix units have no part in it
     if (isa == 1) return &rows_avx2;
 #endif
     return isa == 0 ? &rows_portable : nullptr;

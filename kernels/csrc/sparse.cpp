@@ -25,7 +25,7 @@ constexpr size_t PACKED_BYTES = size_t(16) << 20;
 
 const Variant *find(int isa) {
 #ifdef LONGVID_X86_VARIANTS
-    if (isa == 2) return &avx512;
+    if (isa >= 2) return &avx512;
     if (isa == 1) return &avx2;
 #endif
     return isa == 0 ? &portable : nullptr;
@@ -424,7 +424,7 @@ int longvid_best_isa() {
 #ifdef LONGVID_X86_VARIANTS
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        return 2;
+        return has_amx() ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
