@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from longvid.options import AsJson, Overrides
 from longvid.results import json_alone, show
 
+
+def _size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT as two numbers."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not of the form WIDTHxHEIGHT, as in 128x128")
+    return int(width), int(height)
+
+
+Size = Annotated[
+    Any, typer.Option(metavar="WIDTHxHEIGHT", parser=_size, help="Pixels of a frame.", show_default="the model's own")
+]
 bench_app = typer.Typer(help="Measure longvid beside others on the same work.", no_args_is_help=True)
 
 
@@ -19,14 +31,16 @@ def bench_film(
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 8,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: torch decides.")] = 0,
+    size: Size = None,
     skip_10min: Annotated[bool, typer.Option("--skip-10min", help="Leave out the film ten times as long.")] = False,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Time stock diffusers and longvid on the same film, each in a process of its own."""
     with json_alone():
         from longvid.bench import film
 
-        bench = film.FilmBench(model, seconds, steps, dtype, threads)
+        bench = film.FilmBench(model, seconds, steps, dtype, threads, size, tuple(overrides or ()))
         result = film.bench_film(bench, with_10min=not skip_10min, say=lambda line: typer.echo(line, err=True))
     show(result, film.as_text(result), as_json)
 
@@ -36,15 +50,17 @@ def bench_pipeline(
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
     ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    size: Size = None,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Of which the medians count.")] = 3,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a film on one rank and on several, with a thread each, and predict it for many."""
+    """Time a film on one rank and on several, in turn, with a thread each, and predict it for many."""
     with json_alone():
         from longvid.bench import pipeline
 
-        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
-        result = pipeline.bench_pipeline(bench, say=lambda line: typer.echo(line, err=True))
+        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()), size)
+        result = pipeline.bench_pipeline(bench, repeats, say=lambda line: typer.echo(line, err=True))
     show(result, pipeline.as_text(result), as_json)
 
 
@@ -53,6 +69,7 @@ def bench_chunks(
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of the film.")] = 30.0,
     ranks: Annotated[int, typer.Option(min=2, max=64)] = 2,
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    size: Size = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Of which the medians count.")] = 3,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -61,7 +78,7 @@ def bench_chunks(
     with json_alone():
         from longvid.bench import chunks, pipeline
 
-        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()))
+        bench = pipeline.PipelineBench(seconds, ranks, steps, tuple(overrides or ()), size)
         result = chunks.bench_chunks(bench, repeats, say=lambda line: typer.echo(line, err=True))
     show(result, chunks.as_text(result), as_json)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import queue
+import struct
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from longvid.errors import RuntimeFailure
 
-HEADER_BYTES = 64
+_HEADER = struct.Struct("=8q")
+HEADER_BYTES = _HEADER.size
 _TAGS = 1 << 30
 T = TypeVar("T")
 
@@ -48,13 +50,18 @@ class Header:
 
     def pack(self) -> Tensor:
         """As uint8 [64]."""
-        numbers = torch.zeros(HEADER_BYTES // 8, dtype=torch.int64)
-        numbers[:6] = torch.tensor(astuple(self))
-        return numbers.view(torch.uint8)
+        data = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        self.pack_into(data)
+        return data
+
+    def pack_into(self, data: Tensor) -> None:
+        """To the first bytes of a uint8 tensor on the CPU."""
+        numbers = self.chunk, self.step, self.save_at, self.is_left_out, self.rows, self.prompt_at
+        _HEADER.pack_into(data.numpy(), 0, *numbers, 0, 0)
 
     @classmethod
     def unpack(cls, data: Tensor) -> Header:
-        chunk, step, save_at, is_left_out, rows, prompt_at, *_ = data.view(torch.int64).tolist()
+        chunk, step, save_at, is_left_out, rows, prompt_at, *_ = _HEADER.unpack_from(data.numpy())
         return cls(chunk, step, save_at, bool(is_left_out), rows, prompt_at)
 
 
@@ -143,7 +150,7 @@ class DistComm:
             under_way.append(self._handle("to", to, works[:1], (packed, body), works[1:]))
             return
         buffer = torch.empty(HEADER_BYTES + payload.numel() * payload.element_size(), dtype=torch.uint8)
-        buffer[:HEADER_BYTES] = header.pack()
+        header.pack_into(buffer)
         buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
         under_way.append(self._handle("to", to, self._start(to, lambda: [dist.isend(buffer, to, tag=tag)]), (buffer,)))
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from longvid.bench.pipeline import PipelineBench, machine, render
-from longvid.errors import RuntimeFailure
+from longvid.bench.pipeline import PipelineBench, machine, medians, render_pairs, speedup_of
 
 
 def bench_chunks(bench: PipelineBench, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -21,18 +20,12 @@ def bench_chunks(bench: PipelineBench, repeats: int, say: Callable[[str], None])
     """
     common = replace(bench, overrides=("schedule=chunks", *bench.overrides))
     split = replace(common, overrides=(*common.overrides, f"mesh.chunk={bench.ranks}"))
-    pairs = []
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(repeats):
-            say(f"{turn + 1} of {repeats}: {bench.seconds:g} s of film on 1 rank and on {bench.ranks}")
-            one, many = render(common, 1, Path(folder)), render(split, bench.ranks, Path(folder))
-            if one["digest"] != many["digest"]:
-                raise RuntimeFailure("bench chunks: the films differ")
-            pairs.append((one, many))
-    alone, together = (median(side["wall_s"] for side in sides) for sides in zip(*pairs, strict=True))
+        pairs = render_pairs(common, split, repeats, Path(folder), say)
+    alone, together = medians(pairs)
     return {
         "speedup": alone / together,
-        "speedups": [one["wall_s"] / many["wall_s"] for one, many in pairs],
+        "speedups": [speedup_of(pair) for pair in pairs],
         "seconds_1": alone,
         f"seconds_{bench.ranks}": together,
         "comm_wait_fraction": median(many["comm_wait_fraction"] for _, many in pairs),
@@ -41,6 +34,7 @@ def bench_chunks(bench: PipelineBench, repeats: int, say: Callable[[str], None])
         "settings": list(common.overrides),
         "steps": bench.steps,
         "film_s": bench.seconds,
+        "size": bench.size,
     }
 
 

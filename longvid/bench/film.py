@@ -21,17 +21,23 @@ Side = Literal["longvid", "diffusers"]
 
 @dataclass(frozen=True)
 class FilmBench:
-    """What both sides do. `seconds` of film (rounded up to whole latents); `threads` 0: torch decides."""
+    """What both sides do. `seconds` of film (rounded up to whole latents); `threads` 0: torch decides.
+
+    `size` is (width, height) in pixels; None: the model's own. `settings` (A.B=C) are longvid's alone.
+    """
 
     model: str = "mini"
     seconds: float = 60.0
     steps: int = 8
     dtype: str = "float32"
     threads: int = 0
+    size: tuple[int, int] | None = None
+    settings: tuple[str, ...] = ()
 
     def overrides(self) -> list[str]:
         """The same as settings."""
         return [
+            *self.settings,
             f"sampler.steps={self.steps}",
             "sampler.guidance=1.0",
             f"runtime.dtype={self.dtype}",
@@ -66,7 +72,7 @@ def bench_film(bench: FilmBench, *, with_10min: bool, say: Callable[[str], None]
         "ours": ours,
         "diffusers": stock,
         **asdict(bench),
-        "frames": ours["frames"],
+        **{key: ours[key] for key in ("frames", "width", "height")},
         "machine": {
             "cpu": cpu_facts()["name"],
             "cores": cpu_facts()["cores"],
@@ -98,8 +104,9 @@ def as_text(result: dict[str, Any]) -> str:
     """The result of `bench_film` for people."""
     machine = result["machine"]
     threads = f"{machine['threads']} threads of {machine['cpu']}"
+    size = f"{result['width']} x {result['height']} pixels"
     lines = [
-        f"{result['frames']} frames, {result['steps']} steps, {result['dtype']}, {threads}",
+        f"{result['frames']} frames of {size}, {result['steps']} steps, {result['dtype']}, {threads}",
         f"{'':10}{'total':>10}{'denoise':>10}{'decode':>10}{'write':>10}{'peak':>12}",
     ]
     for name, side in (("longvid", result["ours"]), ("diffusers", result["diffusers"])):

@@ -29,6 +29,8 @@ from longvid.writer import FilmWriter
 
 PROMPT = "a large red circle moving left over a blue background"
 SEED = 0
+Shape = tuple[int, int, int]
+"""Frames, height and width of a film."""
 
 
 class Stopwatch:
@@ -60,22 +62,24 @@ def measure(side: str, bench: FilmBench) -> dict[str, Any]:
     settings = load_settings(None, bench.overrides())
     device = pick_device(settings)
     with tempfile.TemporaryDirectory(prefix="longvid-bench-") as folder:
-        watch, num_frames = run(bench, settings, Path(folder) / "film.mp4")
+        watch, (num_frames, height, width) = run(bench, settings, Path(folder) / "film.mp4")
     return {
         "total_s": watch.total_s(),
         **watch.parts,
         "peak_mb": peak_mb(device),
         "frames": num_frames,
+        "width": width,
+        "height": height,
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
 
 
-def render_ours(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stopwatch, int]:
+def render_ours(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stopwatch, Shape]:
     """What `Engine.render` does, with a clock between its parts."""
     engine = Engine.load(overrides=bench.overrides())
     num_frames = bench_frames(bench, engine.facts)
-    script = Script((Scene(PROMPT, Duration(num_frames, "f")),), seed=SEED)
+    script = Script((Scene(PROMPT, Duration(num_frames, "f")),), seed=SEED, size=bench.size)
     watch = Stopwatch(engine.device)
     plan = engine.plan(script)
     with FilmWriter(path, width=plan.width, height=plan.height, fps=plan.fps, output=settings.output) as writer:
@@ -88,11 +92,11 @@ def render_ours(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stopw
         watch.lap("denoise_s")
         writer.finish()
         watch.lap("write_s")
-    return watch, num_frames
+    return watch, (num_frames, plan.height, plan.width)
 
 
 @torch.no_grad()
-def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stopwatch, int]:
+def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stopwatch, Shape]:
     """The stock pipeline on the same parts, called as its documentation does."""
     if settings.runtime.threads:
         torch.set_num_threads(settings.runtime.threads)
@@ -105,6 +109,7 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
     pipeline = WanPipeline(*parts.load_text(dtype, device), vae, parts.scheduler, transformer)
     pipeline.set_progress_bar_config(disable=True)
     num_frames = bench_frames(bench, parts.facts)
+    width, height = bench.size or (parts.facts.width, parts.facts.height)
     watch = Stopwatch(device)
 
     def after_step(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +118,8 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
 
     video = pipeline(
         prompt=PROMPT,
-        width=parts.facts.width,
-        height=parts.facts.height,
+        width=width,
+        height=height,
         num_frames=num_frames,
         num_inference_steps=bench.steps,
         guidance_scale=1.0,
@@ -123,8 +128,7 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
         output_type="np",
     ).frames[0]
     watch.lap("decode_s")
-    facts = parts.facts
-    with FilmWriter(path, width=facts.width, height=facts.height, fps=facts.fps, output=settings.output) as writer:
+    with FilmWriter(path, width=width, height=height, fps=parts.facts.fps, output=settings.output) as writer:
         for first in range(0, num_frames, 64):
             frames = np.rint(video[first : first + 64] * 255).astype(np.uint8)
             watch.lap("decode_s")
@@ -132,13 +136,18 @@ def render_stock(bench: FilmBench, settings: Settings, path: Path) -> tuple[Stop
             watch.lap("write_s")
         writer.finish()
         watch.lap("write_s")
-    return watch, num_frames
+    return watch, (num_frames, height, width)
 
 
 def bench_frames(bench: FilmBench, facts: ModelFacts) -> int:
     """Frames of the film: whole latents, since the stock pipeline makes no others."""
     num_frames = Duration(bench.seconds, "s").frames(facts.fps)
     return facts.grid.num_frames(facts.grid.num_latents(num_frames))
+
+
+def bench_of(fields: dict[str, Any]) -> FilmBench:
+    """What JSON made lists of is tuples again."""
+    return FilmBench(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
 def peak_mb(device: torch.device) -> float:
@@ -156,7 +165,7 @@ def peak_mb(device: torch.device) -> float:
 
 def main() -> int:
     """Run the side that the arguments name; one JSON object on stdout, with `error` where the message is the user's."""
-    side, bench = sys.argv[1], FilmBench(**json.loads(sys.argv[2]))
+    side, bench = sys.argv[1], bench_of(json.loads(sys.argv[2]))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result, code = measure(side, bench), 0
