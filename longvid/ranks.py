@@ -70,4 +70,4 @@ def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
     connect(device, timeout)
     topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
-    return make_mesh(topology, environment.rank, device, timeout)
+    return make_mesh(topology, environment.rank, device, timeout, shares_memory=settings.mesh.shares_memory)

@@ -116,7 +116,8 @@ class MeshSettings(Section):
     `ring` is the part of `seq` that passes K/V around in a ring; the rest exchanges heads (Ulysses). `buffers` is how
     many messages a rank may have under way to another, `films` how many films go through the stages side by side.
     `decode` says who decodes: the stages, as much as suits their layers, and owners of chunks, each some of the
-    decoder's layers; owners of chunks by the rows of latents; or the leader alone.
+    decoder's layers; owners of chunks by the rows of latents; or the leader alone. With `shares_memory` CPU ranks of
+    one machine give each other messages through memory, otherwise through the network like all others.
     """
 
     replica: Axis = "auto"
@@ -128,6 +129,7 @@ class MeshSettings(Section):
     buffers: Annotated[int, Field(ge=1, le=64)] = 2
     films: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     decode: Literal["stages", "rows", "leader"] = "stages"
+    shares_memory: bool = True
 
 
 SequenceBackend = Literal["longvid", "deepspeed", "xfuser"]

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longvid.errors import RuntimeFailure
+from longvid.parallel.link import Address, Link, Meeting
 
 _HEADER = struct.Struct("=8q")
 HEADER_BYTES = _HEADER.size
@@ -50,18 +51,19 @@ class Header:
 
     def pack(self) -> Tensor:
         """As uint8 [64]."""
-        data = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        self.pack_into(data)
-        return data
+        return torch.frombuffer(bytearray(self.to_bytes()), dtype=torch.uint8)
 
-    def pack_into(self, data: Tensor) -> None:
-        """To the first bytes of a uint8 tensor on the CPU."""
+    def to_bytes(self) -> bytes:
         numbers = self.chunk, self.step, self.save_at, self.is_left_out, self.rows, self.prompt_at
-        _HEADER.pack_into(data.numpy(), 0, *numbers, 0, 0)
+        return _HEADER.pack(*numbers, 0, 0)
 
     @classmethod
     def unpack(cls, data: Tensor) -> Header:
-        chunk, step, save_at, is_left_out, rows, prompt_at, *_ = _HEADER.unpack_from(data.numpy())
+        return cls.from_bytes(data.numpy())
+
+    @classmethod
+    def from_bytes(cls, data: Any) -> Header:
+        chunk, step, save_at, is_left_out, rows, prompt_at, *_ = _HEADER.unpack_from(data)
         return cls(chunk, step, save_at, bool(is_left_out), rows, prompt_at)
 
 
@@ -117,15 +119,24 @@ class LoneComm:
 class DistComm:
     """Over torch.distributed, whose process group must exist: gloo for tensors on a CPU, NCCL on CUDA.
 
-    On a CPU header and tensor travel as one buffer, or one after the other where the message is sized. On CUDA the
-    header goes through gloo beside the tensor, so that it can be read without waiting for the device. `timeout`
-    (seconds) bounds every wait. `name` says which rank is meant in errors.
+    On a CPU messages between ranks of one machine go through memory that they share (`longvid.parallel.link`), unless
+    `shares_memory` is False. Between others header and tensor travel as one buffer, or one after the other
+    where the message is sized. On CUDA the header goes through gloo beside the tensor, so that it can be read without
+    waiting for the device. `timeout` (seconds) bounds every wait. `name` says which rank is meant in errors.
+
+    All ranks make one together.
     """
 
     def __init__(
-        self, device: torch.device, timeout: float = 300.0, name: Callable[[int], str] = lambda rank: f"rank {rank}"
+        self,
+        device: torch.device,
+        timeout: float = 300.0,
+        name: Callable[[int], str] = lambda rank: f"rank {rank}",
+        *,
+        shares_memory: bool = True,
     ) -> None:
         self.rank = dist.get_rank()
+        self._links = link_up(timeout) if device.type == "cpu" and shares_memory else {}
         self._device, self._timeout, self._name = device, timeout, name
         self._outgoing: dict[int, deque[_Handle]] = defaultdict(deque)
         self._sent: dict[int, int] = defaultdict(int)
@@ -136,11 +147,13 @@ class DistComm:
         self._failure: Exception | None = None
 
     def send(self, header: Header, payload: Tensor, to: int, *, window: int = 0, is_sized: bool = False) -> None:
+        if to in self._links:
+            self._send_near(replace(header, rows=len(payload)) if is_sized else header, payload, to, window)
+            return
         under_way = self._outgoing[to]
         while under_way and (under_way[0].is_done() or (window and len(under_way) >= window)):
             self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
-        tag = self._sent[to] % _TAGS
-        self._sent[to] += 1
+        tag = self._next_tag(self._sent, to)
         if is_sized:
             under_way.append(self._send_sized(replace(header, rows=len(payload)), payload, to, tag))
             return
@@ -150,9 +163,34 @@ class DistComm:
             under_way.append(self._handle("to", to, works[:1], (packed, body), works[1:]))
             return
         buffer = torch.empty(HEADER_BYTES + payload.numel() * payload.element_size(), dtype=torch.uint8)
-        header.pack_into(buffer)
+        buffer[:HEADER_BYTES] = header.pack()
         buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
         under_way.append(self._handle("to", to, self._start(to, lambda: [dist.isend(buffer, to, tag=tag)]), (buffer,)))
+
+    def _send_near(self, header: Header, payload: Tensor, to: int, window: int) -> None:
+        """As many messages as the window may be under way, and as many wait there."""
+        content, tag = as_bytes(payload), self._next_tag(self._sent, to)
+        with self._through(to, f"{self._name(to)} did not take a message"):
+            has_room = self._links[to].send(header.to_bytes(), content.numpy(), 2 * window, self._timeout)
+        if not has_room:
+            works = self._start(to, lambda: [dist.isend(content, to, tag=tag)])
+            self._outgoing[to].append(self._handle("to", to, works, (content,)))
+
+    @contextmanager
+    def _through(self, other: int, complaint: str) -> Iterator[None]:
+        """What a link raises, as what a rank raises."""
+        try:
+            yield
+        except TimeoutError:
+            raise RuntimeFailure(f"{complaint} for {self._timeout:g} s") from None
+        except OSError as error:
+            raise RuntimeFailure(f"{complaint}: the connection is gone ({_first_line(error)})") from error
+
+    @staticmethod
+    def _next_tag(counts: dict[int, int], other: int) -> int:
+        tag = counts[other] % _TAGS
+        counts[other] += 1
+        return tag
 
     def _send_sized(self, header: Header, payload: Tensor, to: int, tag: int) -> _Handle:
         packed, body = header.pack(), payload.contiguous()
@@ -168,8 +206,10 @@ class DistComm:
     def receive(
         self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False, on_host: bool = False
     ) -> Incoming:
-        tag = self._received[source] % _TAGS
-        self._received[source] += 1
+        if source in self._links:
+            number = self._received[source] = self._received[source] + 1
+            return _Near(self, number, source, tuple(shape), dtype, is_sized)
+        tag = self._next_tag(self._received, source)
         if is_sized:
             device = torch.device("cpu") if on_host else self._device
             return self._receive_sized(source, shape, dtype, tag, device)
@@ -199,6 +239,9 @@ class DistComm:
         return message
 
     def flush(self) -> None:
+        for to, link in self._links.items():
+            with self._through(to, f"{self._name(to)} did not take a message"):
+                link.flush(self._timeout)
         for to, under_way in self._outgoing.items():
             while under_way:
                 self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
@@ -208,6 +251,8 @@ class DistComm:
         with self._lock:
             self._failure = failure
             waits = list(self._open)
+        for link in self._links.values():
+            link.abort(failure)
         for future in waits:
             _settle(future, failure)
 
@@ -282,6 +327,40 @@ class _Posted:
     def wait(self) -> tuple[Header, Tensor]:
         self.comm._wait(self.handle, f"{self.comm._name(self.source)} sent nothing")
         return Header.unpack(self.packed), self.body
+
+
+@dataclass(frozen=True)
+class _Near:
+    """A message through shared memory, the `number`-th of its source."""
+
+    comm: DistComm
+    number: int
+    source: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_sized: bool
+
+    def wait(self) -> tuple[Header, Tensor]:
+        comm, source, complaint = self.comm, self.source, f"{self.comm._name(self.source)} sent nothing"
+        link, timeout = comm._links[source], comm._timeout
+        with comm._through(source, complaint):
+            arrival = link.wait(self.number, timeout)
+        header = Header.from_bytes(arrival.header)
+        shape = (header.rows, *self.shape[1:]) if self.is_sized else self.shape
+        body = torch.empty(shape, dtype=self.dtype)
+        content = as_bytes(body)
+        with comm._through(source, complaint):
+            link.take(self.number, content.numpy())
+        if arrival.size < 0:
+            tag = (self.number - 1) % _TAGS
+            works = comm._start(source, lambda: [dist.irecv(content, source, tag=tag)])
+            comm._wait(comm._handle("from", source, works, (content,)), complaint)
+        return header, body
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Its memory, uint8 [bytes]; a copy's, where it is not contiguous."""
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 @dataclass
@@ -455,6 +534,27 @@ class Group:
 
 LONE = Group((0,), 0)
 """That of a rank without others."""
+
+
+def link_up(timeout: float) -> dict[int, Link]:
+    """Links to the other ranks of this machine; all ranks call it together. None where the system has no such thing.
+
+    Raises RuntimeFailure where a rank does not come.
+    """
+    try:
+        meeting = Meeting()
+    except OSError:
+        meeting = None
+    addresses: list[Address | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(addresses, meeting and meeting.address)
+    if meeting is None:
+        return {}
+    try:
+        return meeting.connect(addresses, dist.get_rank(), timeout)
+    except OSError as error:
+        raise RuntimeFailure(
+            f"the ranks of this machine cannot share memory ({error}): set mesh.shares_memory=false"
+        ) from error
 
 
 def connect(device: torch.device, timeout: float) -> None:

@@ -55,11 +55,13 @@ def lone_mesh() -> Mesh:
     return Mesh(Topology(), 0, LoneComm(), _ALONE, _ALONE, _ALONE)
 
 
-def make_mesh(topology: Topology, rank: int, device: torch.device, timeout: float) -> Mesh:
-    """Build groups and channels; all ranks call it together, after `connect`."""
+def make_mesh(
+    topology: Topology, rank: int, device: torch.device, timeout: float, *, shares_memory: bool = True
+) -> Mesh:
+    """Build groups and channels; all ranks call it together, after `connect`. See `DistComm`."""
     if topology.num_ranks == 1:
         return lone_mesh()
-    comm = DistComm(device, timeout, lambda other: describe(topology, other))
+    comm = DistComm(device, timeout, lambda other: describe(topology, other), shares_memory=shares_memory)
     seq = ulysses = ring = Group((rank,), 0)
     # Every rank must take part in making every group, in one order.
     for first in range(0, topology.num_ranks, topology.seq):

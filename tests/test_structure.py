@@ -19,7 +19,7 @@ LEVELS = {
     " parallel.schedule parallel.snapshot parallel.verify parallel.decoding parallel.decode_program"
     " parallel.verify_decoding parallel.rank_actions",
     1: "kernels",
-    2: "parallel.mesh parallel.comm launch.watch",
+    2: "parallel.mesh parallel.comm parallel.link launch.watch",
     3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
     " live trace ledger memory machines meshes",
