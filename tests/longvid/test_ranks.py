@@ -201,11 +201,12 @@ def test_two_ranks_of_the_command_line_give_the_same_bytes(two: Path, alone: str
     assert digest(two) == alone
 
 
-@pytest.mark.parametrize("num_ranks", [3, 4])
+@pytest.mark.parametrize(("num_ranks", "through"), [(3, "network"), (4, "memory")])
 def test_layers_over_ranks_give_the_same_bytes(
-    story: Path, alone: str, warm: Warm, num_ranks: int, tmp_path: Path
+    story: Path, alone: str, warm: Warm, num_ranks: int, through: str, tmp_path: Path
 ) -> None:
-    assert warm.render(story, tmp_path / "film.mp4", num_ranks=num_ranks) == alone
+    settings = [f"mesh.shares_memory={str(through == 'memory').lower()}"]
+    assert warm.render(story, tmp_path / "film.mp4", num_ranks=num_ranks, settings=settings) == alone
 
 
 def test_torchrun_gives_the_same_bytes(story: Path, alone: str, tmp_path: Path) -> None:
