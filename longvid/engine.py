@@ -63,17 +63,8 @@ from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import place_of
 from longvid.parallel.rank_actions import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import (
-    ChunkRules,
-    QueueRules,
-    first_round,
-    last_round,
-    make_schedule,
-    num_finished,
-    num_rounds,
-    num_units,
-    rules_of,
-)
+from longvid.parallel.rules import ChunkRules, QueueRules, rules_of
+from longvid.parallel.schedule import first_round, last_round, make_schedule, num_finished, num_rounds, num_units
 from longvid.parallel.sequence import make_sequence
 from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption

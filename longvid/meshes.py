@@ -22,7 +22,8 @@ from longvid.models.sizes import Flops, Layer, Sizes, Tokens, layer_bytes
 from longvid.parallel.decoding import Shares, deal_work
 from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
 from longvid.parallel.partition import Costs
-from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import (
     LONG_FILM,
     Topology,

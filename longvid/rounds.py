@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from longvid.events import Event, RoundDone
-from longvid.parallel.schedule import Step, first_round, num_rounds, num_units
+from longvid.parallel.actions import Step
+from longvid.parallel.schedule import first_round, num_rounds, num_units
 from longvid.plan import Plan
 from longvid.settings import Settings
 

@@ -18,6 +18,26 @@ from torch import Tensor
 
 from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
+from longvid.parallel.actions import (
+    Action,
+    Admit,
+    DropGlobals,
+    DropKv,
+    DropLatents,
+    Edge,
+    Encode,
+    Finish,
+    Forecast,
+    Forward,
+    Fuse,
+    Gate,
+    GlobalVersion,
+    KvVersion,
+    LatentVersion,
+    OverlapVersion,
+    Recall,
+    Step,
+)
 from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.mesh import Mesh, lone_mesh
@@ -48,26 +68,6 @@ from longvid.parallel.rank_actions import (
     Show,
     Velocity,
     Verdict,
-)
-from longvid.parallel.schedule import (
-    Action,
-    Admit,
-    DropGlobals,
-    DropKv,
-    DropLatents,
-    Edge,
-    Encode,
-    Finish,
-    Forecast,
-    Forward,
-    Fuse,
-    Gate,
-    GlobalVersion,
-    KvVersion,
-    LatentVersion,
-    OverlapVersion,
-    Recall,
-    Step,
 )
 from longvid.parallel.snapshot import key_latents
 from longvid.parallel.stage import Begun, GatedStage, GlobalStage, KeyLatents, KvSpan, PieceDecoder, Stage, Unit

@@ -24,6 +24,24 @@ from dataclasses import dataclass, field
 from itertools import groupby, product
 from typing import Literal, Protocol
 
+from longvid.parallel.actions import (
+    Action,
+    Admit,
+    DropGlobals,
+    DropKv,
+    DropLatents,
+    Encode,
+    Finish,
+    Forecast,
+    Forward,
+    Fuse,
+    Gate,
+    GlobalVersion,
+    KvVersion,
+    LatentVersion,
+    Recall,
+    Step,
+)
 from longvid.parallel.decoding import DecodeAction, Decoding, HandOut
 from longvid.parallel.rank_actions import (
     Border,
@@ -42,24 +60,6 @@ from longvid.parallel.rank_actions import (
     Send,
     Velocity,
     Verdict,
-)
-from longvid.parallel.schedule import (
-    Action,
-    Admit,
-    DropGlobals,
-    DropKv,
-    DropLatents,
-    Encode,
-    Finish,
-    Forecast,
-    Forward,
-    Fuse,
-    Gate,
-    GlobalVersion,
-    KvVersion,
-    LatentVersion,
-    Recall,
-    Step,
 )
 from longvid.parallel.topology import Coordinate, Topology
 

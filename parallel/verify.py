@@ -1,6 +1,6 @@
 """Check a schedule before it runs: a simulation that derives anew what every action must find, and a picture.
 
-Nothing is shared with schedule.py but the Actions themselves. The simulation keeps the values that are live and
+Nothing is shared with schedule.py but the Actions and the rules. The simulation keeps the values that are live and
 how far each chunk has come. It refuses a read of a value that is not there or not the right one; work done
 twice, out of order or never; and a value that outlives its last reader.
 """
@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from longvid.parallel.decoding import Decode, DecodeAction
-from longvid.parallel.schedule import (
+from longvid.parallel.actions import (
     Action,
     Admit,
-    ChunkRules,
     DropGlobals,
     DropKv,
     DropLatents,
@@ -28,11 +26,11 @@ from longvid.parallel.schedule import (
     KvVersion,
     LatentVersion,
     OverlapVersion,
-    QueueRules,
     Recall,
-    Rules,
     Step,
 )
+from longvid.parallel.decoding import Decode, DecodeAction
+from longvid.parallel.rules import ChunkRules, QueueRules, Rules
 from longvid.plan import Chunk
 
 

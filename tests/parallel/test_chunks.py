@@ -19,15 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longvid.geometry import LatentGrid
-from longvid.parallel.comm import Group
-from longvid.parallel.executor import Executor, Live
-from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
-from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
-from longvid.parallel.rehearsal import rehearse_schedule
-from longvid.parallel.schedule import (
+from longvid.parallel.actions import (
     Admit,
-    ChunkRules,
     DropGlobals,
     DropLatents,
     Encode,
@@ -39,8 +32,15 @@ from longvid.parallel.schedule import (
     LatentVersion,
     OverlapVersion,
     Step,
-    chunk_schedule,
 )
+from longvid.parallel.comm import Group
+from longvid.parallel.executor import Executor, Live
+from longvid.parallel.mesh import Mesh
+from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
+from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
+from longvid.parallel.rehearsal import rehearse_schedule
+from longvid.parallel.rules import ChunkRules
+from longvid.parallel.schedule import chunk_schedule
 from longvid.parallel.stage import Output
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import ScheduleError, grid, simulate
