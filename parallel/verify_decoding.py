@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from longvid.parallel.actions import Action, Finish
 from longvid.parallel.decoding import LAG, Decode, DecodeAction, Decoded, HandOut, Move, Moves, Piece
-from longvid.parallel.verify import ScheduleError
+from longvid.parallel.findings import ScheduleError
 from longvid.plan import Chunk, FilmSpan
 
 

@@ -17,7 +17,8 @@ LEVELS = {
     " launch.report preemption fingerprint manifest ending importers films batch.jobs batch.table"
     " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
     " parallel.actions parallel.rules parallel.queue_units parallel.chunk_units parallel.schedule parallel.snapshot"
-    " parallel.verify parallel.decoding parallel.decode_program parallel.verify_decoding parallel.rank_actions",
+    " parallel.findings parallel.verify parallel.verify_queue parallel.verify_chunks parallel.verify_decoding"
+    " parallel.decoding parallel.decode_program parallel.rank_actions",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",

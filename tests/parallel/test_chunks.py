@@ -35,6 +35,7 @@ from longvid.parallel.actions import (
 )
 from longvid.parallel.comm import Group
 from longvid.parallel.executor import Executor, Live
+from longvid.parallel.findings import ScheduleError
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
 from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
@@ -43,7 +44,7 @@ from longvid.parallel.rules import ChunkRules
 from longvid.parallel.schedule import chunk_schedule
 from longvid.parallel.stage import Output
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import ScheduleError, grid, simulate
+from longvid.parallel.verify import grid, simulate
 from longvid.plan import ModelFacts
 
 SHOTS = st.lists(st.integers(1, 14), min_size=1, max_size=3)

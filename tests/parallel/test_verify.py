@@ -21,9 +21,10 @@ from longvid.parallel.actions import (
     LatentVersion,
     Step,
 )
+from longvid.parallel.findings import Report, ScheduleError
 from longvid.parallel.rules import QueueRules
 from longvid.parallel.schedule import queue_schedule, sequential_schedule
-from longvid.parallel.verify import Report, ScheduleError, grid, simulate
+from longvid.parallel.verify import grid, simulate
 from longvid.plan import ModelFacts, make_plan, sharing_steps
 from longvid.script import parse_script
 from longvid.settings import load_settings
