@@ -18,15 +18,7 @@ from torch import Tensor
 from longvid.cache.make import make_cache, make_caching
 from longvid.cache.runtime import CacheRuntime
 from longvid.cache.settings import plan_cache
-from longvid.checkpoint import (
-    CheckpointSaver,
-    Ended,
-    Holder,
-    LocalBulletin,
-    Saved,
-    load_checkpoint,
-    load_ending,
-)
+from longvid.checkpoint import CheckpointSaver, Ended, Holder, LocalBulletin, Saved, load_checkpoint, load_ending
 from longvid.decode import FilmDecoders, StageDecoders, push
 from longvid.decoding_parts import LayersPart, RowsPart, decoding_owners
 from longvid.ending import Ending
@@ -54,13 +46,13 @@ from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.notices import notices
 from longvid.orders import Orders
+from longvid.parallel.chunk_runs import place_of
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, disconnect, gather
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
 from longvid.parallel.mesh import Mesh, describe
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import place_of
 from longvid.parallel.rank_actions import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.rules import ChunkRules, QueueRules, rules_of

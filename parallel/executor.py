@@ -40,8 +40,9 @@ from longvid.parallel.actions import (
 )
 from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.decoding import Decode, Piece
+from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
 from longvid.parallel.mesh import Mesh, lone_mesh
-from longvid.parallel.pipeline import LEADER_DECODES, SAVE_NOTICE, DecodingOwners, DecodingParts, rank_program
+from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
 from longvid.parallel.rank_actions import (
     BULKY,
     Border,

@@ -33,11 +33,13 @@ from longvid.parallel.actions import (
     OverlapVersion,
     Step,
 )
+from longvid.parallel.chunk_runs import place_of
 from longvid.parallel.comm import Group
+from longvid.parallel.decoding_roles import DecodingOwners
 from longvid.parallel.executor import Executor, Live
 from longvid.parallel.findings import ScheduleError
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
+from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
 from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.rules import ChunkRules
