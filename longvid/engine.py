@@ -50,14 +50,16 @@ from longvid.parallel.chunk_runs import place_of
 from longvid.parallel.comm import DistComm, StoreBulletin, broadcast, disconnect, gather
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares, deal_work
-from longvid.parallel.executor import DecoderPart, Executor, Finished, OnAction
+from longvid.parallel.executor import Executor, OnAction
 from longvid.parallel.mesh import Mesh, describe
 from longvid.parallel.partition import Costs
 from longvid.parallel.rank_actions import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
 from longvid.parallel.rules import ChunkRules, QueueRules, rules_of
+from longvid.parallel.run_state import Finished
 from longvid.parallel.schedule import first_round, last_round, make_schedule, num_finished, num_rounds, num_units
 from longvid.parallel.sequence import make_sequence
+from longvid.parallel.stage import DecoderPart
 from longvid.plan import Chunk, FilmSpan, ModelFacts, Plan, make_plan, sharing_layers
 from longvid.preemption import Preemption
 from longvid.ranks import join_mesh, pick_device, set_threads

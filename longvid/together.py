@@ -26,7 +26,7 @@ from longvid.errors import Preempted
 from longvid.events import Event, FilmDone
 from longvid.manifest import Manifest, has_checkpoint
 from longvid.parallel.actions import KvVersion, LatentVersion
-from longvid.parallel.executor import KEPT, Live
+from longvid.parallel.run_state import KEPT, Live
 from longvid.parallel.stage import KvSpan
 from longvid.plan import FilmSpan, Plan
 from longvid.sampler import Sampler, Solver

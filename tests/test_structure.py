@@ -22,7 +22,8 @@ LEVELS = {
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
     3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
+    4: "models parallel.stage parallel.run_state parallel.stage_inputs parallel.message_shapes parallel.decisions"
+    " parallel.piece_decoding parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
     " live trace ledger memory machines meshes",
     5: "engine orders notices ranks doctor tune calibrate",
     6: "launch",

@@ -36,13 +36,14 @@ from longvid.parallel.actions import (
 from longvid.parallel.chunk_runs import place_of
 from longvid.parallel.comm import Group
 from longvid.parallel.decoding_roles import DecodingOwners
-from longvid.parallel.executor import Executor, Live
+from longvid.parallel.executor import Executor
 from longvid.parallel.findings import ScheduleError
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
 from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
 from longvid.parallel.rehearsal import rehearse_schedule
 from longvid.parallel.rules import ChunkRules
+from longvid.parallel.run_state import Live
 from longvid.parallel.schedule import chunk_schedule
 from longvid.parallel.stage import Output
 from longvid.parallel.topology import Topology
