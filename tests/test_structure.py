@@ -21,7 +21,8 @@ LEVELS = {
     " parallel.decoding parallel.decode_program parallel.rank_actions",
     1: "kernels",
     2: "parallel.mesh parallel.comm launch.watch",
-    3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
+    3: "parallel.attention parallel.spans parallel.around parallel.ulysses parallel.ring parallel.usp"
+    " parallel.sequence_libraries parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.run_state parallel.stage_inputs parallel.message_shapes parallel.decisions"
     " parallel.piece_decoding parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
     " live trace ledger memory machines meshes",

@@ -27,23 +27,16 @@ from hypothesis import strategies as st
 
 from longvid.errors import InputError, RuntimeFailure
 from longvid.kernels.dense import attend
+from longvid.parallel.around import Around, KvPart, rotate
 from longvid.parallel.attention import JointSpan, Text
 from longvid.parallel.comm import Group, new_group
 from longvid.parallel.mesh import make_mesh
-from longvid.parallel.sequence import (
-    Around,
-    DeepSpeedAttention,
-    KvPart,
-    UspAttention,
-    WholeSequence,
-    deal_heads,
-    even_part,
-    make_sequence,
-    overlap,
-    rotate,
-    split,
-)
+from longvid.parallel.sequence import WholeSequence, make_sequence
+from longvid.parallel.sequence_libraries import DeepSpeedAttention, even_part
+from longvid.parallel.spans import overlap, split
 from longvid.parallel.topology import Topology
+from longvid.parallel.ulysses import deal_heads
+from longvid.parallel.usp import UspAttention
 from longvid.sparsity.make import make_policy
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.settings import AdaSpa, Sta
