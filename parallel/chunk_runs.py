@@ -21,6 +21,9 @@ from longvid.parallel.actions import (
     LatentVersion,
     Step,
 )
+from longvid.parallel.rules import ChunkRules, rules_of
+from longvid.plan import Plan
+from longvid.settings import Settings
 
 
 def place_of(chunk: int, group: range, size: int) -> int:
@@ -30,6 +33,14 @@ def place_of(chunk: int, group: range, size: int) -> int:
     """
     index = chunk - group.start
     return index if len(group) < size else ((index + 1) * size - 1) // len(group)
+
+
+def owners_of(plan: Plan, settings: Settings, size: int) -> list[int]:
+    """The place on a `chunk` axis of that size that has each chunk of a plan, whatever its schedule."""
+    rules, num_chunks = rules_of(settings), len(plan.chunks)
+    if not isinstance(rules, ChunkRules):
+        return [0] * num_chunks
+    return [place_of(i, group, size) for group in rules.groups(num_chunks) for i in group]
 
 
 @dataclass
