@@ -3,13 +3,9 @@
 The file is its own worker: with a folder it forks the ranks, each of which runs all cases and writes what it found.
 """
 
-import contextlib
 import json
 import math
 import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -398,23 +394,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(run_worker, tmp_path_factory):
     """What each rank found: by case, an error or a traceback."""
     folder = tmp_path_factory.mktemp("ranks")
-    log = folder / "log"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
-    command = [sys.executable, "-P", __file__, str(folder)]
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=240)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    run_worker(__file__, folder, 240)
     files = [folder / f"{rank}.json" for rank in range(NUM_RANKS)]
-    return [json.loads(file.read_text()) if file.exists() else {"": log.read_text()} for file in files]
+    return [json.loads(file.read_text()) if file.exists() else {"": (folder / "log").read_text()} for file in files]
 
 
 def worst(found, name, ranks=range(NUM_RANKS)):
