@@ -63,8 +63,8 @@ def missing_shards(folder: Path, name: str, total: int, size: int) -> Iterator[t
             yield path, range(first, min(first + size, total))
 
 
-def save_shard(path: Path, **arrays: NDArray[Any]) -> None:
-    """The whole shard, or nothing."""
+def save_shard(path: Path, **arrays: Any) -> None:
+    """Write arrays under their names: the whole shard, or nothing."""
     part = path.with_suffix(".part.npz")
     np.savez(part, **arrays)
     os.replace(part, path)
