@@ -53,6 +53,23 @@ def set_threads(settings: Settings) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
 
 
+def on_leader(mesh: Mesh, work: Callable[[], T]) -> T:
+    """What the leader makes, on every rank; and what it raises of our errors."""
+    if mesh.topology.num_ranks == 1:
+        return work()
+    result: T | LongvidError | None = None
+    if mesh.is_leader:
+        try:
+            result = work()
+        except LongvidError as error:
+            result = error
+    result = broadcast(result)
+    if isinstance(result, LongvidError):
+        raise result
+    assert result is not None
+    return result
+
+
 def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     """This process's place among the ranks that a launcher started; a lone one without a launcher."""
     environment = rank_of(os.environ)
@@ -75,20 +92,3 @@ def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     connect(device, timeout)
     topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
     return make_mesh(topology, environment.rank, device, timeout)
-
-
-def on_leader(mesh: Mesh, work: Callable[[], T]) -> T:
-    """What the leader makes, on every rank; and what it raises of our errors."""
-    if mesh.topology.num_ranks == 1:
-        return work()
-    result: T | LongvidError | None = None
-    if mesh.is_leader:
-        try:
-            result = work()
-        except LongvidError as error:
-            result = error
-    result = broadcast(result)
-    if isinstance(result, LongvidError):
-        raise result
-    assert result is not None
-    return result
