@@ -21,7 +21,8 @@ from longvid.launch.local import run_local
 from longvid.memory import stage_memory
 from longvid.models.facts import facts_of, weight_bytes
 from longvid.parallel.comm import gather
-from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate
 from longvid.plan import make_plan

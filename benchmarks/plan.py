@@ -172,7 +172,7 @@ def len_of_mesh() -> int:
 def memory_of(engine: Engine, script: Script) -> float:
     """The most that tensors take at once, 10^6 bytes."""
     stage: Any = engine._stage
-    prompts: Any = getattr(engine, "_prompts", None)
+    prompts: Any = getattr(engine._model, "prompts", None)
     modules = [stage.dit, *([engine.vae, prompts.encoder] if engine.mesh.is_leader else [])]
     with LiveTensors(modules) as live:
         for _ in engine.stream(script):

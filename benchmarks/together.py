@@ -22,7 +22,8 @@ from longvid.doctor import cpu_facts, package_version
 from longvid.films import first_rounds, join, num_lanes
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, Plan
 from longvid.settings import load_settings

@@ -28,10 +28,10 @@ from longvid.ending import Ending
 from longvid.errors import InputError, Preempted, RuntimeFailure
 from longvid.hls import sync, write_whole
 from longvid.manifest import ANEW, ENDING, MANIFEST, Manifest, file_name, state_folder, working_folder
-from longvid.parallel.executor import KEPT, Live
+from longvid.parallel.actions import KvVersion, LatentVersion
+from longvid.parallel.around import KvPart
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.schedule import KvVersion, LatentVersion
-from longvid.parallel.sequence import KvPart
+from longvid.parallel.run_state import KEPT, Live
 from longvid.parallel.stage import KvSpan
 from longvid.preemption import Preemption
 from longvid.sampler import Sampler, Solver

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longvid.errors import InputError
 from longvid.models.checkpoint import Condition, PartsDecoder, StreamDecoder
-from longvid.parallel.pipeline import DecodingOwners
+from longvid.parallel.decoding_roles import DecodingOwners
 from longvid.parallel.topology import Topology
 from longvid.plan import Chunk, ModelFacts
 from longvid.settings import Settings

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from longvid.errors import InputError
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.rules import QueueRules
 from longvid.plan import Chunk, FilmSpan, Plan, PromptBlend
 
 

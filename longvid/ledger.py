@@ -9,8 +9,8 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from longvid.parallel.actions import Forward, Step
 from longvid.parallel.rank_actions import RankAction
-from longvid.parallel.schedule import Forward, Step
 
 
 class Ledger:

@@ -19,7 +19,7 @@ from longvid.errors import RuntimeFailure
 from longvid.events import Event, Notice, PromptChanged
 from longvid.geometry import LatentGrid
 from longvid.models.checkpoint import Prompt
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.rules import QueueRules
 from longvid.plan import Plan, change_prompt
 
 

@@ -14,10 +14,10 @@ from itertools import accumulate, groupby
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Sizes, layer_bytes
+from longvid.parallel.findings import Report
 from longvid.parallel.pace import kind_of
-from longvid.parallel.schedule import rules_of
+from longvid.parallel.rules import rules_of
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import Report
 from longvid.plan import Chunk, ModelFacts, Plan, sharing_layers
 from longvid.settings import MemorySettings, Settings
 

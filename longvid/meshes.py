@@ -20,9 +20,11 @@ from longvid.memory import StageMemory, device_bytes, stage_memory
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Flops, Layer, Sizes, Tokens, layer_bytes
 from longvid.parallel.decoding import Shares, deal_work
+from longvid.parallel.findings import Report
 from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
 from longvid.parallel.partition import Costs
-from longvid.parallel.schedule import QueueRules, make_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import (
     LONG_FILM,
     Topology,
@@ -31,7 +33,7 @@ from longvid.parallel.topology import (
     fitting_meshes,
     workload,
 )
-from longvid.parallel.verify import Report, simulate
+from longvid.parallel.verify import simulate
 from longvid.plan import Chunk, ModelFacts, Plan, make_plan
 from longvid.script import parse_script
 from longvid.settings import Settings

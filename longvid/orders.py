@@ -15,7 +15,7 @@ from longvid.errors import InputError
 from longvid.films import first_rounds, join, num_lanes
 from longvid.fingerprint import Machine, describe_folder, describe_model, fingerprint
 from longvid.manifest import ENDING, Manifest, find_manifest, has_checkpoint, is_complete, state_folder
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.rules import QueueRules
 from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, Plan, make_plan
 from longvid.ranks import describe_kernels

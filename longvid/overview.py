@@ -10,13 +10,16 @@ from typing import Any
 from longvid.cache.settings import plan_cache
 from longvid.memory import StageMemory, stage_memory
 from longvid.models.parts import ModelPart
+from longvid.parallel.actions import Action
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import DecodeAction, Decoding, deal_work
+from longvid.parallel.findings import Report
 from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import Action, make_schedule, rules_of
+from longvid.parallel.rules import rules_of
+from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import AXES, Topology
-from longvid.parallel.verify import Report, grid, simulate
+from longvid.parallel.verify import grid, simulate
 from longvid.parallel.verify_decoding import simulate_decoding
 from longvid.plan import ModelFacts, Plan, SceneSpan, Shot
 from longvid.settings import Settings

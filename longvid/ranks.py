@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from longvid.chips import CPU, chip_of
-from longvid.errors import InputError
+from longvid.errors import InputError, LongvidError
 from longvid.kernels import native
 from longvid.kernels.dispatch import backend_for
 from longvid.launch.env import rank_of
@@ -18,6 +20,8 @@ from longvid.parallel.comm import broadcast, connect
 from longvid.parallel.mesh import Mesh, lone_mesh, make_mesh
 from longvid.plan import ModelFacts
 from longvid.settings import Settings
+
+T = TypeVar("T")
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -47,6 +51,23 @@ def set_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.runtime.threads)
     elif environment and environment.local_world_size > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+
+
+def on_leader(mesh: Mesh, work: Callable[[], T]) -> T:
+    """What the leader makes, on every rank; and what it raises of our errors."""
+    if mesh.topology.num_ranks == 1:
+        return work()
+    result: T | LongvidError | None = None
+    if mesh.is_leader:
+        try:
+            result = work()
+        except LongvidError as error:
+            result = error
+    result = broadcast(result)
+    if isinstance(result, LongvidError):
+        raise result
+    assert result is not None
+    return result
 
 
 def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:

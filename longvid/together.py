@@ -25,8 +25,8 @@ from longvid.ending import Ending
 from longvid.errors import Preempted
 from longvid.events import Event, FilmDone
 from longvid.manifest import Manifest, has_checkpoint
-from longvid.parallel.executor import KEPT, Live
-from longvid.parallel.schedule import KvVersion, LatentVersion
+from longvid.parallel.actions import KvVersion, LatentVersion
+from longvid.parallel.run_state import KEPT, Live
 from longvid.parallel.stage import KvSpan
 from longvid.plan import FilmSpan, Plan
 from longvid.sampler import Sampler, Solver

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longvid.parallel.actions import Encode, Forecast, Forward, Fuse, Gate, Step
 from longvid.parallel.decoding import Decode
 from longvid.parallel.rank_actions import HandOn, Look, RankAction, Receive, Send, name_of
-from longvid.parallel.schedule import Encode, Forecast, Forward, Fuse, Gate, Step
 
 KINDS = ("compute", "receive", "send", "decode", "write")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from longvid.parallel.decoding import Decode, DecodeAction, Decoded, Decoding, HandOut, Move, Moves, Piece
-from longvid.parallel.pipeline import DecodePart, When
+from longvid.parallel.decoding_roles import DecodePart, When
 from longvid.parallel.rank_actions import (
     DecoderState,
     KeepState,

@@ -23,8 +23,9 @@ from itertools import accumulate, groupby
 from math import sqrt
 from typing import Literal, Protocol, TypeVar
 
+from longvid.parallel.actions import Finish, Forward, Gate
 from longvid.parallel.partition import Costs, split_layers
-from longvid.parallel.schedule import ChunkRules, Finish, Forward, Gate, Rules
+from longvid.parallel.rules import ChunkRules, Rules
 from longvid.plan import Chunk, FilmSpan, Plan
 
 LAG = 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from longvid.parallel.decoding import LAG, Shares
-from longvid.parallel.schedule import QueueRules
+from longvid.parallel.rules import QueueRules
 from longvid.plan import Chunk
 
 MARGIN = 4

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longvid.parallel.actions import Action, Encode, Forward, KvVersion, LatentVersion
 from longvid.parallel.decoding import Decode, Piece
-from longvid.parallel.schedule import Action, Encode, Forward, KvVersion, LatentVersion
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from longvid.parallel.actions import Action, Finish, Forward, Gate
 from longvid.parallel.decoding import Decode
+from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
+from longvid.parallel.findings import ScheduleError
 from longvid.parallel.partition import Costs
-from longvid.parallel.pipeline import LEADER_DECODES, DecodingOwners, DecodingParts, rank_program
+from longvid.parallel.pipeline import rank_program
 from longvid.parallel.rank_actions import BULKY, Message, RankAction, Receive, Send
-from longvid.parallel.schedule import Action, Finish, Forward, Gate
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import ScheduleError
 
 Cost = Callable[[int, RankAction], float]
 """Seconds that a rank needs for an action."""

@@ -57,6 +57,18 @@ class Unit:
         return self.num_overlap + self.chunk.num_latents
 
 
+class DecoderPart(Protocol):
+    """Some of the decoder's layers, or some rows in all of them."""
+
+    def hand_on(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """What they make of a chunk's finished latents, or of what the part before them made."""
+        ...
+
+    def shape(self, chunk: Chunk) -> tuple[Sequence[int], torch.dtype]:
+        """Of what the part before them makes of a chunk; the first number says nothing."""
+        ...
+
+
 class PieceDecoder(Protocol):
     """What a rank has for decoding: its decoder, in the place in each film whose state is here."""
 
@@ -178,3 +190,13 @@ class GlobalStage(Stage, Protocol):
     def conclude(self, seen: tuple[Tensor, Tensor], prompts: Sequence[int]) -> Tensor:
         """Global tokens, as `encode` gives them, of what they see of all key latents."""
         ...
+
+
+def gated_stage(stage: Stage) -> GatedStage:
+    assert isinstance(stage, GatedStage), "a schedule with gates needs stages that stop there"
+    return stage
+
+
+def global_stage(stage: Stage) -> GlobalStage:
+    assert isinstance(stage, GlobalStage), "a schedule with global tokens needs stages that read them"
+    return stage

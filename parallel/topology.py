@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from longvid.errors import InputError
-from longvid.parallel.schedule import rules_of
+from longvid.parallel.rules import rules_of
 from longvid.plan import ModelFacts
 from longvid.settings import MeshSettings, Settings
 

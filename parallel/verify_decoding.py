@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from longvid.parallel.actions import Action, Finish
 from longvid.parallel.decoding import LAG, Decode, DecodeAction, Decoded, HandOut, Move, Moves, Piece
-from longvid.parallel.schedule import Action, Finish
-from longvid.parallel.verify import ScheduleError
+from longvid.parallel.findings import ScheduleError
 from longvid.plan import Chunk, FilmSpan
 
 

@@ -16,14 +16,17 @@ LEVELS = {
     0: "errors document settings script geometry plan events configs launch.env launch.hosts launch.network chips"
     " launch.report preemption fingerprint manifest ending importers films batch.jobs batch.table"
     " sparsity.settings cache.settings cache.plan cache.table parallel parallel.topology parallel.partition"
-    " parallel.schedule parallel.snapshot parallel.verify parallel.decoding parallel.decode_program"
-    " parallel.verify_decoding parallel.rank_actions",
+    " parallel.actions parallel.rules parallel.queue_units parallel.chunk_units parallel.schedule parallel.snapshot"
+    " parallel.findings parallel.verify parallel.verify_queue parallel.verify_chunks parallel.verify_decoding"
+    " parallel.decoding parallel.decode_program parallel.rank_actions",
     1: "kernels",
     2: "parallel.mesh parallel.comm parallel.link launch.watch",
-    3: "parallel.attention parallel.sequence parallel.vin sampler noise sparsity cache",
-    4: "models parallel.stage parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
-    " live trace ledger memory machines meshes",
-    5: "engine orders notices ranks doctor tune calibrate",
+    3: "parallel.attention parallel.spans parallel.around parallel.ulysses parallel.ring parallel.usp"
+    " parallel.sequence_libraries parallel.sequence parallel.vin sampler noise sparsity cache",
+    4: "models parallel.stage parallel.run_state parallel.stage_inputs parallel.message_shapes parallel.decisions"
+    " parallel.piece_decoding parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
+    " live film_stream trace ledger memory machines meshes",
+    5: "engine orders notices ranks rank_model conditioning render_tools renderer doctor tune calibrate",
     6: "launch",
     7: "cli bench_commands train_commands results __main__ progress journal overview outlook predict measured options"
     " batch",

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from longvid.engine import Engine
+from longvid.parallel.around import KvPart
 from longvid.parallel.rank_actions import RankAction
-from longvid.parallel.sequence import KvPart
 from longvid.script import Script
 
 

@@ -20,7 +20,8 @@ from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, deal_work
 from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import QueueRules, queue_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import queue_schedule
 from longvid.parallel.topology import Topology
 from longvid.plan import Chunk, FilmSpan
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from longvid.cache.plan import Module
 from longvid.errors import InputError
 from longvid.models.hunyuan import dual_outputs, dual_projections
-from longvid.parallel.sequence import Rope, rotate
+from longvid.parallel.around import Rope, rotate
 from longvid.sparsity.tokens import TokenMap
 
 Call = Mapping[str, Any]

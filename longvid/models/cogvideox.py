@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.joint_attention import JointContext, joint_attention
 from longvid.models.joint_stage import JointStage
-from longvid.parallel.sequence import Rope, SequenceAttention
+from longvid.parallel.around import Rope
+from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import Unit
 
 

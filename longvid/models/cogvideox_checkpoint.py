@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +11,15 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
+from longvid.models.checkpoint import FilmInputs, StageOptions
 from longvid.models.cogvideox import CogVideoXStage
 from longvid.models.cogvideox_facts import COGVIDEOX_PARTS
 from longvid.models.cogvideox_solvers import CogVideoXSampler
 from longvid.models.cogvideox_vae import CogVideoXStreamDecoder
 from longvid.models.configs import Configs
+from longvid.models.opened import OpenedCheckpoint, open_scheduler
 from longvid.models.parts import ModelPart
-from longvid.models.weights import (
-    check_weights,
-    errors_name,
-    load_part,
-    load_scheduler,
-    load_text,
-    load_vae,
-    take_layers,
-)
+from longvid.models.weights import errors_name, load_part, load_text, load_vae, take_layers
 from longvid.plan import ModelFacts
 from longvid.sampler import Sampler
 from longvid.settings import SamplerSettings
@@ -38,31 +30,12 @@ def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> Co
     if pipeline is not None:
         layers = pipeline.transformer.transformer_blocks
         return CogVideoXCheckpoint(configs, facts, pipeline.scheduler, pipeline, layers)
-    assert configs.root is not None
-    check_weights(configs.root, ["text_encoder", "vae", "transformer"])
-    with errors_name(configs.root, "CogVideoX"):
-        return CogVideoXCheckpoint(configs, facts, load_scheduler(configs))
+    scheduler = open_scheduler(configs, "CogVideoX", ["text_encoder", "vae", "transformer"])
+    return CogVideoXCheckpoint(configs, facts, scheduler)
 
 
-@dataclass(frozen=True)
-class CogVideoXCheckpoint:
-    """The parts of one checkpoint that every rank can share: what opening it costs little."""
-
-    configs: Configs
-    facts: ModelFacts
-    scheduler: Any
-    pipeline: Any = None
-    """Where the parts come from instead of ``root``, for a pipeline that is already loaded."""
-    layers: nn.ModuleList | None = None
-    """All layers of its transformer."""
-
-    @property
-    def root(self) -> Path | None:
-        return self.configs.root
-
-    @property
-    def boundary(self) -> float:
-        return 0.0
+class CogVideoXCheckpoint(OpenedCheckpoint[nn.ModuleList]):
+    """Of CogVideoX."""
 
     @property
     def _together(self) -> int:
@@ -87,9 +60,6 @@ class CogVideoXCheckpoint:
         with errors_name(self.root, "CogVideoX"):
             vae = load_vae(AutoencoderKLCogVideoX, self.root, dtype, device)
             return CogVideoXStreamDecoder(vae, self._together)
-
-    def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:
-        return None
 
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions

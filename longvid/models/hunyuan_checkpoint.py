@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +14,15 @@ from torch import nn
 from transformers import CLIPTextModel, LlamaModel
 
 from longvid.errors import InputError
-from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
+from longvid.models.checkpoint import FilmInputs, StageOptions
 from longvid.models.configs import Configs
 from longvid.models.hunyuan import HunyuanPrompt, HunyuanStage
 from longvid.models.hunyuan_facts import HUNYUAN_PARTS
 from longvid.models.hunyuan_sizes import TEXT_COLUMNS
 from longvid.models.hunyuan_vae import HunyuanStreamDecoder
+from longvid.models.opened import OpenedCheckpoint, open_scheduler
 from longvid.models.parts import ModelPart
-from longvid.models.weights import (
-    check_weights,
-    errors_name,
-    load_part,
-    load_scheduler,
-    load_text,
-    load_vae,
-    take_layers,
-)
+from longvid.models.weights import errors_name, load_part, load_text, load_vae, take_layers
 from longvid.plan import ModelFacts
 from longvid.sampler import EulerSampler, Sampler
 from longvid.settings import SamplerSettings
@@ -49,31 +41,12 @@ def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> Hu
         dit = pipeline.transformer
         layers = (dit.transformer_blocks, dit.single_transformer_blocks)
         return HunyuanCheckpoint(configs, facts, pipeline.scheduler, pipeline, layers)
-    assert configs.root is not None
-    check_weights(configs.root, ["text_encoder", "text_encoder_2", "vae", "transformer"])
-    with errors_name(configs.root, "HunyuanVideo"):
-        return HunyuanCheckpoint(configs, facts, load_scheduler(configs))
+    scheduler = open_scheduler(configs, "HunyuanVideo", ["text_encoder", "text_encoder_2", "vae", "transformer"])
+    return HunyuanCheckpoint(configs, facts, scheduler)
 
 
-@dataclass(frozen=True)
-class HunyuanCheckpoint:
-    """The parts of one checkpoint that every rank can share: what opening it costs little."""
-
-    configs: Configs
-    facts: ModelFacts
-    scheduler: Any
-    pipeline: Any = None
-    """Where the parts come from instead of ``root``, for a pipeline that is already loaded."""
-    layers: tuple[nn.ModuleList, nn.ModuleList] | None = None
-    """All dual and all single layers of its transformer."""
-
-    @property
-    def root(self) -> Path | None:
-        return self.configs.root
-
-    @property
-    def boundary(self) -> float:
-        return 0.0
+class HunyuanCheckpoint(OpenedCheckpoint[tuple[nn.ModuleList, nn.ModuleList]]):
+    """Of HunyuanVideo; `layers` are all dual and all single ones."""
 
     def load_prompts(self, dtype: torch.dtype, device: torch.device) -> HunyuanPrompts:
         pipe = self.pipeline
@@ -94,9 +67,6 @@ class HunyuanCheckpoint:
             vae = load_vae(AutoencoderKLHunyuanVideo, self.root, dtype, device)
             vae.enable_tiling()
             return HunyuanStreamDecoder(vae)
-
-    def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:
-        return None
 
     def load_stage(
         self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions

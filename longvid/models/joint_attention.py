@@ -16,8 +16,9 @@ from itertools import groupby
 from torch import Tensor
 
 from longvid.models.layer_stage import LayerContext
+from longvid.parallel.around import Rope
 from longvid.parallel.attention import DenseAttention, JointSpan, Text
-from longvid.parallel.sequence import Rope, SequenceAttention
+from longvid.parallel.sequence import SequenceAttention
 from longvid.plan import PromptBlend
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from longvid.models.joint_attention import JointContext, joint_spans
 from longvid.models.layer_stage import LayerStage, Pass, context_of, neighbours, token_map
-from longvid.parallel.sequence import Rope, length
+from longvid.parallel.around import Rope
+from longvid.parallel.spans import length
 from longvid.parallel.stage import Unit
 from longvid.plan import PromptBlend
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
+from longvid.parallel.around import Around, KvPart, without_scene
 from longvid.parallel.attention import Attention, DenseAttention
-from longvid.parallel.sequence import Around, KvPart, SequenceAttention, WholeSequence, without_scene
+from longvid.parallel.sequence import SequenceAttention, WholeSequence
 from longvid.parallel.stage import Begun, Output, Unit
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.tokens import TokenMap

@@ -26,7 +26,8 @@ from longvid.models.wan_attention import (
     TextKv,
     text_kv,
 )
-from longvid.parallel.sequence import Rope, length
+from longvid.parallel.around import Rope
+from longvid.parallel.spans import length
 from longvid.parallel.stage import Unit
 
 

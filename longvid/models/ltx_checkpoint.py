@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,15 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from longvid.errors import InputError
-from longvid.models.checkpoint import FilmInputs, StageOptions, StreamDecoder
+from longvid.models.checkpoint import FilmInputs, StageOptions
 from longvid.models.configs import Configs
 from longvid.models.ltx import LtxStage
 from longvid.models.ltx_facts import LTX_PARTS
 from longvid.models.ltx_sizes import TEXT_COLUMNS
 from longvid.models.ltx_vae import LtxStreamDecoder
+from longvid.models.opened import OpenedCheckpoint, open_scheduler
 from longvid.models.parts import ModelPart
-from longvid.models.weights import (
-    check_weights,
-    errors_name,
-    load_part,
-    load_scheduler,
-    load_text,
-    load_vae,
-    take_layers,
-)
+from longvid.models.weights import errors_name, load_part, load_text, load_vae, take_layers
 from longvid.plan import ModelFacts
 from longvid.sampler import EulerSampler, Sampler
 from longvid.settings import SamplerSettings
@@ -44,31 +36,12 @@ def open_family(configs: Configs, facts: ModelFacts, pipeline: Any = None) -> Lt
     """Check an LTX-Video directory, or take a loaded pipeline. Raises InputError."""
     if pipeline is not None:
         return LtxCheckpoint(configs, facts, pipeline.scheduler, pipeline, pipeline.transformer.transformer_blocks)
-    assert configs.root is not None
-    check_weights(configs.root, ["text_encoder", "vae", "transformer"])
-    with errors_name(configs.root, "LTX-Video"):
-        return LtxCheckpoint(configs, facts, load_scheduler(configs))
+    scheduler = open_scheduler(configs, "LTX-Video", ["text_encoder", "vae", "transformer"])
+    return LtxCheckpoint(configs, facts, scheduler)
 
 
-@dataclass(frozen=True)
-class LtxCheckpoint:
-    """The parts of one checkpoint that every rank can share: what opening it costs little."""
-
-    configs: Configs
-    facts: ModelFacts
-    scheduler: Any
-    pipeline: Any = None
-    """Where the parts come from instead of ``root``, for a pipeline that is already loaded."""
-    layers: nn.ModuleList | None = None
-    """All layers of its transformer."""
-
-    @property
-    def root(self) -> Path | None:
-        return self.configs.root
-
-    @property
-    def boundary(self) -> float:
-        return 0.0
+class LtxCheckpoint(OpenedCheckpoint[nn.ModuleList]):
+    """Of LTX-Video."""
 
     def load_prompts(self, dtype: torch.dtype, device: torch.device) -> LtxPrompts:
         if self.pipeline is not None:
@@ -84,9 +57,6 @@ class LtxCheckpoint:
         assert self.root is not None
         with errors_name(self.root, "LTX-Video"):
             return LtxStreamDecoder(load_vae(AutoencoderKLLTXVideo, self.root, dtype, device))
-
-    def load_images(self, decoder: StreamDecoder, dtype: torch.dtype, device: torch.device) -> None:
-        return None
 
     def load_stage(self, part: ModelPart, dtype: torch.dtype, device: torch.device, options: StageOptions) -> LtxStage:
         if self.pipeline is not None:

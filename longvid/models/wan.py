@@ -42,7 +42,8 @@ from longvid.models.wan_attention import (
     text_kv,
 )
 from longvid.models.wan_layer import Levels, join_levels, take_layer
-from longvid.parallel.sequence import Rope, SequenceAttention
+from longvid.parallel.around import Rope
+from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import KeyLatents, Unit
 from longvid.plan import PromptBlend
 from longvid.sparsity.runtime import SparseRuntime

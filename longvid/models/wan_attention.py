@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from longvid.kernels import rows
 from longvid.kernels.dense import attend
 from longvid.models.layer_stage import LayerContext, RunModule, run_module
-from longvid.parallel.sequence import Rope, SequenceAttention
+from longvid.parallel.around import Rope
+from longvid.parallel.sequence import SequenceAttention
 
 LayerKv = tuple[Tensor, Tensor]
 """Keys and values of some tokens in one layer, each [1, tokens, H, D]."""

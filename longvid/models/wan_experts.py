@@ -15,7 +15,7 @@ import torch
 
 from longvid.models.checkpoint import FilmInputs
 from longvid.models.wan import WanStage
-from longvid.parallel.sequence import KvPart
+from longvid.parallel.around import KvPart
 from longvid.parallel.stage import Output, Unit
 
 

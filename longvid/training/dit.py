@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
 from longvid.models.wan import TEXT_COLUMNS
-from longvid.parallel.sequence import Rope, rotate
+from longvid.parallel.around import Rope, rotate
 from longvid.training.muon import Muon, split_parameters
 
 DIT_CONFIG = {

@@ -10,7 +10,6 @@ Shapes: F latents seen, K remembered key latents, C channels.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longvid.training import world
-from longvid.training.latents import LatentSet, encode_frames
+from longvid.training.latents import LatentSet, encode_clips, missing_shards, save_shard
 
 SHARD = 64
 OLD_SHARE = 2 / 3
@@ -145,17 +144,13 @@ def encode_films(
     on_shard: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Draw and encode films into ``folder`` in shards; shards that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     vae = vae.to(torch.bfloat16).eval()
     old = round(OLD_SHARE * count)
     for kind, total in (("young", count - old), ("old", old)):
-        for first in range(0, total, SHARD):
-            path = folder / f"{kind}_{first:06d}.npz"
-            if path.exists():
-                continue
-            rngs = [np.random.default_rng((seed, 8, kind == "old", i)) for i in range(first, min(first + SHARD, total))]
-            _save_shard(path, vae, [draw_film(rng, layout, side, young=kind == "young") for rng in rngs])
-            on_shard(first + len(rngs))
+        for path, numbers in missing_shards(folder, kind, total, SHARD):
+            rngs = [np.random.default_rng((seed, 8, kind == "old", i)) for i in numbers]
+            _save_films(path, vae, [draw_film(rng, layout, side, young=kind == "young") for rng in rngs])
+            on_shard(numbers.stop)
 
 
 def load_films(folder: Path) -> FilmSet:
@@ -207,22 +202,18 @@ def _remembered(rng: np.random.Generator, layout: FilmLayout, first: int) -> lis
     return [0] + [max(1, first - int(rng.integers(1 << octave, 2 << octave))) for octave in octaves]
 
 
-def _save_shard(path: Path, vae: AutoencoderKLWan, films: list[DrawnFilm]) -> None:
+def _save_films(path: Path, vae: AutoencoderKLWan, films: list[DrawnFilm]) -> None:
     kept = films[0].kept
     parts = []
     for number, latents in enumerate(kept):
-        clips = [film.clips[number] for film in films]
-        encoded = np.concatenate([encode_frames(vae, clips[i : i + 16]) for i in range(0, len(clips), 16)])
-        parts.append(encoded[:, latents])
-    part = path.with_suffix(".part.npz")
-    np.savez(
-        part,
+        parts.append(encode_clips(vae, [film.clips[number] for film in films])[:, latents])
+    save_shard(
+        path,
         latents=np.concatenate(parts, axis=1),
         looks=np.array([json.dumps([asdict(look) for look in film.looks]) for film in films]),
         owner=np.stack([film.look_of_latent for film in films]),
         before=np.array([film.before for film in films], np.int64).reshape(len(films), -1),
     )
-    os.replace(part, path)
 
 
 def _load_kind(paths: list[Path]) -> tuple[LatentSet, NDArray[np.int64]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,24 +45,34 @@ def encode_world(
     on_shard: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Draw and encode clips into ``folder`` in shards of 256; shards that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     vae = vae.to(torch.bfloat16).eval()
-    for first in range(0, clips, SHARD):
-        path = folder / f"{num_frames:03d}_{first:06d}.npz"
-        if path.exists():
-            continue
-        drawn = [
-            world.make_clip(np.random.default_rng((seed, 4, num_frames, i)), num_frames, side)
-            for i in range(first, min(first + SHARD, clips))
-        ]
-        latents = np.concatenate(
-            [encode_frames(vae, [clip.frames for clip in drawn[i : i + 16]]) for i in range(0, len(drawn), 16)]
-        )
+    for path, numbers in missing_shards(folder, f"{num_frames:03d}", clips, SHARD):
+        drawn = [world.make_clip(np.random.default_rng((seed, 4, num_frames, i)), num_frames, side) for i in numbers]
+        latents = encode_clips(vae, [clip.frames for clip in drawn])
         texts = [json.dumps([[asdict(look) for look in clip.looks], clip.changes]) for clip in drawn]
-        part = path.with_suffix(".part.npz")
-        np.savez(part, latents=latents, texts=np.array(texts))
-        os.replace(part, path)
-        on_shard(first + len(drawn))
+        save_shard(path, latents=latents, texts=np.array(texts))
+        on_shard(numbers.stop)
+
+
+def missing_shards(folder: Path, name: str, total: int, size: int) -> Iterator[tuple[Path, range]]:
+    """The shards of ``total`` clips or films that a folder does not have yet: each one's file, and which are in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, total, size):
+        path = folder / f"{name}_{first:06d}.npz"
+        if not path.exists():
+            yield path, range(first, min(first + size, total))
+
+
+def save_shard(path: Path, **arrays: Any) -> None:
+    """Write arrays under their names: the whole shard, or nothing."""
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **arrays)
+    os.replace(part, path)
+
+
+def encode_clips(vae: AutoencoderKLWan, clips: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+    """As `encode_frames`, of any number of clips."""
+    return np.concatenate([encode_frames(vae, clips[i : i + 16]) for i in range(0, len(clips), 16)])
 
 
 @torch.no_grad()

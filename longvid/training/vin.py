@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longvid.models.vin import Vin, VinLayer
 from longvid.models.vin_config import VinConfig
-from longvid.parallel.sequence import Rope, rotate
+from longvid.parallel.around import Rope, rotate
 from longvid.training.dit import SelfAttention, TextAttention, attend, block_forward, window_velocity
 from longvid.training.films import FilmBatch, FilmLayout
 from longvid.training.levels import STEP_COUNTS, shift_levels

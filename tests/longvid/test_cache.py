@@ -12,7 +12,7 @@ from longvid.calibrate import Method, calibrate, write_preset
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.overview import Overview
-from longvid.parallel.schedule import Forecast, Forward
+from longvid.parallel.actions import Forecast, Forward
 from longvid.script import parse_script
 from longvid.settings import load_settings
 

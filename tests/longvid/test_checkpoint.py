@@ -35,11 +35,13 @@ from longvid.models.solvers import make_sampler
 from longvid.models.wan import WanStage
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.noise import chunk_noise
+from longvid.parallel.actions import KvVersion, LatentVersion
+from longvid.parallel.around import KvPart
 from longvid.parallel.comm import Group, LoneComm
-from longvid.parallel.executor import Executor, Live
+from longvid.parallel.executor import Executor
 from longvid.parallel.mesh import Mesh
-from longvid.parallel.schedule import KvVersion, LatentVersion, last_round, make_schedule
-from longvid.parallel.sequence import KvPart
+from longvid.parallel.run_state import Live
+from longvid.parallel.schedule import last_round, make_schedule
 from longvid.parallel.topology import Topology
 from longvid.plan import ModelFacts, make_plan
 from longvid.sampler import EulerSampler

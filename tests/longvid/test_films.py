@@ -12,18 +12,10 @@ from longvid.errors import InputError, Preempted
 from longvid.films import first_rounds, join, num_lanes
 from longvid.geometry import LatentGrid
 from longvid.options import film_paths
+from longvid.parallel.actions import Finish, Forward, shift
 from longvid.parallel.rehearsal import rehearse_schedule
-from longvid.parallel.schedule import (
-    Finish,
-    Forward,
-    QueueRules,
-    last_round,
-    make_schedule,
-    num_finished,
-    num_rounds,
-    num_units,
-    shift,
-)
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import last_round, make_schedule, num_finished, num_rounds, num_units
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate
 from longvid.plan import FilmSpan, ModelFacts, make_plan

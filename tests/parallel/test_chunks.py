@@ -19,15 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longvid.geometry import LatentGrid
-from longvid.parallel.comm import Group
-from longvid.parallel.executor import Executor, Live
-from longvid.parallel.mesh import Mesh
-from longvid.parallel.pipeline import SAVE_NOTICE, DecodingOwners, place_of, rank_program
-from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
-from longvid.parallel.rehearsal import rehearse_schedule
-from longvid.parallel.schedule import (
+from longvid.parallel.actions import (
     Admit,
-    ChunkRules,
     DropGlobals,
     DropLatents,
     Encode,
@@ -39,11 +32,22 @@ from longvid.parallel.schedule import (
     LatentVersion,
     OverlapVersion,
     Step,
-    chunk_schedule,
 )
+from longvid.parallel.chunk_runs import place_of
+from longvid.parallel.comm import Group
+from longvid.parallel.decoding_roles import DecodingOwners
+from longvid.parallel.executor import Executor
+from longvid.parallel.findings import ScheduleError
+from longvid.parallel.mesh import Mesh
+from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
+from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
+from longvid.parallel.rehearsal import rehearse_schedule
+from longvid.parallel.rules import ChunkRules
+from longvid.parallel.run_state import Live
+from longvid.parallel.schedule import chunk_schedule
 from longvid.parallel.stage import Output
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import ScheduleError, grid, simulate
+from longvid.parallel.verify import grid, simulate
 from longvid.plan import ModelFacts
 
 SHOTS = st.lists(st.integers(1, 14), min_size=1, max_size=3)

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import LAG, Decode, Decoded, Decoding, HandOut, Shares, deal_work
+from longvid.parallel.findings import ScheduleError
 from longvid.parallel.partition import Costs
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
-from longvid.parallel.schedule import ChunkRules, QueueRules, chunk_schedule, queue_schedule
+from longvid.parallel.rules import ChunkRules, QueueRules
+from longvid.parallel.schedule import chunk_schedule, queue_schedule
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import ScheduleError
 from longvid.parallel.verify_decoding import simulate_decoding
 
 SHARES = st.builds(

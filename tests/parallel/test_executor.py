@@ -24,13 +24,16 @@ from longvid.cache.plan import CachePlan, GateRules, StepPlan
 from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
+from longvid.parallel.actions import Step
 from longvid.parallel.comm import Group, Header
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares
-from longvid.parallel.executor import Executor, Live
+from longvid.parallel.executor import Executor
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.rehearsal import rehearse_schedule
-from longvid.parallel.schedule import QueueRules, Step, queue_schedule, sequential_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.run_state import Live
+from longvid.parallel.schedule import queue_schedule, sequential_schedule
 from longvid.parallel.stage import Begun, Output
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import simulate

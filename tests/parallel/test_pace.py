@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longvid.parallel.actions import Finish, Forward
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decode, Decoding, deal_work
 from longvid.parallel.pace import Times, pace_of, run
@@ -11,7 +12,8 @@ from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import rank_program
 from longvid.parallel.rank_actions import Hidden, Velocity
 from longvid.parallel.rehearsal import rehearse
-from longvid.parallel.schedule import Finish, Forward, QueueRules, queue_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import queue_schedule
 from longvid.parallel.topology import Topology
 from longvid.plan import Chunk, FilmSpan
 

@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longvid.parallel.actions import Finish, Forward, LatentVersion
+from longvid.parallel.findings import ScheduleError
 from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
 from longvid.parallel.rank_actions import Boundary, Hidden, Receive, SaveLatents, Send
 from longvid.parallel.rehearsal import rehearse, rehearse_schedule, stage_costs
-from longvid.parallel.schedule import Finish, Forward, LatentVersion, QueueRules, queue_schedule
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import queue_schedule
 from longvid.parallel.topology import Topology
-from longvid.parallel.verify import ScheduleError
 
 SAME, FRESHER, CACHED = QueueRules(left_level="same"), QueueRules(), QueueRules(left="cached")
 FORECASTS = st.sampled_from([(), (1, 2, 4), (1,), (2, 3, 4)])

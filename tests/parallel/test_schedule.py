@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid.parallel.schedule import (
-    Admit,
-    DropLatents,
-    Encode,
-    Finish,
-    Forward,
-    KvVersion,
-    LatentVersion,
-    QueueRules,
-    Step,
-    queue_schedule,
-    sequential_schedule,
-)
+from longvid.parallel.actions import Admit, DropLatents, Encode, Finish, Forward, KvVersion, LatentVersion, Step
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import queue_schedule, sequential_schedule
 from longvid.parallel.snapshot import is_remembered, key_latents, snapshot
 from longvid.plan import Chunk
 

@@ -3,13 +3,9 @@
 The file is its own worker: with a folder it forks the ranks, each of which runs all cases and writes what it found.
 """
 
-import contextlib
 import json
 import math
 import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -27,23 +23,16 @@ from hypothesis import strategies as st
 
 from longvid.errors import InputError, RuntimeFailure
 from longvid.kernels.dense import attend
+from longvid.parallel.around import Around, KvPart, rotate
 from longvid.parallel.attention import JointSpan, Text
 from longvid.parallel.comm import Group, new_group
 from longvid.parallel.mesh import make_mesh
-from longvid.parallel.sequence import (
-    Around,
-    DeepSpeedAttention,
-    KvPart,
-    UspAttention,
-    WholeSequence,
-    deal_heads,
-    even_part,
-    make_sequence,
-    overlap,
-    rotate,
-    split,
-)
+from longvid.parallel.sequence import WholeSequence, make_sequence
+from longvid.parallel.sequence_libraries import DeepSpeedAttention, even_part
+from longvid.parallel.spans import overlap, split
 from longvid.parallel.topology import Topology
+from longvid.parallel.ulysses import deal_heads
+from longvid.parallel.usp import UspAttention
 from longvid.sparsity.make import make_policy
 from longvid.sparsity.runtime import Place, SparseRuntime
 from longvid.sparsity.settings import AdaSpa, Sta
@@ -405,23 +394,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(run_worker, tmp_path_factory):
     """What each rank found: by case, an error or a traceback."""
     folder = tmp_path_factory.mktemp("ranks")
-    log = folder / "log"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
-    command = [sys.executable, "-P", __file__, str(folder)]
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=240)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    run_worker(__file__, folder, 240)
     files = [folder / f"{rank}.json" for rank in range(NUM_RANKS)]
-    return [json.loads(file.read_text()) if file.exists() else {"": log.read_text()} for file in files]
+    return [json.loads(file.read_text()) if file.exists() else {"": (folder / "log").read_text()} for file in files]
 
 
 def worst(found, name, ranks=range(NUM_RANKS)):

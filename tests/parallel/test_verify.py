@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from longvid.geometry import LatentGrid
-from longvid.parallel.schedule import (
+from longvid.parallel.actions import (
     Admit,
     DropGlobals,
     DropKv,
@@ -19,12 +19,12 @@ from longvid.parallel.schedule import (
     GlobalVersion,
     KvVersion,
     LatentVersion,
-    QueueRules,
     Step,
-    queue_schedule,
-    sequential_schedule,
 )
-from longvid.parallel.verify import Report, ScheduleError, grid, simulate
+from longvid.parallel.findings import Report, ScheduleError
+from longvid.parallel.rules import QueueRules
+from longvid.parallel.schedule import queue_schedule, sequential_schedule
+from longvid.parallel.verify import grid, simulate
 from longvid.plan import ModelFacts, make_plan, sharing_steps
 from longvid.script import parse_script
 from longvid.settings import load_settings

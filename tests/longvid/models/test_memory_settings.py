@@ -96,7 +96,7 @@ def test_an_encoder_is_freed_and_its_embeddings_are_kept_on_disk(
 def test_small_encoders_stay_and_a_folder_that_cannot_be_written_keeps_nothing(
     euler_checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert not isinstance(Engine.load(euler_checkpoint)._prompts, FreedPrompts)
+    assert not isinstance(Engine.load(euler_checkpoint)._model.prompts, FreedPrompts)
     (tmp_path / "file").write_text("")
     cache = PromptCache(tmp_path / "file", "key")
     cache.put("a cat", torch.ones(2, 3))

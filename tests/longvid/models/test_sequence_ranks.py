@@ -6,15 +6,12 @@ takes part in the films that have so many ranks.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -194,7 +191,11 @@ Films = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def films(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Films:
+def films(
+    checkpoint_of: Callable[[str], Path],
+    run_worker: Callable[[str, Path, float], int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Films:
     """What the leader left of each film: `NAME` of one rank, `NAME MESH` of several."""
     folder, jobs = tmp_path_factory.mktemp("films"), {}
     for name, settings in FAMILIES.items():
@@ -214,18 +215,8 @@ def films(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     for count in (1, 2):
         jobs[f"pipelines {count}"] = {"models": models, "count": count, "port": str(free_port())}
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
-    command, log = [sys.executable, "-P", __file__, str(folder)], folder / "log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=500)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, log.read_text()
+    exit_code = run_worker(__file__, folder, 500)
+    assert exit_code == 0, (folder / "log").read_text()
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 

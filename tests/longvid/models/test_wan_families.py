@@ -149,7 +149,7 @@ def test_a_latent_image_is_the_film_s_first_latent_and_is_told_to_be_clean(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanImageStage, "conditioned", listen)
         first, *_ = engine.denoise(plan)
-    latents = engine._encode_image(image, plan).latents
+    latents = engine._conditioning.encode_image(image, plan).latents
     assert torch.equal(first.latents[:, :1], latents)
     for unit in seen:
         is_first = unit.chunk.start == 0
@@ -162,7 +162,7 @@ def test_later_chunks_get_the_condition_of_a_clip_of_any_length(checkpoint_of: C
     """Mask 0 and the latents of grey frames behind the image, as the stock pipeline makes them for the whole clip."""
     engine = load(checkpoint_of, "i2v 2.2")
     plan = engine.plan(parse_script(story("i2v 2.2", image), "story.yaml"))
-    condition, count = engine._encode_image(image, plan), 60
+    condition, count = engine._conditioning.encode_image(image, plan), 60
     pipe = diffusers.WanImageToVideoPipeline.from_pretrained(checkpoint_of("i2v 2.2"))
     pixels = pipe.video_processor.preprocess(Image.open(image), height=plan.height, width=plan.width)
     frames = 4 * count - 3

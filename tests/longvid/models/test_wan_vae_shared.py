@@ -5,12 +5,8 @@ The file is its own worker: with a folder it forks the ranks, each of which runs
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -160,21 +156,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(run_worker: Callable[[str, Path, float], int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks wrote what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    log = folder / "log"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # no library shall have threads to lose at a fork
-    command = [sys.executable, "-P", __file__, str(folder)]
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=240)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    run_worker(__file__, folder, 240)
     return folder
 
 
