@@ -293,6 +293,7 @@ class Engine:
             loading=self._loading,
             embedded_guidance=self.settings.sampler.embedded_guidance,
             vin=self._vin,
+            linear=self.settings.runtime.linear,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 
