@@ -118,7 +118,8 @@ void run_item(const LinearVariant &variant, const LinearArgs &args, const Cut &c
             float *waiting = sums + (panel - first) * num_blocks * SUMS;
             const bool is_last = step + num_steps == cut.steps;
             const int64_t column = (group + panel) * PANEL;
-            variant.multiply(args, {parts, right, waiting, row, column, num_blocks, num_steps, step == 0, is_last});
+            const uint16_t *next = right + cut.steps * size;
+            variant.multiply(args, {parts, right, next, waiting, row, column, num_blocks, num_steps, step == 0, is_last});
         }
     }
 }

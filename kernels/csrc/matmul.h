@@ -24,7 +24,7 @@ struct LinearArgs {
 // Some blocks of rows by a panel, along a part of the depth. Between the first and the last part, sums wait in
 // [block][half of the rows][half of the columns][16][16].
 struct PanelWork {
-    const uint16_t *parts, *packed;
+    const uint16_t *parts, *packed, *next;  // the last: the panel that is asked for in the meantime
     float *sums;
     int64_t first_row, first_column;
     int num_blocks, num_steps;
