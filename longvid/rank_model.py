@@ -100,6 +100,7 @@ class RankModel:
             loading=self._loading,
             embedded_guidance=self.settings.sampler.embedded_guidance,
             vin=vin,
+            linear=self.settings.runtime.linear,
         )
         return checkpoint.load_stage(part, dtype, self.device, options)
 

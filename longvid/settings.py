@@ -166,11 +166,15 @@ class OutputSettings(Section):
 class RuntimeSettings(Section):
     """The machine: device, the dtype of weights and activations, and threads a rank (0: torch decides).
 
+    `linear` says who computes the layers' linear layers: by the matrix units of an x86 processor, where it has them
+    (`auto`), or `torch`.
+
     `timeout_s` is how long one rank may wait for another. Every `checkpoint_s` seconds the state of a render is saved.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    linear: Literal["auto", "torch"] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
     checkpoint_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0

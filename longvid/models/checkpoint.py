@@ -139,7 +139,7 @@ class StageOptions:
 
     `loading` says what becomes of its weights; a pipeline that is in memory has its own.
     ``embedded_guidance`` is what a guidance-distilled model is told; None: what its pipeline tells it.
-    `vin` is the directory of an adapter whose global tokens its layers read.
+    `vin` is the directory of an adapter whose global tokens its layers read. `linear` is `runtime.linear`.
     """
 
     branches: Sequence[int] = (0,)
@@ -148,6 +148,7 @@ class StageOptions:
     cache: CacheRuntime | None = None
     loading: Loading | None = None
     embedded_guidance: float | None = None
+    linear: str = "auto"
 
     def of(self, part: ModelPart) -> dict[str, Any]:
         """The options of a `LayerStage` of a part."""
@@ -159,6 +160,7 @@ class StageOptions:
             "sequence": self.sequence,
             "attention": self.attention,
             "cache": self.cache,
+            "linear": self.linear,
         }
 
     vin: Path | None = None

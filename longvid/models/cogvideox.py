@@ -40,6 +40,7 @@ class CogVideoXStage(JointStage):
         self._together, self._text_tokens = config.patch_size_t or 1, config.max_text_seq_length
         for index, block in enumerate(dit.transformer_blocks):
             block.attn1.set_processor(QueueJointAttention(index, self.sequence))
+        self._take_linears()
         self._texts: list[Sequence[Tensor]] = []
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 

@@ -152,7 +152,8 @@ class _Bench:
     def _stage(self, layers: range) -> FamilyStage:
         dtype = getattr(torch, self._settings.runtime.dtype)
         if layers not in self._stages or self._checkpoint.pipeline:  # stages of a pipeline share its transformer
-            self._stages[layers] = self._checkpoint.load_stage(ModelPart(layers), dtype, self._device, StageOptions())
+            options = StageOptions(linear=self._settings.runtime.linear)
+            self._stages[layers] = self._checkpoint.load_stage(ModelPart(layers), dtype, self._device, options)
         return self._stages[layers]
 
     def _seconds(self, work: Callable[[], object], repeats: int) -> float:

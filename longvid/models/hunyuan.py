@@ -49,6 +49,7 @@ class HunyuanStage(JointStage):
         self._guidance = torch.tensor([guidance], dtype=self.dtype, device=self.device) * 1000.0
         for index, block in enumerate(self.layers):
             block.attn.set_processor(QueueDualAttention(index, self.sequence))
+        self._take_linears()
         self._prompts: list[Sequence[HunyuanPrompt]] = []
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longvid.cache.plan import Module, StepPlan
 from longvid.cache.regions import Active
 from longvid.cache.runtime import CacheRuntime
+from longvid.models.linear import take_linears
 from longvid.parallel.around import Around, KvPart, without_scene
 from longvid.parallel.attention import Attention, DenseAttention
 from longvid.parallel.sequence import SequenceAttention, WholeSequence
@@ -127,8 +128,8 @@ class LayerStage(ABC):
 
     ``first_layer`` is the first one's place in the model. ``branches`` are those that it runs: 0 follows the prompts,
     1 the negatives. ``sequence`` spreads a unit's tokens over ranks, ``attention`` makes self-attention sparse,
-    ``cache`` leaves layers or modules out. A family says how a unit enters, how a layer is run, and what the last one's
-    output means (`passes`).
+    ``cache`` leaves layers or modules out, ``linear`` is the setting `runtime.linear`. A family says how a unit enters,
+    how a layer is run, and what the last one's output means (`passes`).
     """
 
     def __init__(
@@ -141,17 +142,24 @@ class LayerStage(ABC):
         sequence: SequenceAttention | None = None,
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
+        linear: str = "auto",
     ) -> None:
         self.branches = tuple(branches)
         self.is_first, self.is_last = is_first, is_last
         self.first_layer = first_layer
         self.sequence = sequence or WholeSequence()
         self.attention, self.cache = attention, cache
+        self._linear = linear
 
     @property
     @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
         """The stage's own, in order."""
+
+    def _take_linears(self) -> None:
+        """To be called by a family when the layers are there."""
+        if self._linear == "auto":
+            take_linears(self.layers)
 
     @property
     def num_branches(self) -> int:

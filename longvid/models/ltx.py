@@ -51,6 +51,7 @@ class LtxStage(LayerStage):
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
                 block.ff = CachedFeedForward(index, block.ff)
+        self._take_linears()
         self._fps = 0.0
         self._texts: list[list[TextKv]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}

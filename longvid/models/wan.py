@@ -71,6 +71,7 @@ class WanStage(LayerStage):
         attention: SparseRuntime | None = None,
         cache: CacheRuntime | None = None,
         vin: Vin | None = None,
+        linear: str = "auto",
     ) -> None:
         super().__init__(
             branches=branches,
@@ -80,6 +81,7 @@ class WanStage(LayerStage):
             sequence=sequence,
             attention=attention,
             cache=cache,
+            linear=linear,
         )
         self.dit = dit.eval()
         self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
@@ -89,6 +91,7 @@ class WanStage(LayerStage):
             block.attn2.set_processor(SceneTextAttention(index))
             if self.caches_modules:
                 block.ffn = CachedFeedForward(index, block.ffn)
+        self._take_linears()
         self._vin = vin
         self._texts: list[list[TextKv]] = []
         self._states: list[list[Tensor]] = []

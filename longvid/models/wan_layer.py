@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from longvid.kernels import rows
+from longvid.models.linear import OnePassGelu
 from longvid.models.wan_attention import SelfContext, TextContext
 
 
@@ -49,13 +50,6 @@ class WanLayer(WanTransformerBlock):  # type: ignore[misc]
         hidden = hidden + self.attn2(_text_norm(self.norm2, hidden), text, None, None)
         normed = rows.layer_norm(hidden, ffn_gain, ffn_shift, kinds, self.norm3.eps)
         return rows.add_gated(hidden, self.ffn(normed), ffn_gate, kinds)
-
-
-class OnePassGelu(GELU):  # type: ignore[misc]
-    """diffusers' linear layer and GELU."""
-
-    def gelu(self, gate: Tensor) -> Tensor:
-        return rows.gelu(gate)
 
 
 def take_layer(block: WanTransformerBlock) -> None:

@@ -93,6 +93,7 @@ def test_other_words_for_the_same_film_do_not_count(old: str, new: str) -> None:
         ("output.crf=20", "output.crf: 18 then, 20 now"),
         ("output.segment_s=1.0", "output.segment_s: 2.0 then, 1.0 now"),
         ("runtime.dtype=bfloat16", "runtime.dtype: 'float32' then, 'bfloat16' now"),
+        ("runtime.linear=torch", "runtime.linear: 'auto' then, 'torch' now"),
         ("sequence.backend=deepspeed", "sequence.backend: 'longvid' then, 'deepspeed' now"),
         ("memory.quantize=int8", "memory.quantize: 'none' then, 'int8' now"),
         ("memory.vae_rows=2", "memory.vae_rows: 0 then, 2 now"),
