@@ -12,7 +12,6 @@ strides are one, and a kernel is 1, 2 or 3 wide.
 from __future__ import annotations
 
 import ctypes
-import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -25,7 +24,7 @@ from longvid.kernels import native
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OUTPUTS, _DEPTH = 16, 32
 """A right-hand tile's outputs and channels."""
-_MAX_TAPS, _MAX_GROUPS = 27, 4
+_MAX_GROUPS = 4
 
 
 class Spread(Enum):
@@ -49,7 +48,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int32 * _MAX_GROUPS) for name in ("first_row", "first_column")),
         ("taps", ctypes.c_int32 * 3),
         *((name, ctypes.c_int32) for name in ("frames", "rows", "columns", "channels", "groups", "outputs", "top")),
-        *((name, ctypes.c_int32) for name in ("source_rows", "residual_times", "silu", "dtype", "threads")),
+        *((name, ctypes.c_int32) for name in ("source_rows", "residual_times", "dtype", "threads")),
     ]
 
 
@@ -82,7 +81,7 @@ class Convolution:
     ) -> None:
         groups = spread.value
         outputs, channels, *taps = weight.shape
-        assert math.prod(taps) <= _MAX_TAPS and max(taps) <= 3 and bias.shape == (outputs,)
+        assert max(taps) <= 3 and bias.shape == (outputs,)
         self.dtype, self.spread = weight.dtype, spread
         self.outputs, self.channels, self.depth = outputs // groups, channels, taps[0] - 1
         """`depth`: frames of the past that it sees."""
@@ -92,7 +91,7 @@ class Convolution:
         args = _Args(weight=self._weight.data_ptr(), bias=self._bias.data_ptr(), groups=groups, channels=channels)
         args.outputs, args.dtype, args.taps = self.outputs, _DTYPES[self.dtype], tuple(taps)
         if self._gain is not None:
-            args.gain, args.silu = self._gain.data_ptr(), True
+            args.gain = self._gain.data_ptr()
         for group in range(groups):
             row, column = divmod(group, 2) if spread is Spread.IMAGE else (0, 0)
             args.first_row[group], args.first_column[group] = row - taps[1] // 2, column - taps[2] // 2
@@ -164,12 +163,11 @@ def _pad(values: Tensor, multiple: int) -> Tensor:
 
 
 def _pack(weight_GOCthw: Tensor) -> Tensor:
-    """Right-hand tiles [G, sixteens of outputs, taps, chunks of 32 channels, parts, 16 pairs of channels, 16, 2]."""
-    groups, outputs, channels = weight_GOCthw.shape[:3]
-    pad = 0, -channels % _DEPTH, 0, -outputs % _OUTPUTS
-    weight_GtOC = F.pad(weight_GOCthw.flatten(3).permute(0, 3, 1, 2), pad)
-    tiles = weight_GtOC.unflatten(3, (-1, _DEPTH // 2, 2)).unflatten(2, (-1, _OUTPUTS)).permute(0, 2, 1, 4, 5, 3, 6)
-    return torch.stack(_split(tiles), dim=4).contiguous()
+    """Right-hand tiles [G, sixteens of outputs, t, h, chunks of 32 channels, w, parts, 16 pairs of channels, 16, 2]."""
+    channels, outputs = weight_GOCthw.shape[2], weight_GOCthw.shape[1]
+    pad = *(0, 0) * 3, 0, -channels % _DEPTH, 0, -outputs % _OUTPUTS
+    tiles = F.pad(weight_GOCthw, pad).unflatten(2, (-1, _DEPTH // 2, 2)).unflatten(1, (-1, _OUTPUTS))
+    return torch.stack(_split(tiles.permute(0, 1, 6, 7, 3, 8, 4, 2, 5)), dim=6).contiguous()
 
 
 def _split(x: Tensor) -> list[Tensor]:

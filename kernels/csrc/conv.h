@@ -8,21 +8,20 @@
 namespace longvid {
 
 constexpr int MAX_GROUPS = 4;
-constexpr int MAX_TAPS = 27;
 
 // A convolution with strides of one over frames, rows and columns, all tensors channels last and rows of memory dense.
 // Its outputs come in groups, each with its own place in the result and its own corner: the row and column, beside the
 // output's, of the first tap. A corner is -1 or 0.
 //
 // What it reads are `depth = taps[0] - 1` frames of the past, which are taken as they are, then `frames` of x, through
-// norm (x / |x| over the channels) and SiLU if asked for.
+// norm (x / |x| over the channels) and SiLU if there is a gain.
 struct ConvArgs {
     const void *x;  // [frames, source_rows, columns, channels]
     const void *past;  // [depth, source_rows, columns, channels]; null: zeros
     const void *above, *below;  // [depth + frames, columns, channels], around the source's rows; null: zeros
     void *kept;  // [depth, rows, columns, channels]: the last frames that were read; null: not wanted
     const float *gain;  // [channels, then zeros up to a multiple of 32]; null: no norm and no SiLU
-    const uint16_t *weight;  // right-hand tiles [groups, sixteens of outputs, taps, chunks of 32 channels, parts]
+    const uint16_t *weight;  // right-hand tiles [groups, sixteens of outputs, taps 0, 1, chunks of channels, taps 2, parts]
     const float *bias;  // [groups, outputs up to a multiple of 16]
     const void *residual;  // [frames / residual_times, rows, columns, outputs], added; null: none
     void *out;
@@ -31,7 +30,7 @@ struct ConvArgs {
     int32_t taps[3];
     int32_t frames, rows, columns, channels, groups, outputs;
     int32_t top;  // rows of the source above the first row of the output
-    int32_t source_rows, residual_times, silu, dtype, threads;
+    int32_t source_rows, residual_times, dtype, threads;
 };
 
 // Some rows and columns of the output.

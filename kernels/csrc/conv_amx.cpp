@@ -7,7 +7,7 @@
 //
 // Frames are written (through norm and SiLU) into a ring as deep as the kernel, each once, right before they are needed.
 //
-// The order of a sum is: taps by frame, row and column; chunks of channels; parts. It is the same for every pixel, however
+// The order of a sum is: taps by frame and row, chunks of channels, taps by column, parts. It is the same for every pixel, however
 // many are at hand. Frames before the first are left out, which gives the bits of adding zeros: no sum is ever -0.
 
 #include "isa.h"
@@ -91,36 +91,42 @@ inline __m512 silu(__m512 x) {
     return _mm512_mul_ps(x, inverse(_mm512_add_ps(_mm512_set1_ps(1.0f), exp2(_mm512_min_ps(limit, power)))));
 }
 
-template <typename T>
-inline float inverse_norm(const T *x, int channels) {
+// 16 channels from `at` on; zeros behind the last.
+template <bool FULL, typename T>
+inline __m512 channels_from(const T *pixel, int at, int channels) {
+    return load(pixel + at, FULL ? up_to(16) : up_to(channels - at));
+}
+
+template <bool FULL, typename T>
+inline float inverse_norm(const T *pixel, int channels) {
     __m512 first = _mm512_setzero_ps(), second = first;
     for (int d = 0; d < channels; d += DEPTH) {
-        const __m512 a = load(x + d, up_to(channels - d)), b = load(x + d + 16, up_to(channels - d - 16));
-        first = _mm512_fmadd_ps(a, a, first);
-        second = _mm512_fmadd_ps(b, b, second);
+        const __m512 low = channels_from<FULL>(pixel, d, channels), high = channels_from<FULL>(pixel, d + 16, channels);
+        first = _mm512_fmadd_ps(low, low, first);
+        second = _mm512_fmadd_ps(high, high, second);
     }
     const float size = __builtin_sqrtf(_mm512_reduce_add_ps(_mm512_add_ps(first, second)));
     return 1.0f / (size < 1e-12f ? 1e-12f : size);
 }
 
-// Writes pixels as the kernel reads them; those that `kept` is for, there as well.
-template <typename T, bool NORMED>
-void write_pixels(const ConvArgs &args, const T *x, int count, Bf16 *to, T *kept) {
+// Writes pixels as the kernel reads them, and there as well where `kept` is not null. FULL: the channels are a multiple
+// of 32.
+template <typename T, bool NORMED, bool FULL>
+void write_pixels(const T *x, int count, int channels, const float *gain, Bf16 *to, T *kept) {
     constexpr int PARTS = parts_of<T>;
-    const int channels = args.channels, width = padded(channels);
+    const int width = padded(channels);
     for (int i = 0; i < count; i++, x += channels, to += PARTS * width) {
-        const __m512 scale = _mm512_set1_ps(NORMED ? inverse_norm(x, channels) : 1.0f);
+        const __m512 scale = _mm512_set1_ps(NORMED ? inverse_norm<FULL>(x, channels) : 1.0f);
         for (int d = 0; d < width; d += DEPTH) {
             __m512 values[2];
             for (int half = 0; half < 2; half++) {
                 const int at = d + 16 * half;
-                const __mmask16 lanes = up_to(channels - at);
-                values[half] = load(x + at, lanes);
+                values[half] = channels_from<FULL>(x, at, channels);
                 if (NORMED) {
-                    values[half] = _mm512_mul_ps(_mm512_mul_ps(values[half], scale), _mm512_loadu_ps(args.gain + at));
-                    if (args.silu) values[half] = silu(values[half]);
+                    values[half] = _mm512_mul_ps(_mm512_mul_ps(values[half], scale), _mm512_loadu_ps(gain + at));
+                    values[half] = silu(values[half]);
                 }
-                if (kept) store(kept + i * channels + at, values[half], lanes);
+                if (kept) store(kept + at, values[half], FULL ? up_to(16) : up_to(channels - at));
             }
             if (PARTS == 1) {
                 _mm512_store_si512(to + d, round_to_bf16(values[0], values[1]));
@@ -129,6 +135,7 @@ void write_pixels(const ConvArgs &args, const T *x, int count, Bf16 *to, T *kept
                 for (int p = 0; p < PARTS; p++) _mm512_store_si512(to + p * width + d, parts.of[p]);
             }
         }
+        if (kept) kept += channels;
     }
 }
 
@@ -241,11 +248,10 @@ class RegionConvolution {
     }
 
     void write(const T *from, int count, Bf16 *to, int frame, T *kept) {
-        if (args.gain && frame >= depth) {
-            write_pixels<T, true>(args, from, count, to, kept);
-        } else {
-            write_pixels<T, false>(args, from, count, to, kept);
-        }
+        const bool normed = args.gain && frame >= depth, full = args.channels % DEPTH == 0;
+        const auto write = normed ? (full ? write_pixels<T, true, true> : write_pixels<T, true, false>)
+                                  : (full ? write_pixels<T, false, true> : write_pixels<T, false, false>);
+        write(from, count, args.channels, args.gain, to, kept);
     }
 
     void multiply(int frame, int group) {
@@ -274,17 +280,17 @@ class RegionConvolution {
         }
     }
 
-    // Where the left-hand tiles of the region's first pixel are, for each tap and chunk of channels.
+    // Where the left-hand tile of the region's first pixel is, for each tap and chunk of channels.
     void find_lefts(int frame, int group) {
         const Bf16 **left = lefts;
         for (int t = 0; t < args.taps[0]; t++) {
             const Bf16 *slot = ring + (frame + t) % (depth + 1) * int64_t(canvas.slot);
             for (int h = 0; h < args.taps[1]; h++) {
                 const int row = canvas.edge_rows + args.first_row[group] + h;
-                for (int w = 0; w < args.taps[2]; w++) {
-                    const int column = canvas.edge_columns + args.first_column[group] + w;
-                    const Bf16 *at = slot + (row * canvas.pitch + column) * int64_t(canvas.pixel);
-                    for (int chunk = 0; chunk < chunks; chunk++) *left++ = at + chunk * DEPTH;
+                const int column = canvas.edge_columns + args.first_column[group];
+                const Bf16 *at = slot + (row * canvas.pitch + column) * int64_t(canvas.pixel);
+                for (int chunk = 0; chunk < chunks; chunk++) {
+                    for (int w = 0; w < args.taps[2]; w++) *left++ = at + chunk * DEPTH + w * canvas.pixel;
                 }
             }
         }
