@@ -2,7 +2,19 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("amx", "sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512", "conv", "conv_amx")
+SOURCES = (
+    "amx",
+    "sparse",
+    "portable",
+    "avx2",
+    "avx512",
+    "rows",
+    "rows_portable",
+    "rows_avx2",
+    "rows_avx512",
+    "conv",
+    "conv_amx",
+)
 HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc", "conv.h")
 
 setup(

@@ -1,4 +1,4 @@
-"""Convolutions over frames, rows and columns by the matrix units of x86, as exact as fp32: the C++ of `csrc/conv_amx.cpp`.
+"""Convolutions over frames, rows and columns by the matrix units of x86, as exact as fp32: `csrc/conv_amx.cpp`.
 
 A float is split into three bf16, and six of the nine products of two floats' parts are taken. Norm and SiLU before a
 convolution, bias and residual behind it are in the same pass, so nothing is padded, joined or written twice. A pixel's
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Around:
     below: Tensor | None
 
 
-_NOTHING = Around(None, None)
+NOTHING = Around(None, None)
 
 
 def suits(x: Tensor) -> bool:
@@ -70,32 +71,35 @@ def suits(x: Tensor) -> bool:
 
 
 class Convolution:
-    """A convolution's weights, packed: 1.5 times as large as in fp32, as large in bf16.
+    """A convolution's weights [groups · O, C, t, h, w] and bias [groups · O], as many groups as ``spread`` says.
 
-    weight [groups · O, C, t, h, w] and bias [groups · O], as many groups as ``spread`` says. ``gain`` [C] is that of a
-    norm, x / max(|x|, 1e-12) · gain over the channels, through which x goes before, and through SiLU.
+    They are packed at the first call, which takes 1.5 times the memory of fp32 weights, or as much as bf16 ones.
+    ``gain`` [C] is that of a norm, x / max(|x|, 1e-12) · gain over the channels, through which x goes before, and then
+    through SiLU.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor, spread: Spread = Spread.NONE, gain: Tensor | None = None
-    ) -> None:
-        groups = spread.value
-        outputs, channels, *taps = weight.shape
-        assert max(taps) <= 3 and bias.shape == (outputs,)
-        self.dtype, self.spread = weight.dtype, spread
-        self.outputs, self.channels, self.depth = outputs // groups, channels, taps[0] - 1
+    def __init__(self, weight: Tensor, bias: Tensor, spread: Spread = Spread.NONE, gain: Tensor | None = None) -> None:
+        outputs, self.channels, *taps = weight.shape
+        assert max(taps) <= 3 and bias.shape == (outputs,) and bias.dtype == weight.dtype
+        self.outputs, self.depth, self.spread = outputs // spread.value, taps[0] - 1, spread
         """`depth`: frames of the past that it sees."""
-        self._weight = _pack(weight.unflatten(0, (groups, -1)))
-        self._bias = _pad(bias.float().view(groups, -1), _OUTPUTS)
-        self._gain = None if gain is None else _pad(gain.float()[None], _DEPTH)
-        args = _Args(weight=self._weight.data_ptr(), bias=self._bias.data_ptr(), groups=groups, channels=channels)
-        args.outputs, args.dtype, args.taps = self.outputs, _DTYPES[self.dtype], tuple(taps)
+        self._weight, self._bias, self._gain = weight, bias, gain
+
+    @cached_property
+    def _packed(self) -> tuple[_Args, list[Tensor]]:
+        """What all calls have in common, and the tensors that it points at."""
+        groups, taps = self.spread.value, self._weight.shape[2:]
+        held = [_pack(self._weight.unflatten(0, (groups, -1))), _pad(self._bias.float().view(groups, -1), _OUTPUTS)]
+        args = _Args(weight=held[0].data_ptr(), bias=held[1].data_ptr(), groups=groups)
+        args.channels, args.outputs, args.taps = self.channels, self.outputs, tuple(taps)
+        args.dtype = _DTYPES[self._weight.dtype]
         if self._gain is not None:
-            args.gain = self._gain.data_ptr()
+            held.append(_pad(self._gain.float()[None], _DEPTH))
+            args.gain = held[2].data_ptr()
         for group in range(groups):
-            row, column = divmod(group, 2) if spread is Spread.IMAGE else (0, 0)
+            row, column = divmod(group, 2) if self.spread is Spread.IMAGE else (0, 0)
             args.first_row[group], args.first_column[group] = row - taps[1] // 2, column - taps[2] // 2
-        self._args = args
+        return args, held
 
     def __call__(
         self,
@@ -103,28 +107,32 @@ class Convolution:
         past: Tensor | None = None,
         *,
         kept: Tensor | None = None,
-        around: Around = _NOTHING,
+        around: Around = NOTHING,
         rows: range | None = None,
         residual: Tensor | None = None,
+        is_normed: bool = False,
     ) -> Tensor:
         """Convolve x [T, H, W, C], zeros around it; [T, H, W, O], or what ``spread`` makes of it.
 
         ``past`` [depth, H, W, C] are the inputs before, None: zeros; they had their norm. ``kept`` of the same shape
         gets the last inputs, so that they are the next call's past. ``around`` has rows of the image that are
         elsewhere, x behind the frames of the past. Of x, ``rows`` are wanted alone. ``residual``
-        [T or a part of it, H, W, O] is added to each of the groups, a frame of it to T / its frames.
+        [T or a part of it, H, W, O] is added to each of the groups, a frame of it to T / its frames. ``is_normed``: x
+        had its norm, too.
         """
         frames, height, width, channels = x.shape
         rows = range(height) if rows is None else rows
-        assert x.dtype == self.dtype and channels == self.channels
+        assert x.dtype == self._weight.dtype and channels == self.channels
         out = x.new_empty(self._shape(frames, len(rows), width))
         if not out.numel():
             return out
-        args = _Args.from_buffer_copy(self._args)
+        args = _Args.from_buffer_copy(self._packed[0])
+        if is_normed:
+            args.gain = None
         inputs = {"x": x, "past": past, "above": around.above, "below": around.below, "residual": residual}
         held = {name: value.contiguous() for name, value in inputs.items() if value is not None}
         for name, value in held.items():
-            assert value.dtype == self.dtype
+            assert value.dtype == x.dtype
             setattr(args, name, value.data_ptr())
         if kept is not None:
             assert kept.is_contiguous() and kept.shape == (self.depth, len(rows), width, channels)
