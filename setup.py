@@ -14,6 +14,7 @@ SOURCES = (
     "rows_avx512",
     "conv",
     "conv_amx",
+    "pixels",
 )
 HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc", "conv.h")
 
