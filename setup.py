@@ -1,19 +1,19 @@
 """The C++ kernels, which pyproject.toml cannot describe. Without a compiler longvid installs without them."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
-SOURCES = (
-    *("amx", "sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512"),
-    *("matmul", "matmul_amx"),
-)
-HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc", "matmul.h")
+FOLDER = Path("kernels/csrc")
+SOURCES = sorted(map(str, FOLDER.glob("*.cpp")))
+HEADERS = sorted(str(path) for ending in ("h", "inc") for path in FOLDER.glob(f"*.{ending}"))
 
 setup(
     ext_modules=[
         Extension(
             "longvid.kernels._native",
-            sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
-            depends=[f"kernels/csrc/{name}" for name in HEADERS],
+            sources=SOURCES,
+            depends=HEADERS,
             # Never -ffast-math: the kernels rely on rounding, infinities and NaN.
             extra_compile_args=[
                 "-std=c++17",

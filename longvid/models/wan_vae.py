@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from longvid.kernels.pixels import to_bytes
 from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 from longvid.models.wan_vae_line import PartDecoder
@@ -122,7 +123,7 @@ class WanStreamDecoder:
         return latents.to(weight.dtype)
 
     def _frames(self, x: Tensor) -> Tensor:
-        return _unpatchify(to_uint8(x[0]), self.vae.config.patch_size or 1)
+        return to_bytes(x[0].permute(1, 2, 3, 0), self.vae.config.patch_size or 1)
 
     def frames_after(self, num_latents: int) -> int:
         """Frames that so many latents of a shot have given."""
@@ -186,15 +187,7 @@ def _own_rows(state: Mapping[str, Tensor], shared: SharedDecoder) -> dict[str, T
 
 def to_uint8(x_CTHW: Tensor) -> Tensor:
     """[-1, 1] floats [3, T, H, W] to rounded uint8 [T, H, W, 3] on the CPU."""
-    scaled = x_CTHW.float().clamp(-1, 1).add(1).mul(127.5).round()
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu()
-
-
-def _unpatchify(x_THWC: Tensor, patch: int) -> Tensor:
-    """[T, H, W, 3 patch patch] to [T, H patch, W patch, 3]; a pixel's column comes before its row, as Wan has it."""
-    num_frames, height, width, channels = x_THWC.shape
-    cells = x_THWC.view(num_frames, height, width, -1, patch, patch).permute(0, 1, 5, 2, 4, 3)
-    return cells.reshape(num_frames, height * patch, width * patch, channels // patch**2)
+    return to_bytes(x_CTHW.permute(1, 2, 3, 0))
 
 
 class _Decoder(Protocol):

@@ -4,7 +4,7 @@ Up to the attention in its middle the decoder works on latents, which are small,
 so far it runs whole. From there on a convolution sees one row above and one below, so a band gives what its rows allow:
 all but the last row, which waits for the next band. Each layer keeps the last two rows that came to it, and what goes
 around a layer waits for what goes through it. Nothing is computed twice, and no band is blended with another: only
-oneDNN's rounding depends on the size of a band.
+oneDNN's rounding depends on the size of a band, where there are no matrix units.
 
 Shapes as in ``longvid.models.wan_vae_layers``: activations are [T, H, W, C], H the rows of a band.
 """
@@ -25,7 +25,7 @@ from longvid.models.wan_vae_layers import (
     UpBlock,
     Upsample,
     as_ncthw,
-    convolve,
+    convolve_by_torch,
     interleave,
 )
 
@@ -106,15 +106,17 @@ class _Band:
 
 
 def _convolution(layer: CausalConvolution, x: Tensor, band: _Band) -> Tensor:
-    inputs = x.new_empty(layer.depth + len(x), *x.shape[1:])
+    depth, edge = layer.depth, layer.edge_rows
+    inputs = x.new_empty(depth + len(x), *x.shape[1:])
     layer.fill(x, inputs)
-    band.exchange(inputs, layer.depth)
-    weight = layer.conv.weight
-    sees_rows = weight.shape[3] > 1
-    rows = band.between(inputs) if sees_rows else inputs
-    if rows.shape[1] < weight.shape[3]:
-        return x.new_empty(len(x), 0, x.shape[2], weight.shape[0])
-    return convolve(rows, weight, layer.conv.bias, [0, 0, weight.shape[4] // 2])
+    band.exchange(inputs, depth)
+    rows = band.between(inputs) if edge else inputs
+    inner = range(edge, rows.shape[1] - edge)
+    if not inner:
+        return layer.spread(x.new_empty(len(x), 0, x.shape[2], layer.weight.shape[0]))
+    if layer.fused:
+        return layer.fused(rows[depth:], rows[:depth], rows=inner, is_normed=True)
+    return layer.spread(convolve_by_torch(rows, layer.weight, layer.bias, [0, 0, layer.weight.shape[4] // 2]))
 
 
 def _residual(block: ResidualBlock, x: Tensor, band: _Band) -> Tensor:
@@ -143,9 +145,11 @@ def _upsample(layer: Upsample, x: Tensor, band: _Band, first_chunk: bool) -> Ten
         if first_chunk:
             band.repeat()
         else:
-            x = layer.in_time(_convolution(layer.time_conv, x, band))
+            x = _convolution(layer.time_conv, x, band)
     rows = band.between(x)
     height = rows.shape[1] - 2
     if height < 1:
         return x.new_empty(len(x), 0, 2 * x.shape[2], layer.bias.shape[0] // 4)
-    return interleave(convolve(rows, layer.weight, layer.bias, [0, 0, 1]), height, x.shape[2])
+    if layer.fused:
+        return layer.fused(rows, rows=range(1, 1 + height))
+    return interleave(convolve_by_torch(rows, layer.weight, layer.bias, [0, 0, 1]), height, x.shape[2])

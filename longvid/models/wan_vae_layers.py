@@ -1,9 +1,10 @@
 """The Wan VAE's decoder, made for a CPU: diffusers' weights and arithmetic, channels last.
 
-Differs from diffusers' modules by rounding alone. What makes it faster: oneDNN's convolutions are at
-their best channels last; norm and activation write straight into the input of the next convolution,
-behind the frames kept from the pass before, so nothing is padded or joined; a convolution of an image
-that was doubled in size by repetition works on the image before that.
+Differs from diffusers' modules by rounding alone. What makes it faster: where the processor has matrix
+units, a convolution is one pass of ours with its norm, activation and residual (``kernels/convolve.py``).
+Elsewhere oneDNN's convolutions are at their best channels last; norm and activation write straight into
+the input of the next convolution, behind the frames kept from the pass before, so nothing is padded or
+joined. A convolution of an image that was doubled in size by repetition works on the image before that.
 
 Shapes: T frames, H height, W width, C channels; activations are contiguous [T, H, W, C].
 """
@@ -29,7 +30,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longvid.kernels import rows
+from longvid.kernels import convolve, rows
+from longvid.kernels.convolve import NOTHING, Around, Spread
 
 State: TypeAlias = list[Tensor | list[Tensor] | str | None]
 """diffusers' cache: for each causal convolution over time the last inputs [1, C, 2, H, W], None before the first.
@@ -42,13 +44,16 @@ REPEAT = "Rep"
 
 
 class ChannelsLastDecoder:
-    """``post_quant_conv`` and decoder of a VAE. Lays the weights out anew in place; they stay the VAE's."""
+    """``post_quant_conv`` and decoder of a VAE, whose the weights stay.
+
+    For matrix units it packs copies, each when it is first used; else it lays the weights out anew in place.
+    """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
         self.release = scratch.release
         """Gives back the memory that is kept from pass to pass."""
-        self._post_quant = _Convolution(vae.post_quant_conv)
+        self._post_quant = Convolution(vae.post_quant_conv)
         self.conv_in = CausalConvolution(decoder.conv_in, scratch)
         mid = decoder.mid_block
         self.mid: list[ResidualBlock | _Attention] = [ResidualBlock(mid.resnets[0], scratch)]
@@ -100,6 +105,19 @@ class Cache:
             x[depth - kept.shape[2] : depth] = kept[0].permute(1, 2, 3, 0)
         self.keep(as_ncthw(x[-depth:].clone()))
 
+    def past(self, depth: int) -> Tensor | None:
+        """The frames that a convolution kept [depth, H, W, C]; None: zeros."""
+        kept = self._state[self.position]
+        if not isinstance(kept, Tensor):
+            return None
+        frames = kept[0].permute(1, 2, 3, 0)
+        missing = depth - len(frames)
+        return torch.cat([frames.new_zeros(missing, *frames.shape[1:]), frames]) if missing else frames
+
+    def around(self, x: Tensor, past: Tensor | None, depth: int) -> Around:
+        """What lies above and below the rows at hand of x [T, H, W, C], behind ``depth`` frames of the past."""
+        return NOTHING
+
     def keep(self, entry: Tensor | str) -> None:
         self._state[self.position] = entry
         self.position += 1
@@ -135,46 +153,71 @@ class _Scratch:
         self._values = torch.empty(0)
 
 
-class _Convolution:
-    """A convolution, padded with zeros in space only."""
+class Convolution:
+    """A convolution within frames, padded with zeros."""
 
-    def __init__(self, conv: nn.Conv3d) -> None:
-        conv.weight.data = _channels_last(conv.weight.detach())
-        self.weight, self.bias = conv.weight.detach(), _bias(conv)
-        self._rows, self._columns = (size // 2 for size in self.weight.shape[3:])
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
+        weight = conv.weight if isinstance(conv, nn.Conv3d) else conv.weight[:, :, None]
+        self._fused = _fused(weight, _bias(conv))
+        self._weights = None if self._fused else (_laid_out(conv), _bias(conv))
+        self.num_weights = weight.numel()
 
-    def halo(self, cache: Cache) -> int:
-        """Rows around its input that it must be given."""
-        return min(cache.halo, self._rows)
-
-    def __call__(self, x: Tensor, halo: int = 0) -> Tensor:
-        return convolve(x, self.weight, self.bias, [0, self._rows - halo, self._columns])
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [T, H, W, C] to [T, H, W, O], with a residual of that shape added."""
+        if self._fused:
+            return self._fused(x, residual=residual)
+        assert self._weights is not None
+        weight, bias = self._weights
+        y = convolve_by_torch(x, weight, bias, [size // 2 for size in weight.shape[2:]])
+        return y if residual is None else y.add_(residual)
 
 
 class CausalConvolution:
-    """A convolution over the frames so far, after norm and SiLU if it has a norm."""
+    """A convolution over the frames so far, after norm and SiLU if it has a norm.
 
-    def __init__(self, conv: WanCausalConv3d, scratch: _Scratch, norm: WanRMS_norm | None = None) -> None:
-        self.conv = _Convolution(conv)
+    With `Spread.FRAMES` of twice the outputs, which become twice the frames.
+    """
+
+    def __init__(
+        self,
+        conv: WanCausalConv3d,
+        scratch: _Scratch,
+        norm: WanRMS_norm | None = None,
+        spread: Spread = Spread.NONE,
+    ) -> None:
         self._norm = None if norm is None else _Norm(norm)
-        self.depth = self.conv.weight.shape[2] - 1
+        self.fused = _fused(conv.weight, _bias(conv), spread, None if self._norm is None else self._norm.gain)
+        self.weight = conv.weight.detach() if self.fused else _laid_out(conv)
+        self.bias, self._spread, self._scratch = _bias(conv), spread, scratch
+        self.depth = self.weight.shape[2] - 1
         """Frames of the past that it sees."""
-        self._scratch = scratch
+        self.edge_rows, self._edge_columns = (size // 2 for size in self.weight.shape[3:])
+        """Rows that it sees above and below each."""
 
     @property
     def num_weights(self) -> int:
-        return self.conv.weight.numel()
+        return self.weight.numel()
 
-    def __call__(self, x: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, x: Tensor, cache: Cache, residual: Tensor | None = None) -> Tensor:
+        """x [T, H, W, C] to [T, H, W, O], with a residual of that shape added."""
+        if self.fused:
+            past = cache.past(self.depth)
+            around = cache.around(x, past, self.depth) if self.edge_rows else NOTHING
+            kept = x.new_empty(self.depth, *x.shape[1:])
+            y = self.fused(x, past, kept=kept, around=around, residual=residual)
+            cache.keep(as_ncthw(kept))
+            return y
         num_frames, height, *rest = x.shape
-        halo = self.conv.halo(cache)
+        halo = min(cache.halo, self.edge_rows)
         inputs = self._scratch.empty((self.depth + num_frames, halo + height + halo, *rest), x)
         rows = inputs[:, halo : halo + height]
         self.fill(x, rows)
         cache.exchange(rows, self.depth)
         if halo:
             cache.fill_halo(inputs)
-        return self.conv(inputs, halo)
+        padding = [0, self.edge_rows - halo, self._edge_columns]
+        y = self.spread(convolve_by_torch(inputs, self.weight, self.bias, padding))
+        return y if residual is None else y.add_(residual)
 
     def fill(self, x: Tensor, inputs: Tensor) -> None:
         """Write x to the last frames of the convolution's input, through norm and SiLU if it has a norm."""
@@ -183,41 +226,48 @@ class CausalConvolution:
         else:
             self._norm(x, inputs[self.depth :], silu=True)
 
+    def spread(self, y: Tensor) -> Tensor:
+        """[T, H, W, 2 C] as [2 T, H, W, C], if its outputs become frames."""
+        if self._spread is Spread.NONE:
+            return y
+        frames: Tensor = y.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        return frames
+
 
 class _Norm:
     """RMS norm over the channels."""
 
     def __init__(self, norm: WanRMS_norm) -> None:
-        self._gain = (norm.gamma.detach() * norm.scale).flatten()
+        self.gain = (norm.gamma.detach() * norm.scale).flatten()
 
     def __call__(self, x: Tensor, out: Tensor, silu: bool) -> None:
         """Write the norm of x [T, H, W, C] to ``out``, whose frames are contiguous, through SiLU if asked for."""
         if out.is_contiguous():
-            rows.unit_norm(x, self._gain, out, silu=silu)
+            rows.unit_norm(x, self.gain, out, silu=silu)
             return
         for frame, result in zip(x, out, strict=True):
-            rows.unit_norm(frame, self._gain, result, silu=silu)
+            rows.unit_norm(frame, self.gain, result, silu=silu)
 
 
 class ResidualBlock:
     def __init__(self, block: WanResidualBlock, scratch: _Scratch) -> None:
         self.conv1 = CausalConvolution(block.conv1, scratch, block.norm1)
         self.conv2 = CausalConvolution(block.conv2, scratch, block.norm2)
-        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _Convolution(block.conv_shortcut)
+        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else Convolution(block.conv_shortcut)
 
     @property
     def num_inputs(self) -> int:
         """Channels of what comes to it."""
-        return self.conv1.conv.weight.shape[1]
+        return self.conv1.weight.shape[1]
 
     @property
     def num_weights(self) -> int:
-        shortcut = 0 if self.shortcut is None else self.shortcut.weight.numel()
+        shortcut = 0 if self.shortcut is None else self.shortcut.num_weights
         return self.conv1.num_weights + self.conv2.num_weights + shortcut
 
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
-        y = self.conv2(self.conv1(x, cache), cache)
-        return y.add_(x if self.shortcut is None else self.shortcut(x))
+        y = self.conv1(x, cache)
+        return self.conv2(y, cache, x if self.shortcut is None else self.shortcut(x))
 
 
 class _Attention:
@@ -225,8 +275,7 @@ class _Attention:
 
     def __init__(self, block: WanAttentionBlock) -> None:
         self._norm = _Norm(block.norm)
-        self._qkv = _channels_last(block.to_qkv.weight.detach()[:, :, None]), block.to_qkv.bias.detach()
-        self._proj = _channels_last(block.proj.weight.detach()[:, :, None]), block.proj.bias.detach()
+        self._qkv, self._proj = Convolution(block.to_qkv), Convolution(block.proj)
 
     def __call__(self, x: Tensor, cache: Cache) -> Tensor:
         normed = torch.empty_like(x)
@@ -234,10 +283,10 @@ class _Attention:
         # Whoever has some rows attends for all: it is little work, and how many queries there are decides the rounding.
         whole = cache.gather(normed)
         num_frames, height, width, channels = whole.shape
-        qkv = convolve(whole, *self._qkv, [0, 0, 0])
+        qkv = self._qkv(whole)
         q, k, v = qkv.view(num_frames, 1, height * width, 3 * channels).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).reshape(whole.shape)
-        return convolve(cache.own(y).contiguous(), *self._proj, [0, 0, 0]).add_(x)
+        return self._proj(cache.own(y).contiguous(), x)
 
 
 class UpBlock:
@@ -258,8 +307,11 @@ class UpBlock:
             y = resnet(y, cache)
         if self.upsample is None:
             return y
-        y = self.upsample(y, cache, first_chunk)
-        return y if self.shortcut is None else self.shortcut.add_to(y, x)
+        if self.shortcut is None:
+            return self.upsample(y, cache, first_chunk)
+        if self.upsample.fused and self.shortcut.same_channels:
+            return self.upsample(y, cache, first_chunk, x)
+        return self.shortcut.add_to(self.upsample(y, cache, first_chunk), x)
 
 
 class Upsample:
@@ -272,18 +324,24 @@ class Upsample:
 
     def __init__(self, resample: WanResample, scratch: _Scratch) -> None:
         in_time = resample.mode == "upsample3d"
-        self.time_conv = CausalConvolution(resample.time_conv, scratch) if in_time else None
+        self.time_conv = CausalConvolution(resample.time_conv, scratch, spread=Spread.FRAMES) if in_time else None
         conv = resample.resample[1]
         kernels = [_halved(_halved(conv.weight.detach().float(), 2, i), 3, j) for i, j in product((0, 1), (0, 1))]
-        self.weight = _channels_last(torch.cat(kernels)[:, :, None].to(conv.weight.dtype))
-        self.bias = conv.bias.detach().repeat(4)
+        weight = torch.cat(kernels)[:, :, None].to(conv.weight.dtype)
+        self.bias, self.num_weights = conv.bias.detach().repeat(4), weight.numel()
+        self.fused = _fused(weight, self.bias, Spread.IMAGE)
+        self.weight = weight if self.fused else _channels_last(weight)
 
-    def __call__(self, x: Tensor, cache: Cache, first_chunk: bool) -> Tensor:
+    def __call__(self, x: Tensor, cache: Cache, first_chunk: bool, around: Tensor | None = None) -> Tensor:
+        """``around`` [T, H, W, C] is added to all that each pixel of x [T, H, W, C] becomes; matrix units alone do."""
         if self.time_conv is not None:
             if first_chunk:
                 cache.keep(REPEAT)
             else:
-                x = self.in_time(self.time_conv(x, cache))
+                x = self.time_conv(x, cache)
+        if self.fused:
+            return self.fused(x, around=cache.around(x, None, 0), residual=around)
+        assert around is None
         num_frames, height, width, channels = x.shape
         halo = cache.halo
         if halo:
@@ -291,12 +349,7 @@ class Upsample:
             rows[:, halo : halo + height] = x
             cache.fill_halo(rows)
             x = rows
-        return interleave(convolve(x, self.weight, self.bias, [0, 1 - halo, 1]), height, width)
-
-    def in_time(self, x: Tensor) -> Tensor:
-        """[T, H, W, 2 C] as [2 T, H, W, C]."""
-        frames: Tensor = x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return frames
+        return interleave(convolve_by_torch(x, self.weight, self.bias, [0, 1 - halo, 1]), height, width)
 
 
 def interleave(y: Tensor, height: int, width: int) -> Tensor:
@@ -317,7 +370,7 @@ class _Shortcut:
         channels = torch.arange(dup.out_channels * dup.factor) // dup.repeats
         """Input channel of each output channel, time, row and column."""
         self._channels = channels.view(dup.out_channels, dup.factor_t, 2, 2)
-        self._same_channels = dup.in_channels == dup.out_channels
+        self.same_channels = dup.in_channels == dup.out_channels
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add x [T, H, W, C] to y [T' T, 2 H, 2 W, C'] in place; a first latent has the last of the T' times alone."""
@@ -326,7 +379,7 @@ class _Shortcut:
         cells = y.view(num_frames, times, height, 2, width, 2, -1)
         for t, i, j in product(range(times), (0, 1), (0, 1)):
             channels = self._channels[:, self._times - times + t, i, j]
-            cells[:, t, :, i, :, j] += x if self._same_channels else x[..., channels]
+            cells[:, t, :, i, :, j] += x if self.same_channels else x[..., channels]
         return y
 
 
@@ -336,7 +389,15 @@ def _halved(kernel: Tensor, dim: int, phase: int) -> Tensor:
     return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -> Tensor:
+def _fused(
+    weight: Tensor, bias: Tensor, spread: Spread = Spread.NONE, gain: Tensor | None = None
+) -> convolve.Convolution | None:
+    """With norm, activation and residual in one, where there are matrix units."""
+    weight = weight.detach()
+    return convolve.Convolution(weight, bias, spread, gain) if convolve.suits(weight) else None
+
+
+def convolve_by_torch(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -> Tensor:
     """Convolve x [T, H, W, C] with ones as strides. For one clip torch would take its plain fp32 kernel, not oneDNN."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         y = torch.mkldnn_convolution(as_ncthw(x), weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)
@@ -348,6 +409,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: list[int]) -> Ten
 def _bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     assert conv.bias is not None, "Wan's convolutions have a bias"
     return conv.bias.detach()
+
+
+def _laid_out(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Its weights [O, I, t, h, w], laid out anew in place."""
+    if isinstance(conv, nn.Conv2d):
+        return _channels_last(conv.weight.detach()[:, :, None])
+    conv.weight.data = _channels_last(conv.weight.detach())
+    return conv.weight.detach()
 
 
 def _channels_last(weight: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _up_works(decoder: ChannelsLastDecoder) -> list[int]:
             if block.upsample.time_conv is not None:
                 work += block.upsample.time_conv.num_weights * frames * area
                 frames *= 2
-            work += block.upsample.weight.numel() * frames * area
+            work += block.upsample.num_weights * frames * area
             area *= 4
         works.append(work)
     works[-1] += decoder.conv_out.num_weights * frames * area

@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from longvid.kernels.convolve import Around
 from longvid.models.wan_vae_layers import Cache, ChannelsLastDecoder, State, as_ncthw
 from longvid.parallel.comm import Group
 
@@ -79,15 +80,20 @@ class Bands:
         parts[self.group.index] = own
         return torch.cat([parts[member] for member in range(self.num_busy)], dim)
 
-    def fill_halo(self, x: Tensor) -> None:
-        """Fill the first and last row of x [T, 1 + H + 1, W, C] with the next ones of the bands above and below."""
+    def around(self, first: Tensor, last: Tensor) -> Around:
+        """The last rows [T, W, C] of the band above and the first of the one below, for this one's first and last."""
         above, below = self.group.index - 1, self.group.index + 1
-        gives = {above: x[:, 1]} if above >= 0 else {}
-        gives |= {below: x[:, -2]} if below < self.num_busy else {}
+        gives = {above: first} if above >= 0 else {}
+        gives |= {below: last} if below < self.num_busy else {}
         takes = {member: torch.empty_like(row, memory_format=torch.contiguous_format) for member, row in gives.items()}
         self.group.trade(gives, takes)()
-        x[:, 0] = takes.get(above, 0.0)
-        x[:, -1] = takes.get(below, 0.0)
+        return Around(takes.get(above), takes.get(below))
+
+    def fill_halo(self, x: Tensor) -> None:
+        """Fill the first and last row of x [T, 1 + H + 1, W, C] with the next ones of the bands above and below."""
+        rows = self.around(x[:, 1], x[:, -2])
+        x[:, 0] = 0.0 if rows.above is None else rows.above
+        x[:, -1] = 0.0 if rows.below is None else rows.below
 
     def _empty(self, member: int, like: Tensor, dim: int) -> Tensor:
         rows = like.shape[dim] // len(self.own) * len(self.of(member))
@@ -122,6 +128,11 @@ class _BandCache(Cache):
 
     def fill_halo(self, x: Tensor) -> None:
         self._bands.fill_halo(x)
+
+    def around(self, x: Tensor, past: Tensor | None, depth: int) -> Around:
+        before = x.new_zeros(depth, *x.shape[1:]) if past is None else past
+        first, last = (torch.cat([before[:, row], x[:, row]]) for row in (0, -1))
+        return self._bands.around(first, last)
 
     def gather(self, x: Tensor) -> Tensor:
         return self._bands.gather(x, dim=1)
