@@ -15,7 +15,7 @@ from longvid.parallel.schedule import Admit, Finish, Forecast, Forward, LatentVe
 from longvid.plan import Chunk, FilmSpan
 
 PATTERN = 8
-"""Chunks after which stages that decode have had about their parts: pieces are whole latents, other ones of each chunk."""
+"""Chunks after which stages that decode have had about their parts: of each chunk they have other latents."""
 MARGIN = 4
 """Chunks beyond those in flight until every pair of chunks adds the same time."""
 
@@ -174,7 +174,7 @@ class _Run:
         self.clocks, self.busy = [0.0] * num_stages, [0.0] * num_stages
         self.taken: list[deque[float]] = [deque() for _ in range(num_stages)]
 
-    def take(self, event: _Event | DecodeAction) -> None:
+    def take(self, event: _Event | DecodeAction) -> None:  # noqa: C901 - one match over all events
         """The next of the schedule, on all stages. It happens in this order on each of them, but for what is late."""
         match event:
             case Admit(round=n):
@@ -269,7 +269,7 @@ class _Run:
         self.clocks[stage] = max(self.clocks[stage], self.clocks[0])
 
     def decode(self, action: Decode) -> None:
-        """A piece, on its stage, where the decoder's state has come; the first stage shows the chunk when all is there."""
+        """A piece, on its stage, when the decoder's state has come. Of the last one the first stage shows the chunk."""
         piece, stage = action.piece, action.piece.stage
         while stage == 0 and any(late.state == piece for late in self.late):
             self.pop()
@@ -292,7 +292,7 @@ class _Run:
             self.late.append(_Late(self.round, self.clocks[stage]))
 
     def move(self, move: Move) -> None:
-        """The decoder's state goes to another stage: a later one waits for it, an earlier one when it comes to the piece."""
+        """The decoder's state goes to another stage: a later one takes it now, an earlier one before the piece."""
         piece, stage = move.piece, move.piece.stage
         arrival = self.clocks[move.source] + self.times.state
         if stage == 0:
