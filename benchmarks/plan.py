@@ -2,12 +2,13 @@
 
 python benchmarks/plan.py --out benchmarks/results/plan.json
 
-Models are the embedded one, and a Wan and a CogVideoX of random weights that are made here. Each film is rendered on
-one rank and on two, a thread each. Before the first render, between them and after the last the ranks measure a layer
-and the decoder, all at once, and predict; a render is compared with the predictions before and after it, and the median
-of these errors counts, so that a machine that is slower for a while is so for both sides. Time is that of frames as
-they come, without the writing of a file; memory that of all tensors alive at once on the leader, without what libraries
-take.
+Models are the embedded one, and one of random weights of every other family, made here. Each film is rendered on
+one rank and on two, a thread each. Before the first render, between them and after the last the ranks measure layers,
+the decoder and messages, all at once, and predict; a render is compared with the predictions before and after it, and
+the median of these errors counts, so that a machine that is slower for a while is so for both sides. Time is that of
+frames as they come, without the writing of a file, from when all ranks are there; memory that of all tensors alive at
+once on the leader, without what libraries take. The file has what was done so far after every row, and `--table`
+prints a file's errors as docs/plan.md has them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from longvid.launch.local import run_local
 from longvid.measured import measure_machine
 from longvid.meshes import Film, options
 from longvid.models.facts import find_model, sizes_of
+from longvid.parallel.comm import meet
 from longvid.plan import make_plan
 from longvid.script import Script, parse_script
 
@@ -63,8 +65,8 @@ class Case:
             return "mini"
         path = folder / f"{self.family} {self.width} {self.layers}"
         torch.manual_seed(0)
-        pipe = self._wan() if self.family == "wan" else self._cogvideox()
-        pipe.save_pretrained(path)
+        makers = {"wan": self._wan, "cogvideox": self._cogvideox, "hunyuan": self._hunyuan, "ltx": self._ltx}
+        makers[self.family]().save_pretrained(path)
         native = {"fps": 16, "width": self.size[0], "height": self.size[1]}
         (path / "longvid.json").write_text(json.dumps(native))
         return str(path)
@@ -99,6 +101,60 @@ class Case:
             ),
         )
 
+    def _hunyuan(self) -> Any:
+        small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+        tokenizer = diffusers.WanPipeline.from_pretrained(find_model("mini")).tokenizer
+        return diffusers.HunyuanVideoPipeline(
+            text_encoder=transformers.LlamaModel(
+                transformers.LlamaConfig(num_hidden_layers=4, num_key_value_heads=2, **small)
+            ),
+            tokenizer=tokenizer,
+            text_encoder_2=transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(num_hidden_layers=2, eos_token_id=1, **small)
+            ),
+            tokenizer_2=tokenizer,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+            vae=diffusers.AutoencoderKLHunyuanVideo(
+                latent_channels=8, block_out_channels=(32,) * 4, layers_per_block=1, norm_num_groups=8
+            ),
+            transformer=diffusers.HunyuanVideoTransformer3DModel(
+                in_channels=8,
+                out_channels=8,
+                num_attention_heads=self.width // 64,
+                attention_head_dim=64,
+                num_layers=self.layers // 2,
+                num_single_layers=self.layers - self.layers // 2,
+                num_refiner_layers=1,
+                text_embed_dim=64,
+                pooled_projection_dim=64,
+                rope_axes_dim=(32, 16, 16),
+            ),
+        )
+
+    def _ltx(self) -> Any:
+        text = transformers.T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+        return diffusers.LTXPipeline(
+            tokenizer=diffusers.WanPipeline.from_pretrained(find_model("mini")).tokenizer,
+            text_encoder=transformers.T5EncoderModel(text),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+            vae=diffusers.AutoencoderKLLTXVideo(
+                latent_channels=16,
+                block_out_channels=(32, 64, 64, 64),
+                decoder_block_out_channels=(32, 64, 64, 64),
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+            ),
+            transformer=diffusers.LTXVideoTransformer3DModel(
+                in_channels=16,
+                out_channels=16,
+                num_attention_heads=self.width // 64,
+                attention_head_dim=64,
+                cross_attention_dim=self.width,
+                num_layers=self.layers,
+                caption_channels=64,
+            ),
+        )
+
     @property
     def story(self) -> str:
         return f'size: [{self.size[0]}, {self.size[1]}]\nscenes:\n  - {{prompt: "{PROMPT}", for: {self.seconds}s}}\n'
@@ -110,10 +166,12 @@ class Case:
 
 CASES = (
     Case("mini, 10 s", 10, (64, 64), 8),
-    Case("mini, 30 s, 4 steps", 30, (64, 64), 4),
+    Case("mini, 20 s, 4 steps", 20, (64, 64), 4),
     Case("mini, 10 s at 128 x 96", 10, (128, 96), 4),
     Case("Wan, width 384, 8 layers, 6 s", 6, (128, 128), 3, "wan", 384, 8),
     Case("CogVideoX, width 256, 6 layers, 3 s", 3, (96, 96), 4, "cogvideox", 256, 6),
+    Case("HunyuanVideo, width 256, 6 layers, 3 s", 3, (96, 96), 4, "hunyuan", 256, 6),
+    Case("LTX-Video, width 256, 6 layers, 6 s", 6, (160, 160), 4, "ltx", 256, 6),
 )
 
 
@@ -181,7 +239,9 @@ def memory_of(engine: Engine, script: Script) -> float:
 
 
 def render(engine: Engine, script: Script) -> dict[str, float]:
-    """Seconds until the first frames, and until the last."""
+    """Seconds until the first frames, and until the last, from when all ranks are there."""
+    if engine.mesh.topology.num_ranks > 1:
+        meet()
     start, first = time.perf_counter(), 0.0
     for _ in engine.stream(script):
         first = first or time.perf_counter() - start
@@ -192,7 +252,7 @@ def plan(engine: Engine, script: Script) -> dict[str, float]:
     """What `longvid plan --measure` says of the same."""
     ranks, settings = engine.mesh.topology.num_ranks, engine.settings
     film = Film(make_plan(script, settings, engine.facts), settings, engine.facts, sizes_of(settings.model.path))
-    best = options(film, measure_machine(film, ranks, beside=0), ranks)[0]
+    best = options(film, measure_machine(film, ranks, engine.mesh.comm if ranks > 1 else None), ranks)[0]
     assert best.pace
     return {"seconds": best.seconds, "first_s": best.pace.first, "memory_mb": best.memory[0].total_mb}
 
@@ -225,22 +285,37 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a file's errors as a table")
     for name in ("--rank", "--model"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         rank(Path(args.rank), args.model, CASES[args.cases[0]], args.repeats)
         return
-    rows = []
+    if args.table:
+        print(table(json.loads(args.table.read_text())["rows"]))
+        return
+    machine = {key: cpu_facts()[key] for key in ("name", "cores")} | {"torch": package_version("torch")}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for case in (CASES[index] for index in args.cases):
             model = case.make(Path(folder))
             for ranks in args.ranks:
                 rows.append(compare(case, ranks, args.repeats, Path(folder), model))
                 print(_line(rows[-1]), flush=True)
-    machine = {key: cpu_facts()[key] for key in ("name", "cores")} | {"torch": package_version("torch")}
-    if args.out:
-        args.out.write_text(json.dumps({"machine": machine, "repeats": args.repeats, "rows": rows}, indent=1) + "\n")
+                if args.out:  # what is done so far, for whoever ends this early
+                    found = {"machine": machine, "repeats": args.repeats, "rows": rows}
+                    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """How far plans were off, in Markdown."""
+    kinds = ("seconds", "first_s", "memory_mb")
+    lines = ["| film | ranks | time | first frames | memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = (f"{100 * row['error'][kind]:+.0f} %" for kind in kinds)
+        lines.append(f"| {row['case']} | {row['ranks']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -58,16 +58,26 @@ class Machine(Protocol):
         """A message from a stage to the next."""
         ...
 
+    def carry(self, num_bytes: float, topology: Topology) -> float:
+        """A message between stages by way of the host's memory, as the decoder's state goes."""
+        ...
+
+    def overhead(self, topology: Topology) -> float:
+        """Of a unit on a stage, besides computing: bookkeeping, the solver, and what messages take of its time."""
+        ...
+
     def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
         """Weights from where `memory.offload` has them."""
         ...
 
 
 def unit_tokens(settings: Settings, facts: ModelFacts, sizes: Sizes, size: tuple[int, int]) -> Tokens:
-    """Those of a unit as most of a film's are, of so many pixels (width, height), without neighbours' K/V."""
-    count = settings.queue.chunk_latents + (settings.queue.context_latents if settings.recomputes_left else 0)
-    own = count * facts.grid.tokens_per_latent(*size)
-    return Tokens(own, own, sizes.text_columns)
+    """Those of a unit as most of a film's are, of so many pixels (width, height)."""
+    chunk, context = settings.queue.chunk_latents, settings.queue.context_latents
+    per_latent, is_cached = facts.grid.tokens_per_latent(*size), not settings.recomputes_left
+    own = (chunk + context * (not is_cached)) * per_latent
+    seen = own + context * (1 + is_cached) * per_latent * (settings.schedule == "queue")
+    return Tokens(own, seen, sizes.text_columns)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,13 @@ class ChipMachine:
         speed = self.chip.link if topology.num_ranks <= self.chip.node else self.chip.network
         return self.chip.latency + num_bytes / (speed * GB)
 
+    def carry(self, num_bytes: float, topology: Topology) -> float:
+        return self.hop(num_bytes, topology) + 2 * num_bytes / (self.chip.host * HOST_SHARE * GB)
+
+    def overhead(self, topology: Topology) -> float:
+        """None: programs run ahead of the device."""
+        return 0.0
+
     def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
         return fetch_seconds(num_bytes, memory, self.chip.host, min(topology.num_ranks, self.chip.node))
 
@@ -158,6 +175,8 @@ class MeasuredMachine:
     """This machine: times of a typical unit, measured, and others by their operations.
 
     `costs` are of `unit`, one branch; their `decode` is of `latents` latents of `cells` cells, not of a step.
+    `unit_s` are seconds of a unit's bookkeeping and its solver, `message_s` those of the processor for a message that
+    is sent and one that is received. `loopback_gb` are 10^9 bytes a second between processes.
     """
 
     name: str
@@ -168,14 +187,16 @@ class MeasuredMachine:
     cells: int
     latents: int
     notes: Sequence[str] = ()
+    unit_s: float = 0.0
+    message_s: float = 0.0
     loopback_gb: float = 1.0
-    """10^9 bytes a second between processes, taken for what is not measured."""
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
         operations = self.sizes.operations
         share = operations(layer.flops(tokens)) / operations(layer.flops(self.unit))
         exchanged = 4 * tokens.own / topology.seq * layer.width * 4 * (1 - 1 / topology.seq)
-        return self.costs.layers[0] * share / topology.seq + exchanged / (self.loopback_gb * GB)
+        cost = self.costs.layers[self.sizes.layers.index(layer)]
+        return cost * share / topology.seq + exchanged / (self.loopback_gb * GB)
 
     def ends(self, tokens: Tokens, topology: Topology) -> float:
         return self.costs.first * tokens.own / self.unit.own / topology.seq
@@ -186,6 +207,12 @@ class MeasuredMachine:
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
         return num_bytes / (self.loopback_gb * GB)
+
+    def carry(self, num_bytes: float, topology: Topology) -> float:
+        return self.hop(num_bytes, topology)
+
+    def overhead(self, topology: Topology) -> float:
+        return self.unit_s + self.message_s * (topology.stage > 1)
 
     def fetch(self, num_bytes: float, memory: MemorySettings, topology: Topology) -> float:
         return fetch_seconds(num_bytes, memory, HOST_GB, topology.num_ranks)

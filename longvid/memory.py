@@ -22,8 +22,6 @@ from longvid.plan import Chunk, ModelFacts, Plan, sharing_layers
 from longvid.settings import MemorySettings, Settings
 
 MB = 1e6
-VAE_COPIES = 2
-"""Of the widest layer of a VAE, values at once: a copy with its past and padding, or the upsampling's."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def stage_memory(
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
         if stage and not any(decodes[stage : stage + 1]):
             return replace(held, activations_mb=(at_work + waiting) / MB)
-        decoding = itemsize * VAE_COPIES * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
+        decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
         vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height)) / MB
         held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae)
         return held if stage else _with_text(held, sizes, itemsize, settings.memory)

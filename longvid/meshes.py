@@ -141,6 +141,7 @@ def times_of(
     layers = set(film.sizes.layers)
 
     is_fetched = [_is_fetched(film, span) for span in bounds]
+    overhead = machine.overhead(topology)
 
     @cache
     def of_layers(tokens: Tokens) -> tuple[dict[Layer, float], dict[Layer, float]]:
@@ -157,7 +158,7 @@ def times_of(
             found.append(sum(seconds[film.sizes.layers[i]] * share.share(i, step) for i in range(start, stop)))
         found[0] += end
         found[-1] += end
-        return tuple(num_branches * value for value in found)
+        return tuple(num_branches * value + overhead for value in found)
 
     kinds = [kind_of(chunk) for chunk in film.plan.chunks]
     examples = dict(zip(kinds, film.plan.chunks, strict=True))
@@ -183,6 +184,7 @@ def times_of(
         hop=lambda chunk: hopping(kinds[chunk]),
         capacity=2 * film.settings.mesh.buffers,
         shares=shares,
+        state=machine.carry(film.sizes.vae.state_values(film.cells) * film.itemsize, topology) if shares else 0.0,
     )
 
 

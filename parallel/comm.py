@@ -594,6 +594,12 @@ def gather(value: Any, to: int = 0) -> list[Any]:
     return box or []
 
 
+def meet() -> None:
+    """Wait until all ranks of the world have come here."""
+    gather(None)
+    broadcast(None)
+
+
 class StoreBulletin:
     """Small texts that any rank may post and any may wait for, from any thread, through the process group's store."""
 

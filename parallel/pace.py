@@ -7,13 +7,16 @@ can be compared in a second. A test holds the two to the same times.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from longvid.parallel.decoding import LAG, Shares
+from longvid.parallel.actions import Admit, Finish, Forecast, Forward, LatentVersion
+from longvid.parallel.decoding import Decode, DecodeAction, Decoded, Decoding, HandOut, Move, Moves, Piece, Shares
 from longvid.parallel.rules import QueueRules
-from longvid.plan import Chunk
+from longvid.plan import Chunk, FilmSpan
 
+PATTERN = 8
+"""Chunks after which stages that decode have had about their parts: of each chunk they have other latents."""
 MARGIN = 4
 """Chunks beyond those in flight until every pair of chunks adds the same time."""
 
@@ -38,7 +41,7 @@ class Times:
 
     `unit(chunk, step)` is each stage's work, `decode(chunk)` that of decoding a finished chunk, and `hop(chunk)` how
     long activations are on their way; `capacity` of them may be under way to a stage. The first stage decodes, or as
-    `shares` has it dealt out.
+    `shares` has it dealt out; `state` is how long the decoder's state is on its way then.
     """
 
     unit: Callable[[int, int], Sequence[float]]
@@ -46,6 +49,7 @@ class Times:
     hop: Callable[[int], float]
     capacity: int
     shares: Shares | None = None
+    state: float = 0.0
 
     @property
     def parts(self) -> tuple[float, ...]:
@@ -56,16 +60,17 @@ class Times:
 def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:
     """The pace of a film.
 
-    Once the queue is full, every pair of chunks adds the same time (what is put off is so for two rounds): of a long
-    film the beginning is run, and the rest counted by the work that its chunks are. Chunks of one kind must take equal
-    times.
+    Once the queue is full, every pair of chunks adds the same time (what is put off is so for two rounds), and where
+    stages decode some more of them nearly so: of a long film the beginning is run, and the rest counted by the work
+    that its chunks are. Chunks of one kind must take equal times.
     """
     in_flight, num_stages = -(-steps // rules.gap), len(times.unit(0, 0))
-    prefix = min(len(chunks), max(in_flight, num_stages) + MARGIN)
+    prefix = min(len(chunks), max(in_flight, num_stages) + MARGIN + (PATTERN if times.shares else 0))
     beginning = run(chunks[:prefix], steps, rules, times)
     if prefix == len(chunks):
         return beginning
-    last = beginning.makespan - run(chunks[: prefix - 2], steps, rules, times).makespan
+    period = PATTERN if times.shares else 2
+    last = beginning.makespan - run(chunks[: prefix - period], steps, rules, times).makespan
     computed = [step for step in range(steps) if step not in rules.forecast]
 
     def work(chunk: int) -> list[float]:
@@ -75,7 +80,7 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
         return total
 
     works = {kind: work(i) for kind, i in {kind_of(chunk): chunk.index for chunk in chunks}.items()}
-    scale = last / sum(max(works[kind_of(chunk)]) for chunk in chunks[prefix - 2 : prefix])
+    scale = last / sum(max(works[kind_of(chunk)]) for chunk in chunks[prefix - period : prefix])
     rest = Counter(map(kind_of, chunks[prefix:]))
     busy = [
         before + sum(count * works[kind][stage] for kind, count in rest.items())
@@ -94,61 +99,124 @@ def kind_of(chunk: Chunk) -> Kind:
 
 
 def run(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) -> Pace:
-    """The pace of all of these chunks, unit by unit."""
+    """The pace of all of these chunks, unit by unit and piece by piece."""
+    stream: Iterable[_Event | DecodeAction] = _queue(len(chunks), steps, rules)
+    if times.shares:
+        films = (FilmSpan(range(len(chunks)), range(1), 0),)
+        stream = Decoding(times.shares, chunks, films, span=rules.gap).spread(stream)
     state = _Run(chunks, steps, rules, times)
-    for n in range(rules.num_rounds(len(chunks), steps)):
-        state.decode_until(n - LAG)
-        newest = min(n // rules.gap, len(chunks) - 1)
+    for event in stream:
+        state.take(event)
+    state.settle()
+    return Pace(max(state.clocks), state.first, tuple(state.busy))
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The end of a round that another follows."""
+
+    round: int
+
+
+_Event = Admit | Forward | Forecast | Finish | _End
+
+
+def _queue(num_chunks: int, steps: int, rules: QueueRules) -> Iterator[_Event]:
+    """What takes time of the queue's schedule, in its order."""
+    last: int | None = None
+    for n in range(rules.num_rounds(num_chunks, steps)):
+        newest = min(n // rules.gap, num_chunks - 1)
         oldest = max(-(-(n - steps + 1) // rules.gap), 0)
         for i in range(newest, oldest - 1, -1):
-            state.unit(n, i, n - rules.gap * i)
-        state.settle(n - 1)
-        state.show()
-    state.settle(rules.num_rounds(len(chunks), steps))
-    state.decode_rest()
-    return Pace(max(state.clocks), state.first, tuple(state.busy))
+            if last is not None and last != n:
+                yield _End(last)
+            last, k = n, n - rules.gap * i
+            if k == 0:
+                yield Admit(n, i)
+            yield Forecast(n, i, k) if k in rules.forecast else Forward(n, i, k)
+            if k + 1 == steps:
+                yield Finish(n, LatentVersion(i, steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """Something that the first stage puts off in a round: what comes at `arrival`, and what it then has or does.
+
+    `made` is a version of latents (chunk, steps), `state` that of the decoder before a piece; it decodes or shows a
+    chunk.
+    """
+
+    round: int
+    arrival: float = 0.0
+    made: tuple[int, int] | None = None
+    state: Piece | None = None
+    decodes: int | None = None
+    shows: int | None = None
 
 
 @dataclass
 class _Run:
-    """Clocks of all stages. `late` is what the first stage puts off: (round, chunk, version or None, arrival).
-
-    Where stages decode, `finished` are chunks that wait for it, with their rounds. A piece is taken to begin with a
-    round: what it waits for is then done, for later stages are as far behind.
+    """Clocks of all stages, and what the first one puts off. `states` are those of the decoder that go back to an
+    earlier stage but the first, with their arrivals.
     """
 
     chunks: Sequence[Chunk]
     steps: int
     rules: QueueRules
     times: Times
-    late: deque[tuple[int, int, int | None, float]] = field(default_factory=deque)
+    late: deque[_Late] = field(default_factory=deque)
     put_off: set[tuple[int, int]] = field(default_factory=set)
+    states: dict[Piece, float] = field(default_factory=dict)
+    round: int = 0
     first: float = 0.0
-    finished: deque[tuple[int, int]] = field(default_factory=deque)
-    shown: float | None = None
-    """When the first chunk's pieces are decoded, until the first stage comes to show them."""
 
     def __post_init__(self) -> None:
         num_stages = len(self.times.unit(0, 0))
         self.clocks, self.busy = [0.0] * num_stages, [0.0] * num_stages
         self.taken: list[deque[float]] = [deque() for _ in range(num_stages)]
-        shares = self.times.shares
-        self.pieces = [shares.pieces(i, chunk.num_latents) for i, chunk in enumerate(self.chunks)] if shares else []
 
-    def unit(self, n: int, i: int, k: int) -> None:
+    def take(self, event: _Event | DecodeAction) -> None:  # noqa: C901 - one match over all events
+        """The next of the schedule, on all stages. It happens in this order on each of them, but for what is late."""
+        match event:
+            case Admit(round=n):
+                self.round = n
+            case Forward(round=n, chunk=i, step=k):
+                self.round = n
+                self.unit(i, k, is_computed=True)
+            case Forecast(round=n, chunk=i, step=k):
+                self.unit(i, k, is_computed=False)
+            case Finish(round=n, latents=latents):
+                if not self.times.shares:
+                    self.late.append(_Late(n, decodes=latents.chunk))
+                self.settle_alone()
+            case _End(round=n):
+                self.round = n
+                self.settle(n - 1)
+            case Moves(moves=moves):
+                for move in moves:
+                    self.move(move)
+            case HandOut(round=n, pieces=pieces):
+                self.settle(n)
+                for piece in pieces:
+                    self.hear(piece.stage)
+            case Decode():
+                self.decode(event)
+            case Decoded(resting=resting):
+                for _, stage in resting:
+                    self.keep(stage)
+
+    def unit(self, i: int, k: int, *, is_computed: bool) -> None:
         """One step of a chunk, through all stages."""
-        arrival = 0.0
-        if k not in self.rules.forecast:
+        n, arrival = self.rules.gap * i + k, 0.0
+        self.round = n
+        if is_computed:
             needed = {(i, k), self.left(i, k)}
             while needed & self.put_off:
                 self.pop()
             arrival = self.forward(i, k)
         self.put_off.add((i, k + 1))
-        self.late.append((n, i, k + 1, arrival))
-        if k + 1 == self.steps:
-            self.late.append((n, i, None, 0.0))
-        if len(self.clocks) == 1:
-            self.settle(n)
+        self.late.append(_Late(n, arrival, made=(i, k + 1)))
+        self.settle_alone()
 
     def left(self, i: int, k: int) -> tuple[int, int]:
         """The version of the left neighbour's latents that a unit reads."""
@@ -173,51 +241,64 @@ class _Run:
             arrival = clock + hop
         return arrival if last else clocks[0]
 
-    def settle(self, done: int) -> None:
-        """On the first stage: what was put off in rounds up to this one."""
-        while self.late and self.late[0][0] <= done:
+    def settle(self, done: int | None = None) -> None:
+        """On the first stage: what was put off in rounds up to this one; None: all."""
+        while self.late and (done is None or self.late[0].round <= done):
             self.pop()
 
+    def settle_alone(self) -> None:
+        """A lone stage puts nothing off."""
+        if len(self.clocks) == 1:
+            self.settle()
+
     def pop(self) -> None:
-        n, i, version, arrival = self.late.popleft()
-        self.clocks[0] = max(self.clocks[0], arrival)
-        if version is not None:
-            self.put_off.discard((i, version))
-            return
-        if self.pieces:
-            self.finished.append((n, i))
-            return
-        seconds = self.times.decode(i)
-        self.clocks[0] += seconds
-        self.busy[0] += seconds
-        if i == 0:
+        late = self.late.popleft()
+        self.clocks[0] = max(self.clocks[0], late.arrival)
+        if late.made:
+            self.put_off.discard(late.made)
+        if late.decodes is not None:
+            self.compute(0, self.times.decode(late.decodes))
+        if late.decodes == 0 or late.shows == 0:
             self.first = self.clocks[0]
 
-    def decode_until(self, done: int) -> None:
-        """Decode the chunks that finished in rounds up to one, a piece a stage."""
-        while self.finished and self.finished[0][0] <= done:
-            _, i = self.finished.popleft()
-            ends = [self.decode_piece(i, latents, stage) for latents, stage in self.pieces[i]]
-            if i == 0:
-                self.shown = max(ends)
-
-    def decode_piece(self, i: int, latents: range, stage: int) -> float:
-        """When a stage is done with a piece."""
-        seconds = self.times.decode(i) * len(latents) / self.chunks[i].num_latents
+    def compute(self, stage: int, seconds: float) -> None:
         self.clocks[stage] += seconds
         self.busy[stage] += seconds
-        return self.clocks[stage]
 
-    def show(self) -> None:
-        """On the first stage, at the end of a round: hand out the first chunk's frames if they are there."""
-        if self.shown is not None:
-            self.first, self.shown = max(self.shown, self.clocks[0]), None
+    def hear(self, stage: int) -> None:
+        """A stage takes what the first one tells it now."""
+        self.clocks[stage] = max(self.clocks[stage], self.clocks[0])
 
-    def decode_rest(self) -> None:
-        """What is left when all units are done: piece after piece, for there is one state."""
-        now = 0.0
-        for _, i in self.finished:
-            for latents, stage in self.pieces[i]:
-                self.clocks[stage] = max(self.clocks[stage], now)
-                now = self.decode_piece(i, latents, stage)
-            self.first = self.first or now
+    def decode(self, action: Decode) -> None:
+        """A piece, on its stage, when the decoder's state has come. Of the last one the first stage shows the chunk."""
+        piece, stage = action.piece, action.piece.stage
+        while stage == 0 and any(late.state == piece for late in self.late):
+            self.pop()
+        self.clocks[stage] = max(self.clocks[stage], self.states.pop(piece, 0.0))
+        whole = self.chunks[piece.chunk].num_latents
+        self.compute(stage, self.times.decode(piece.chunk) * (piece.stop - piece.first) / whole)
+        if stage:
+            self.late.append(_Late(self.round, self.clocks[stage]))
+        if action.ends_film:
+            self.keep(stage)
+        if action.ends_chunk:
+            self.late.append(_Late(self.round, shows=piece.chunk))
+        if action.move:
+            self.move(action.move)
+
+    def keep(self, stage: int) -> None:
+        """The first stage asks that with the state whether it is to be kept, and hears of it later."""
+        if stage:
+            self.hear(stage)
+            self.late.append(_Late(self.round, self.clocks[stage]))
+
+    def move(self, move: Move) -> None:
+        """The decoder's state goes to another stage: a later one takes it now, an earlier one before the piece."""
+        piece, stage = move.piece, move.piece.stage
+        arrival = self.clocks[move.source] + self.times.state
+        if stage == 0:
+            self.late.append(_Late(self.round, arrival, state=piece))
+        elif move.source < stage:
+            self.clocks[stage] = max(self.clocks[stage], arrival)
+        else:
+            self.states[piece] = arrival

@@ -7,6 +7,10 @@ from longvid.models.sizes import Config, Flops, JointLayer, Network, Sizes, Vae,
 
 TOGETHER = 2
 """Latents that the stock VAE decodes in one pass."""
+STATES = 2
+"""Of a pass: that which it goes on from, and that which it makes."""
+NORM = 6
+"""Values at once in a norm that reads the latents: its input, normed, scale, shift, their product and the sum."""
 
 
 def cogvideox_sizes(configs: Configs) -> Sizes:
@@ -51,12 +55,14 @@ def cogvideox_vae(config: Config) -> Vae:
     halvings = int(config.get("temporal_compression_ratio", 4)).bit_length() - 1
     encoder = _encoder(widths, blocks, z, int(config.get("in_channels", 3)))
     decoder = _decoder(widths, blocks, z, int(config.get("out_channels", 3)), halvings)
-    return Vae(encoder.params + decoder.params, decoder, together=TOGETHER)
+    return Vae(encoder.params + decoder.params, decoder, together=TOGETHER, states=STATES)
 
 
-def _residual(net: Network, inputs: int, outputs: int, z: int) -> None:
-    for width in (inputs, outputs):
+def _residual(net: Network, inputs: int, outputs: int, z: int, entered: int = 0) -> None:
+    """`entered` channels came to the level, and are alive as long as its other blocks are."""
+    for width, alive in ((inputs, entered), (outputs, entered + inputs)):
         _norm(net, width, z)
+        net.alive(alive + NORM * width + 2 * z)
     net.conv(inputs, outputs, keeps=2)
     net.conv(outputs, outputs, keeps=2)
     if inputs != outputs:
@@ -95,7 +101,7 @@ def _decoder(widths: list[int], blocks: int, z: int, outputs: int, halvings: int
         _residual(net, before, before, z)
     for level, width in enumerate(reversed(widths)):
         for block in range(blocks + 1):
-            _residual(net, width if block else before, width, z)
+            _residual(net, width if block else before, width, z, entered=before if block else 0)
         before = width
         if level < len(widths) - 1:
             net.up(time=2 if level < halvings else 1)

@@ -13,13 +13,15 @@ from longvid.machines import unit_tokens
 from longvid.models.checkpoint import Checkpoint, FamilyStage, StageOptions, StreamDecoder
 from longvid.models.families import known_sizes
 from longvid.models.parts import ModelPart
-from longvid.models.sizes import Sizes
+from longvid.models.sizes import Sizes, layer_bytes
 from longvid.parallel.partition import Costs
 from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, ModelFacts, PromptBlend
 from longvid.settings import Settings
 
-REPEATS = 5
+REPEATS = 6
+SOME, SOME_BYTES = 4, 32 << 20
+"""Layers of a kind that are measured together, and what their weights may take: a processor's cache or more."""
 PATIENCE_S = 3.0
 """What measuring may take: larger units are measured at a smaller size of the picture."""
 
@@ -40,7 +42,7 @@ def measure_costs(
 
     `size` is the film's width and height in pixels, else the model's own. Where that would take longer than
     `patience_s` in all, a smaller picture is measured, and what was found is scaled by operations;
-    `Costs.measured_at` says so. Reads one layer of each kind: they are all alike.
+    `Costs.measured_at` says so. Reads some layers of each kind: they are all alike.
     """
     facts, sizes = checkpoint.facts, known_sizes(checkpoint.configs)
     wanted = size or (facts.width, facts.height)
@@ -95,7 +97,7 @@ def scaled_costs(costs: Costs, sizes: Sizes, settings: Settings, facts: ModelFac
 
 
 def typical_unit(facts: ModelFacts, settings: Settings, device: torch.device, size: Size) -> Unit:
-    """A unit as most of a film's are: with left context, at two noise levels."""
+    """A unit as most of a film's are, but for neighbours' K/V: with left context, at two noise levels."""
     queue = settings.queue
     width, height = facts.grid.latent_size(*size)
     left = queue.context_latents if settings.recomputes_left else 0
@@ -106,8 +108,25 @@ def typical_unit(facts: ModelFacts, settings: Settings, device: torch.device, si
     return Unit(chunk, 0, timesteps, (height, width), latents)
 
 
+def among_neighbours(stage: FamilyStage, unit: Unit, settings: Settings) -> Unit:
+    """The unit with K/V of its neighbours, as those of a film have them, that keeps its own for them."""
+    queue = settings.queue
+    if settings.schedule != "queue" or not queue.context_latents:
+        return unit
+    context, count, is_cached = queue.context_latents, len(unit.timesteps), not settings.recomputes_left
+    first = count - unit.chunk.num_latents
+    spans = (slice(first, first + context), *([slice(count - context, count)] if is_cached else []))
+    kv = stage.forward(replace(unit, store=spans)).kv
+    around = replace(unit.chunk, num_right=context, num_left=context if is_cached else unit.chunk.num_left)
+    return replace(unit, chunk=around, store=spans, right=kv[0], left=kv[-1] if is_cached else None)
+
+
 class _Bench:
-    """A layer of each kind, the ends and the decoder, to be timed at several sizes."""
+    """Some layers of each kind, the ends and the decoder, to be timed at several sizes.
+
+    One small layer again and again would find its weights in the processor's cache, where other layers displace them in
+    a film. So there are several, as long as they are small.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, decoder: StreamDecoder, settings: Settings, device: torch.device
@@ -116,6 +135,10 @@ class _Bench:
         self._settings, self._device = settings, device
         dual, count = checkpoint.facts.dual_layers, checkpoint.facts.num_layers
         self._kinds = [kind for kind in (range(dual), range(dual, count)) if kind]
+        sizes, itemsize = known_sizes(checkpoint.configs), getattr(torch, settings.runtime.dtype).itemsize
+        each = [layer_bytes(sizes.layers[kind.start], itemsize) if sizes else SOME_BYTES for kind in self._kinds]
+        counts = [max(1, min(SOME, SOME_BYTES // size)) for size in each]
+        self._some = [kind[:most] for kind, most in zip(self._kinds, counts, strict=True)]
         self._stages: dict[range, FamilyStage] = {}
 
     def layers(self, size: Size, repeats: int) -> Costs:
@@ -126,10 +149,11 @@ class _Bench:
         def seconds(layers: range) -> float:
             stage = self._stage(layers)
             stage.prepare(inputs)
-            return self._seconds(lambda: stage.forward(unit), repeats)
+            whole = among_neighbours(stage, unit, self._settings) if layers else unit
+            return statistics.median(self._times(lambda: stage.forward(whole), repeats))
 
         ends = seconds(range(0))
-        each = [max(seconds(kind[:1]) - ends, 1e-6) for kind in self._kinds]
+        each = [max(seconds(some) - ends, 1e-6) / len(some) for some in self._some]
         layers = tuple(cost for cost, kind in zip(each, self._kinds, strict=True) for _ in kind)
         return Costs(layers, ends / 2, ends / 2)
 
@@ -138,16 +162,17 @@ class _Bench:
         unit = typical_unit(self._checkpoint.facts, self._settings, self._device, size)
         assert unit.latents is not None
         own = unit.latents[:, -self._settings.queue.chunk_latents :]
-        seconds = self._seconds(lambda: self._decoder.push(own), repeats)
+        # Some decoders wait for groups of latents, so that a push takes longer than another: the mean of all counts.
+        seconds = statistics.mean(self._times(lambda: self._decoder.push(own), repeats))
         self._decoder.reset()
         nothing = (0.0,) * self._checkpoint.facts.num_layers
         return Costs(nothing, decode=seconds / self._settings.sampler.steps)
 
     def seconds_of(self, costs: Costs) -> float:
         """What a run takes that finds such costs."""
-        one_of_each = sum(costs.layers[kind.start] for kind in self._kinds)
+        some_of_each = sum(costs.layers[layer] for some in self._some for layer in some)
         ends = (1 + len(self._kinds)) * (costs.first + costs.last)
-        return one_of_each + ends + costs.decode * self._settings.sampler.steps
+        return some_of_each + ends + costs.decode * self._settings.sampler.steps
 
     def _stage(self, layers: range) -> FamilyStage:
         dtype = getattr(torch, self._settings.runtime.dtype)
@@ -156,8 +181,8 @@ class _Bench:
             self._stages[layers] = self._checkpoint.load_stage(ModelPart(layers), dtype, self._device, options)
         return self._stages[layers]
 
-    def _seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """The median of a few runs, after one that warms up."""
+    def _times(self, work: Callable[[], object], repeats: int) -> list[float]:
+        """Seconds of a few runs, after one that warms up."""
         times = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -165,4 +190,4 @@ class _Bench:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
+        return times[1:]

@@ -10,6 +10,10 @@ LEVELS = 256
 """Frequencies of a noise level."""
 WINDOW, STRIDE = 5, 3
 """Latents that the stock VAE decodes for so many new ones."""
+TIME = 4
+"""Frames a latent, but for a tile's first."""
+PADDED = 19 / 17
+"""What goes into a convolution, of a tile's frames: with two frames of padding before them."""
 
 
 def hunyuan_sizes(configs: Configs) -> Sizes:
@@ -75,10 +79,17 @@ def hunyuan_vae(config: Config) -> Vae:
     )
     encoder, decoder = _encoder(widths, blocks, z, config), _decoder(widths, blocks, z, config)
     quant = linear(2 * z, 2 * z)
-    return Vae(encoder.params + quant + decoder.params, decoder, together=WINDOW, repeated=WINDOW / STRIDE)
+    together = WINDOW - 1 + 1 / TIME
+    return Vae(encoder.params + quant + decoder.params, decoder, together=together, repeated=WINDOW / STRIDE)
 
 
-def _residual(net: Network, inputs: int, outputs: int) -> None:
+def _residual(net: Network, inputs: int, outputs: int, entered: int = 0) -> None:
+    """`entered` channels came to the level, and are alive as long as its other blocks are.
+
+    So are the block's inputs, until its end; inside, what is normed, that with its padding, and what comes out.
+    """
+    net.alive(entered + inputs + (1 + PADDED) * inputs + outputs)
+    net.alive(entered + inputs + (2 + PADDED) * outputs)
     net.conv(inputs, outputs)
     net.conv(outputs, outputs)
     net.other_params += 2 * inputs + 2 * outputs
@@ -119,7 +130,7 @@ def _decoder(widths: list[int], blocks: int, z: int, config: Config) -> Network:
     _middle(net, before, bool(config.get("mid_block_add_attention", True)))
     for level, width in enumerate(reversed(widths)):
         for block in range(blocks + 1):
-            _residual(net, width if block else before, width)
+            _residual(net, width if block else before, width, entered=before if block else 0)
         before = width
         if level < ups:
             net.up(time=2 if level >= ups - 2 else 1)

@@ -181,6 +181,10 @@ def layer_bytes(layer: Layer, itemsize: int) -> int:
 # ------------------------------------------------------------------------------------------------------- the video VAE
 
 
+COPIES = 2
+"""Of what is around a VAE's convolution, values at once: a copy with its past and padding, or the upsampling's."""
+
+
 @dataclass(frozen=True)
 class Conv:
     """A convolution. A latent is `frames` of its outputs, the first of a shot `first`, of `cells` a latent cell each.
@@ -219,10 +223,16 @@ class Network:
     """Of self-attention within a frame, at the first level."""
     num_whole: int = 0
     """The first so many convolutions work on whole frames where the others work in bands of rows."""
+    others: list[float] = field(default_factory=list)
+    """Values at once, a latent cell and latent, where more are alive than around a convolution."""
 
     def conv(self, inputs: int, outputs: int, taps: int = 27, *, keeps: int = 0, first: int | None = None) -> None:
         at_first = self.first if first is None else first
         self.convs.append(Conv(inputs, outputs, taps, self.cells, self.frames, at_first, keeps))
+
+    def alive(self, channels: float) -> None:
+        """So many channels are alive at once at this level."""
+        self.others.append(channels * self.cells * self.frames)
 
     def up(self, space: int = 2, time: int = 1) -> None:
         """What follows is finer: `space` in width and in height, `time` in frames but for the shot's first."""
@@ -252,8 +262,8 @@ class Network:
 
     @property
     def widest(self) -> float:
-        """The most values a latent cell and latent that go into a convolution, its past ones and what comes out."""
-        return max(map(_around, self.convs))
+        """The most values at once, a latent cell and latent: beside the state, for a pass of one latent."""
+        return max(COPIES * max(map(_around, self.convs)), *self.others, 0.0)
 
     def widest_in_bands(self, cells: int, height: int, rows: int) -> float:
         """The most values at once of a latent of `height` rows, of which `rows` at a time are decoded.
@@ -265,7 +275,7 @@ class Network:
         banded = self.convs[self.num_whole :]
         share = min(1.0, (rows + 2) / height)
         kept = sum(2 * (conv.frames + conv.keeps) * conv.inputs * sqrt(conv.cells) / height for conv in banded)
-        return cells * max(whole, share * max(map(_around, banded)) + kept)
+        return COPIES * cells * max(whole, share * max(map(_around, banded)) + kept)
 
 
 def _around(conv: Conv) -> float:
@@ -275,12 +285,16 @@ def _around(conv: Conv) -> float:
 
 @dataclass(frozen=True)
 class Vae:
-    """A video VAE. `together` latents are decoded in one pass; of these `repeated` times more than come out new."""
+    """A video VAE. `together` latents are decoded in one pass; of these `repeated` times more than come out new.
+
+    Of a tile's latents the first may count as less, for it has fewer frames. `states` of the state are alive in a pass.
+    """
 
     params: int
     decoder: Network
-    together: int = 1
+    together: float = 1.0
     repeated: float = 1.0
+    states: int = 1
 
     def flops(self, cells: int, num_latents: int, starts: bool = False) -> float:
         """Of decoding so many latents of so many cells."""
@@ -291,9 +305,9 @@ class Vae:
         return self.decoder.state * cells
 
     def working_values(self, cells: int, height: int = 0, rows: int = 0) -> float:
-        """Values at once inside the widest layer, beside the state; with `rows`, of `height`, so many at a time."""
+        """Values at once where most are, beside the state; with `rows`, of `height`, so many at a time."""
         widest = self.decoder.widest_in_bands(cells, height, rows) if rows else self.decoder.widest * cells
-        return widest * self.together
+        return widest * self.together + (self.states - 1) * self.decoder.state * cells
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -218,11 +217,18 @@ def test_this_machine_is_measured_at_the_films_own_size(tiny_model):
     assert option.memory[0].total_mb < 50
 
 
-def test_ranks_are_measured_while_others_work(tiny_model):
+def test_ranks_are_measured_all_at_once_with_their_messages(tiny_model):
     film = film_of(4, str(tiny_model), ["sampler.steps=2", "runtime.threads=1"], preset=None)
-    before = multiprocessing.active_children()
     machine = measure_machine(film, 2)
-    assert machine.costs.layers[0] > 0 and multiprocessing.active_children() == before
+    assert machine.costs.layers[0] > 0 and machine.unit_s > 0 and machine.message_s > 0 and machine.loopback_gb > 0
+    two = machine.overhead(Topology(stage=2))
+    assert machine.overhead(Topology()) == machine.unit_s and two == machine.unit_s + machine.message_s
+    silent = replace(machine, unit_s=0.0, message_s=0.0)
+    [counted], [free] = (
+        [option.pace for option in options(film, each, 2) if option.topology.stage == 2] for each in (machine, silent)
+    )
+    units = len(film.plan.chunks) * film.steps
+    assert sum(counted.busy) == pytest.approx(sum(free.busy) + 2 * units * two)
 
 
 # ------------------------------------------------------------------------------------------------------ memory settings

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from longvid.models.checkpoint import Checkpoint, StageOptions
-from longvid.models.costs import Size, measure_costs, scaled_costs, smaller_sizes, typical_unit
+from longvid.models.costs import Size, among_neighbours, measure_costs, scaled_costs, smaller_sizes, typical_unit
 from longvid.models.families import known_sizes
 from longvid.models.loader import open_checkpoint
 from longvid.models.parts import ModelPart
@@ -49,13 +49,16 @@ def test_costs_grow_with_the_size_as_the_counted_operations_do(checkpoint: Check
         for count in (0, 1)
     ]
     decoder = checkpoint.load_decoder(torch.float32, CPU)
+    around = partial(among_neighbours, settings=settings)
 
     def operations(size: Size) -> tuple[int, int]:
         """Of a unit in a layer, and of decoding two latents, which are not the first."""
         unit, inputs = typical_unit(facts, settings, CPU, size), checkpoint.blank_inputs(CPU, size)
         for stage in stages:
             stage.prepare(inputs)
-        ends, one = (counted(partial(stage.forward, unit)) for stage in stages)
+            stage.forward(unit)  # what is computed once a prompt
+        no_layer, a_layer = stages
+        ends, one = counted(partial(no_layer.forward, unit)), counted(partial(a_layer.forward, around(a_layer, unit)))
         decoder.reset()
         decoder.push(unit.latents[:, -1:])
         return one - ends, counted(lambda: decoder.push(unit.latents[:, -2:]))
