@@ -2,8 +2,15 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("amx", "sparse", "portable", "avx2", "avx512", "rows", "rows_portable", "rows_avx2", "rows_avx512")
-HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
+SOURCES = (
+    *("amx", "sparse", "portable", "avx2", "avx512"),
+    *("rows", "rows_portable", "rows_avx2", "rows_avx512"),
+    *("clusters", "clusters_portable", "clusters_avx2", "clusters_avx512", "clusters_amx", "select"),
+)
+HEADERS = (
+    *("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc"),
+    *("clusters.h", "clusters.inc", "product.inc", "product_amx.inc"),
+)
 
 setup(
     ext_modules=[
