@@ -329,11 +329,23 @@ struct PackedMeans {
     size_t keys_size, values_size;
 };
 
+// Blocks up to the last that has a token in some group.
+int count_used(const GroupsArgs &blocks, int num_groups) {
+    int used = 1;
+    for (int g = 0; g < num_groups; g++) {
+        const int32_t *offsets = group_of(blocks, g).offsets;
+        for (int block = blocks.num_blocks; block > used; block--)
+            if (offsets[block] > offsets[block - 1]) used = block;
+    }
+    return used;
+}
+
 void attend_skipped(const SkippedArgs &args, const ClusterVariant &variant) {
     const int64_t num_heads = int64_t(args.batch) * args.heads;
-    const int rows = args.q_blocks.num_blocks, cols = args.k_blocks.num_blocks, stride = variant.stride(cols);
-    PackedMeans packed{nullptr, nullptr, aligned(variant.packed_size(cols, args.dim)), aligned(variant.packed_size(args.dim, cols))};
-    const size_t bias_size = aligned(stride), scratch_size = aligned(variant.scratch(args.dim, cols)) + bias_size;
+    const int rows = args.q_blocks.num_blocks, cols = args.k_blocks.num_blocks, used = count_used(args.k_blocks, args.num_groups);
+    PackedMeans packed{nullptr, nullptr, aligned(variant.packed_size(used, args.dim)), aligned(variant.packed_size(args.dim, used))};
+    const size_t bias_size = aligned(std::max(variant.stride(used), cols));
+    const size_t scratch_size = aligned(variant.scratch(args.dim, used)) + bias_size;
     Workspace workspace((packed.keys_size + packed.values_size) * num_heads + bias_size * args.num_groups +
                         scratch_size * args.threads);
     packed.keys = workspace.take(packed.keys_size * num_heads);
@@ -347,8 +359,8 @@ void attend_skipped(const SkippedArgs &args, const ClusterVariant &variant) {
     }
     deal(num_heads, args.threads, [&](int64_t head, int) {
         const size_t first = size_t(head) * cols * args.dim;
-        variant.pack_columns(args.k_mean + first, args.scale * LOG2_E, cols, args.dim, packed.keys + head * packed.keys_size);
-        variant.pack_rows(args.v_mean + first, cols, args.dim, packed.values + head * packed.values_size);
+        variant.pack_columns(args.k_mean + first, args.scale * LOG2_E, used, args.dim, packed.keys + head * packed.keys_size);
+        variant.pack_rows(args.v_mean + first, used, args.dim, packed.values + head * packed.values_size);
     });
     deal(num_heads * rows, args.threads, [&](int64_t i, int thread) {
         const int64_t head = i / rows;
@@ -360,8 +372,8 @@ void attend_skipped(const SkippedArgs &args, const ClusterVariant &variant) {
         std::copy_n(logs + g * bias_size, bias_size, bias);
         for (int tile = tiles[0]; tile < tiles[1]; tile++) bias[args.col[tile]] = -std::numeric_limits<float>::infinity();
         const float *q = at(args.q, head, args.heads), *out = at(args.out, head, args.heads), *lse = at(args.lse, head, args.heads);
-        const Columns keys{packed.keys + head * packed.keys_size, cols, args.dim};
-        const Columns values{packed.values + head * packed.values_size, args.dim, cols};
+        const Columns keys{packed.keys + head * packed.keys_size, used, args.dim};
+        const Columns values{packed.values + head * packed.values_size, args.dim, used};
         for (int first = group.offsets[row]; first < group.offsets[row + 1]; first += MAX_ROWS) {
             const int count = std::min(MAX_ROWS, group.offsets[row + 1] - first);
             const float *queries[MAX_ROWS];
