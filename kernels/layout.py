@@ -129,6 +129,8 @@ def make_layout(q: Blocks, k: Blocks, mask: Tensor, group: Tensor) -> BlockLayou
     ends = counts.flatten().cumsum(0)
     starts = ends - counts.flatten()
     row_ptr = torch.cat([starts.view(num_groups, num_rows), ends.view(num_groups, num_rows)[:, -1:]], dim=1)
+    if mask.device.type == "cpu":
+        return BlockLayout(q, k, row_ptr.int(), mask.flatten(0, 1).nonzero()[:, 1].int(), group.int())
     # Each computed tile goes to its row's start plus the number of tiles before it; the others to a place at the end.
     place = starts.view(num_groups, num_rows, 1) + mask.cumsum(-1) - 1
     place = place.masked_fill(~mask, mask.numel())

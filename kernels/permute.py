@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longvid.kernels import cpu, native
+from longvid.kernels import cluster_cpu, native
 from longvid.kernels.layout import Blocks
 
 CPU_SLAB, GPU_SLAB = 1 << 20, 1 << 28
@@ -22,6 +22,9 @@ def kmeans(x_BTHD: Tensor, centroids_BHND: Tensor | None, num_clusters: int, ite
     clusters. With an iteration or more, centroids are the means of their tokens. Needs a token at least.
     """
     centroids = spaced_tokens(x_BTHD, num_clusters) if centroids_BHND is None else centroids_BHND
+    if x_BTHD.device.type == "cpu" and native.is_available():
+        labels, moved = cluster_cpu.kmeans(x_BTHD, centroids, iterations)
+        return labels, moved if iterations else centroids
     if iterations == 0:
         return nearest_centroid(x_BTHD, centroids), centroids
     for _ in range(iterations):
@@ -38,12 +41,9 @@ def spaced_tokens(x_BTHD: Tensor, num_clusters: int) -> Tensor:
 
 def lloyd_step(x_BTHD: Tensor, centroids_BHND: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens to their nearest centroids, then centroids to the means of their tokens; empty ones stay."""
-    if x_BTHD.device.type == "cpu" and native.is_available() and x_BTHD.shape[3] <= cpu.MAX_HEAD_DIM:
-        labels, sums, sizes = cpu.cluster(x_BTHD, centroids_BHND)
-    else:
-        labels = nearest_centroid(x_BTHD, centroids_BHND)
-        num_clusters = centroids_BHND.shape[2]
-        sums, sizes = cluster_sums(x_BTHD, labels, num_clusters), cluster_sizes(labels, num_clusters)
+    labels = nearest_centroid(x_BTHD, centroids_BHND)
+    num_clusters = centroids_BHND.shape[2]
+    sums, sizes = cluster_sums(x_BTHD, labels, num_clusters), cluster_sizes(labels, num_clusters)
     means = sums / sizes[..., None].clamp(min=1)
     return labels, torch.where(sizes[..., None] > 0, means, centroids_BHND)
 
@@ -92,6 +92,8 @@ def cluster_blocks(labels_BHT: Tensor, num_clusters: int) -> Blocks:
     A block's tokens keep their order. Empty clusters are empty blocks.
     """
     labels = labels_BHT.flatten(0, 1)
+    if labels.device.type == "cpu" and native.is_available():
+        return cluster_cpu.blocks_of(labels, num_clusters)
     in_order, order = labels.sort(dim=-1, stable=True)
     names = torch.arange(num_clusters + 1, device=labels.device).expand(len(labels), -1).contiguous()
     return Blocks(torch.searchsorted(in_order, names).int(), order.int())

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from longvid.kernels import native, select_cpu
+
 MAX_FUSED_COLUMNS = 4096
 """Of a row that one Triton program holds."""
 
@@ -25,6 +27,8 @@ def top_k(scores_XRC: Tensor, k: int | Tensor) -> Tensor:
         from longvid.kernels import select_triton
 
         return select_triton.top_k(scores_XRC, count_XR)
+    if _is_native(scores_XRC):
+        return select_cpu.top_k(scores_XRC, count_XR)
     return _first(_falling(scores_XRC), count_XR)
 
 
@@ -38,6 +42,8 @@ def top_p(weights_XRC: Tensor, p: float, min_keep: int = 1, max_keep: int | None
         from longvid.kernels import select_triton
 
         return select_triton.top_p(weights_XRC, p, min_keep, most)
+    if _is_native(weights_XRC):
+        return select_cpu.top_p(weights_XRC, p, min_keep, most)
     order = _falling(weights_XRC)
     held = weights_XRC.float().gather(2, order).cumsum(-1)
     before = torch.nn.functional.pad(held[..., :-1], (1, 0))
@@ -50,6 +56,8 @@ def greedy_area(scores_XRC: Tensor, area_XRC: Tensor, budget_XR: Tensor) -> Tens
 
     No fewer than one. Areas are not negative, in any unit that the budget has too.
     """
+    if _is_native(scores_XRC):
+        return select_cpu.greedy_area(scores_XRC, area_XRC, budget_XR)
     order = _falling(scores_XRC)
     used = area_XRC.double().gather(2, order).cumsum(-1)
     return _first(order, (used <= budget_XR[..., None]).sum(-1))
@@ -64,6 +72,10 @@ def _first(order_XRC: Tensor, count_XR: Tensor) -> Tensor:
     places = torch.arange(order_XRC.shape[2], device=order_XRC.device)
     chosen = places < count_XR.clamp(min=1)[..., None]
     return torch.empty_like(chosen).scatter_(2, order_XRC, chosen)
+
+
+def _is_native(scores: Tensor) -> bool:
+    return scores.device.type == "cpu" and scores.dtype == torch.float32 and native.is_available()
 
 
 def _is_fused(scores: Tensor) -> bool:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from longvid.kernels import cluster_cpu, native
 from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks
 from longvid.kernels.merge import merge_partials
@@ -29,6 +30,9 @@ def with_skipped(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, partial: Partia
     are skipped altogether have no rows to correct and are not supported.
     """
     k_mean, v_mean = block_means(k_BTHD, layout.k), block_means(v_BTHD, layout.k)
+    if _is_native(q_BLHD):
+        scale = 1 / math.sqrt(q_BLHD.shape[3])
+        return cluster_cpu.attend_skipped(q_BLHD, k_mean, v_mean, partial, layout, scale).type_as(q_BLHD)
     out, _ = merge_partials(*partial, *attend_skipped(q_BLHD, k_mean, v_mean, layout))
     return out.type_as(q_BLHD)
 
@@ -37,10 +41,16 @@ def block_means(x_BTHD: Tensor, blocks: Blocks) -> Tensor:
     """The mean of each block's tokens, fp32 [B, H, N, D]; 0 where a block is empty. Blocks of all heads, or of each."""
     if x_BTHD.device.type == "cuda":
         return pool(x_BTHD, blocks)[0]
+    if _is_native(x_BTHD):
+        return cluster_cpu.block_means(x_BTHD, blocks)
     batch, num_tokens, num_heads, _ = x_BTHD.shape  # on a CPU, sums alone take a tenth of the time
     labels = blocks.block_of(num_tokens).expand(batch * num_heads, -1).view(batch, num_heads, num_tokens)
     sums = cluster_sums(x_BTHD, labels, blocks.num_blocks).flatten(0, 1)
     return (sums / blocks.lengths().clamp(min=1)[..., None]).view(batch, num_heads, blocks.num_blocks, -1)
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and native.is_available()
 
 
 def attend_skipped(q_BLHD: Tensor, k_mean_BHCD: Tensor, v_mean_BHCD: Tensor, layout: BlockLayout) -> Partial:

@@ -5,11 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid.kernels import cpu, native, permute, reference
+from longvid.kernels import cluster_cpu, native, permute, reference
 from longvid.kernels.permute import (
     cluster_blocks,
     cluster_sizes,
-    cluster_sums,
     kmeans,
     lloyd_step,
     nearest_centroid,
@@ -46,27 +45,58 @@ def test_a_step_moves_centroids_to_the_means_of_their_tokens(seed, tokens, clust
                 torch.testing.assert_close(after[b, h, n], expected)
 
 
-@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+built = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+
+
+def variants():
+    return native.ISAS[: native.ISAS.index(native.isa()) + 1]
+
+
+@built
 @pytest.mark.parametrize(("tokens", "dim", "clusters"), [(1, 8, 1), (300, 80, 7), (257, 21, 40), (130, 128, 130)])
 def test_the_c_plus_plus_step_is_torch_s(tokens, dim, clusters):
     x = random(3, 2, 3, tokens, dim).transpose(1, 2)
     x[:, tokens // 2] = x[:, 0]  # tokens that are alike go together
     centroids = spaced_tokens(x, clusters) + 0.3 * random(4, 2, 3, clusters, dim)
-    labels = reference.nearest_centroid(x, centroids)
-    for isa in native.ISAS[: native.ISAS.index(native.isa()) + 1]:
-        found, sums, sizes = cpu.cluster(x, centroids, isa)
-        assert torch.equal(found, labels)
-        assert torch.equal(sizes, cluster_sizes(labels, clusters))
-        torch.testing.assert_close(sums, cluster_sums(x, labels, clusters))
+    labels, means = lloyd_step(x, centroids)
+    assert torch.equal(labels, reference.nearest_centroid(x, centroids))
+    for isa in variants():
+        before = centroids.clone()
+        found, moved = cluster_cpu.kmeans(x, before, 1, isa)
+        assert torch.equal(found, labels) and torch.equal(before, centroids)
+        torch.testing.assert_close(moved, means)
+        twice, _ = cluster_cpu.kmeans(x, before, 2, isa)
+        assert torch.equal(twice, cluster_cpu.kmeans(x, moved, 0, isa)[0])
 
 
-@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+@built
+def test_the_matrix_units_find_the_nearest_of_many_as_well_as_fp32():
+    """Where the labels differ, rounding decides: the distances are equal to its precision."""
+    x = random(5, 1, 3000, 2, 64) * 3
+    centroids = spaced_tokens(x, 200) + random(6, 1, 2, 200, 64)
+    for isa in variants():
+        labels, _ = cluster_cpu.kmeans(x, centroids, 0, isa)
+        distance = torch.cdist(x.transpose(1, 2).double(), centroids.double())
+        excess = distance.gather(-1, labels[..., None])[..., 0] / distance.amin(-1) - 1
+        assert excess.max() < 1e-6 and (excess > 0).double().mean() < 0.001
+
+
+@built
 def test_equal_centroids_give_the_first_and_nan_stays_inside():
     x = random(3, 1, 50, 1, 8)
     same = x.mean(1).expand(1, 1, 40, 8)
-    assert (cpu.cluster(x, same)[0] == 0).all()
-    labels, sums, _ = cpu.cluster(x * torch.nan, same)
-    assert (labels == 0).all() and sums[0, 0, 0].isnan().all() and not sums[0, 0, 1:].any()
+    for isa in variants():
+        assert (cluster_cpu.kmeans(x, same, 0, isa)[0] == 0).all()
+        labels, centroids = cluster_cpu.kmeans(x * torch.nan, same, 1, isa)
+        assert (labels == 0).all() and centroids[0, 0, 0].isnan().all()
+        assert torch.equal(centroids[:, :, 1:], same[:, :, 1:])
+
+
+@built
+def test_labels_that_name_no_cluster_are_refused():
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="point outside"):
+            cluster_blocks(torch.tensor([[[0, wrong, 1]]]), 3)
 
 
 @pytest.mark.parametrize("is_built", [True, False])

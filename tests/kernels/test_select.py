@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longvid.kernels import native
 from longvid.kernels.select import greedy_area, top_k, top_p
 
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0])  # few, so that there are ties
@@ -93,3 +94,25 @@ def test_top_p_of_attention_weights_holds_the_share_and_not_a_column_more(share)
     held = (weights * mask).double().sum(-1)
     least = weights.masked_fill(~mask, math.inf).amin(-1).double()
     assert (held >= share - 1e-5).all() and (held - least < share + 1e-5).all()
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+def test_the_c_plus_plus_selection_is_torch_s(monkeypatch):
+    """Of attention weights, and of few levels with ties; many rows, so that several threads share them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 90, 500, generator=generator).mul(2).softmax(-1)
+    weights[1] = (weights[1] * 500).round() / 500
+    counts = torch.randint(0, 600, (2, 90), generator=generator)
+    area = torch.randint(0, 50, weights.shape, generator=generator)
+    budget = torch.randint(0, 9000, (2, 90), generator=generator)
+    signed = weights.roll(1, -1) - weights
+    signed[0, 0, :3] = torch.tensor([-0.0, math.nan, math.inf])
+
+    def choose():
+        by_mass = top_p(weights, 0.7, 20, 90), top_p(weights, 0.9)
+        return top_k(signed, counts), *by_mass, greedy_area(signed, area, budget)
+
+    found = choose()
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    for mine, expected in zip(found, choose(), strict=True):
+        assert torch.equal(mine, expected)

@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from longvid.kernels import reference
+from longvid.kernels import cluster_cpu, native, reference
 from longvid.kernels.dense import attend
 from longvid.kernels.dispatch import sparse_attention
-from longvid.kernels.layout import make_layout
+from longvid.kernels.layout import even_blocks, make_layout, one_group
+from longvid.kernels.merge import merge_partials
+from longvid.kernels.permute import cluster_sizes
 from longvid.sparsity.settings import Svg2, SvgEar
-from longvid.sparsity.skipped import attend_skipped
+from longvid.sparsity.skipped import attend_skipped, block_means, with_skipped
 from longvid.sparsity.svg2 import Clusters, Svg2Policy, cluster_count
-from longvid.sparsity.svg_ear import SvgEarPolicy, log_error
+from longvid.sparsity.svg_ear import MAX_EXPONENT, SvgEarPolicy, errors, log_error
 from longvid.sparsity.tokens import TokenMap
 
 JOINT = TokenMap(range(2, 8), range(2, 8), range(3, 7), 7, 9, text_before=5, text_behind=11)
@@ -114,6 +116,52 @@ def test_slabs_of_queries_do_not_change_what_is_skipped(film, attend_by, monkeyp
     monkeypatch.setattr("longvid.sparsity.skipped.CPU_SLAB", 5000)
     for part, expected in zip(attend_skipped(q, *means, layout), whole, strict=True):
         torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+@pytest.mark.parametrize("policy", [Svg2Policy, SvgEarPolicy])
+def test_the_c_plus_plus_chooses_and_corrects_as_torch_does(policy, film, attend_by, monkeypatch):
+    inputs = film(JOINT, batch=2, noise=0.6)
+    out, layout = attend_by(make(policy), inputs, 5, JOINT, {})
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    expected, same = attend_by(make(policy), inputs, 5, JOINT, {})
+    assert torch.equal(layout.mask(), same.mask())
+    assert torch.equal(layout.q.order, same.q.order) and torch.equal(layout.k.order, same.k.order)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+def test_every_variant_sees_the_same_errors_and_means(film, attend_by):
+    q, k, v = film(JOINT, batch=2)
+    partial = attend_by(make(), (q, k, v), 5, JOINT, {})
+    layout = partial[1]
+    partial = sparse_attention(q, k, v, layout)
+    k_mean, v_mean = block_means(k, layout.k), block_means(v, layout.k)
+    expected, _ = merge_partials(*partial, *attend_skipped(q, k_mean, v_mean, layout))
+    labels = layout.k.block_of(k.shape[1]).view(2, 4, -1)
+    keys = Clusters(k, labels, k_mean, cluster_sizes(labels, layout.k.num_blocks))
+    centroids = 0.5 * torch.randn(2, 4, 45, 16, generator=torch.Generator().manual_seed(0))
+    sums, *means = errors(keys, v, centroids)
+    for isa in native.ISAS[: native.ISAS.index(native.isa()) + 1]:
+        for x, mean in zip((k, v), means, strict=True):
+            torch.testing.assert_close(cluster_cpu.block_means(x, layout.k, isa), mean)
+        found, *found_means = cluster_cpu.errors(k, v, layout.k, centroids, limit=MAX_EXPONENT, isa=isa)
+        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found_means, means)
+        out = cluster_cpu.attend_skipped(q, k_mean, v_mean, partial, layout, 1 / math.sqrt(16), isa)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the C++ kernels were not built")
+def test_rows_that_skip_nothing_and_rows_that_see_nothing():
+    q, k, v = torch.randn(3, 1, 6, 1, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    blocks = even_blocks(6, 3)
+    layout = make_layout(blocks, blocks, torch.tensor([[[True, True], [False, False]]]), one_group(1))
+    partial = sparse_attention(q, k, v, layout)
+    out = with_skipped(q, k, v, partial, layout)
+    torch.testing.assert_close(out[:, :3], partial[0][:, :3])
+    means = [x.view(1, 2, 3, 1, 8).mean(2) for x in (k, v)]
+    torch.testing.assert_close(out[:, 3:], attend(q[:, 3:], *means))
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
