@@ -143,6 +143,9 @@ inline void add_single_products(const Operands &at, Turn &turn) {
     multiply_all<C>(turn);
 }
 
+constexpr unsigned ALL_PAIRS = 0x5;  // see Chunk
+static_assert(COLUMNS == 4);
+
 struct Column {
     const Bf16 *keys;
     const float *bias;
@@ -283,18 +286,33 @@ void clear_queries(int from, const Cut &cut, int dim, Bf16 *packed) {
     }
 }
 
-// The upper halves of a's numbers, and of b's: as lower and upper halves.
-inline __m512i join(Vec a, Vec b) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+// A number that stays in a register: the compiler would make it anew for every use, in time that arithmetic needs.
+inline Vec keep(float x) {
+    Vec all = fill(x);
+    asm("" : "+v"(all));
+    return all;
 }
 
-// What bf16 leaves of x when it is cut off there.
-inline Vec rest(Vec x) {
-    return x - Vec(_mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(int(0xffff0000u)))));
-}
+// Cuts numbers off to bf16.
+struct Cutter {
+    __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
+    __mmask32 odd = 0xaaaaaaaau;
+
+    Cutter() {
+        asm("" : "+v"(upper));
+        asm("" : "+k"(odd));
+    }
+    // The upper halves of a's numbers, and of b's: as lower and upper halves.
+    __m512i join(Vec a, Vec b) const {
+        return _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+    }
+    // What bf16 leaves of x.
+    Vec rest(Vec x) const { return x - Vec(_mm512_and_ps(x, _mm512_castsi512_ps(upper))); }
+};
 
 // The column of some keys [keys][dim], wherever each lies. One side of a product may be cut off in place of rounded.
 void pack_column(const float *const *from, int keys, int dim, Bf16 *to) {
+    const Cutter cutter;
     for (int d = 0; d < dim; d += DEPTH, to += NUM_PARTS * TILE_SIZE) {
         for (int half = 0; half < 2; half++) {
             const __mmask16 mask = first_lanes(dim - d - half * TILE);
@@ -306,10 +324,10 @@ void pack_column(const float *const *from, int keys, int dim, Bf16 *to) {
             Bf16 *mine = to + half * TILE_SIZE / 2;
             UNROLL for (int i = 0; i < TILE; i += 2, mine += DEPTH) {
                 Vec a = _mm512_castsi512_ps(rows[i]), b = _mm512_castsi512_ps(rows[i + 1]);
-                _mm512_store_si512(mine, join(a, b));
-                a = rest(a), b = rest(b);
-                _mm512_store_si512(mine + TILE_SIZE, join(a, b));
-                _mm512_store_si512(mine + 2 * TILE_SIZE, join(rest(a), rest(b)));
+                _mm512_store_si512(mine, cutter.join(a, b));
+                a = cutter.rest(a), b = cutter.rest(b);
+                _mm512_store_si512(mine + TILE_SIZE, cutter.join(a, b));
+                _mm512_store_si512(mine + 2 * TILE_SIZE, cutter.join(cutter.rest(a), cutter.rest(b)));
             }
         }
     }
@@ -531,45 +549,43 @@ struct State {
 
 // Weights of two columns, as a left-hand tile's row.
 template <int PARTS>
-inline void store_both(Vec a, Vec b, Bf16 *to) {
+inline void store_both(const Cutter &cutter, Vec a, Vec b, Bf16 *to) {
     if constexpr (PARTS == 1) {
         const auto round = [](Vec x) { return Vec(Ints(x) + 0x8000); };
-        _mm512_store_si512(to, join(round(a), round(b)));
+        _mm512_store_si512(to, cutter.join(round(a), round(b)));
     } else {
-        _mm512_store_si512(to, join(a, b));
-        a = rest(a), b = rest(b);
-        _mm512_store_si512(to + TILE_SIZE, join(a, b));
-        _mm512_store_si512(to + 2 * TILE_SIZE, join(rest(a), rest(b)));
+        _mm512_store_si512(to, cutter.join(a, b));
+        a = cutter.rest(a), b = cutter.rest(b);
+        _mm512_store_si512(to + TILE_SIZE, cutter.join(a, b));
+        _mm512_store_si512(to + 2 * TILE_SIZE, cutter.join(cutter.rest(a), cutter.rest(b)));
     }
 }
 
 // Weights of one column. Three products give all six: (high, middle) (high, high), (high, middle) (middle, middle) and
 // (high, low) (low, high).
 template <int PARTS>
-inline void store_single(Vec a, Bf16 *to) {
+inline void store_single(const Cutter &cutter, Vec a, Bf16 *to) {
     if constexpr (PARTS == 1) {
-        store_both<1>(a, Vec{}, to);
+        store_both<1>(cutter, a, Vec{}, to);
     } else {
-        const Vec middle = rest(a);
-        _mm512_store_si512(to, join(a, middle));
-        _mm512_store_si512(to + TILE_SIZE, join(a, rest(middle)));
+        const Vec middle = cutter.rest(a);
+        _mm512_store_si512(to, cutter.join(a, middle));
+        _mm512_store_si512(to + TILE_SIZE, cutter.join(a, cutter.rest(middle)));
     }
 }
 
-// The weights of columns C to N.
-template <int PARTS, int N, int C>
-inline void store_weights(const Vec *weights, unsigned pairs, Bf16 *to) {
-    if constexpr (C + 1 < N) {
-        if (pairs >> C & 1) {
-            store_both<PARTS>(weights[C], weights[C + 1], to);
-            return store_weights<PARTS, N, C + 2>(weights, pairs, to + PARTS * TILE_SIZE);
-        }
+// 2^x as that of vector.inc, of which it is the last steps in fewer instructions: adds to the exponent what that multiplies.
+struct Exp2 {
+    const Vec least = keep(-127.0f), shift = keep(12582912.0f), c5 = keep(0.001326472731307149f), c4 = keep(0.009671512991189957f),
+              c3 = keep(0.05550733581185341f), c2 = keep(0.24022242426872253f), c1 = keep(0.6931470036506653f), c0 = keep(1.0f);
+
+    Vec operator()(Vec x) const {
+        x = Vec(_mm512_max_ps(least, x));  // x where it is NaN
+        const Vec whole = x + shift, part = x - (whole - shift);
+        const Vec power = ((((part * c5 + c4) * part + c3) * part + c2) * part + c1) * part + c0;
+        return Vec(Ints(power) + (Ints(whole) << 23));
     }
-    if constexpr (C < N) {
-        store_single<PARTS>(weights[C], to);
-        store_weights<PARTS, N, C + 1>(weights, pairs, to + PARTS * TILE_SIZE);
-    }
-}
+};
 
 inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
@@ -596,12 +612,10 @@ class Softmax {
     }
 
     void row(int i) {
-        switch (now_.unit.chunk->num_columns) {
-            case 4: return weigh<4>(i);
-            case 3: return weigh<3>(i);
-            case 2: return weigh<2>(i);
-            default: return weigh<1>(i);
-        }
+        if (now_.unit.chunk->pairs == ALL_PAIRS)
+            weigh_full(i);
+        else
+            weigh_any(i);
     }
 
     int count_turns() const { return before_.unit.chunk ? count_value_turns<PARTS>(*before_.unit.chunk, dim_tiles_) : 0; }
@@ -636,33 +650,83 @@ class Softmax {
         add_values<PARTS>(weights_ + weighed.parity * unit_weights(PARTS), *weighed.unit.chunk, dim_tiles_, out, turn);
     }
 
-    template <int N>
-    ALONE void weigh(int i) {
-        const Chunk &chunk = *now_.unit.chunk;
-        const int tile = i >= cut_.height, in_tile = i - tile * cut_.height, query = now_.unit.pair * 2 * cut_.height + i;
-        const float *scores = scores_ + tile * COLUMNS * SUMS + in_tile * TILE;
-        Vec x[N];
-        UNROLL for (int c = 0; c < N; c++) x[c] = load(scores + c * SUMS) * scale_ + load(chunk.column[c].bias);
-        Vec tops = x[0];
-        UNROLL for (int c = 1; c < N; c++) tops = larger(x[c], tops);
-        float top = state_.top[query];
-        Vec total = load(state_.sum + query * LANES);
+    const float *scores_of(int i) const {
+        const int tile = i >= cut_.height;
+        return scores_ + tile * COLUMNS * SUMS + (i - tile * cut_.height) * TILE;
+    }
+
+    Bf16 *weights_of(int i) const {
+        const int tile = i >= cut_.height;
+        return weights_ + now_.parity * unit_weights(PARTS) + tile * (unit_weights(PARTS) / 2) + (i - tile * cut_.height) * DEPTH;
+    }
+
+    // What to take from scores of which `tops` are the largest in each lane, before they are weighed.
+    float base(int i, Vec tops, Vec &total) {
+        float &top = state_.top[query(i)];
         if (__builtin_expect(any_above(tops, fill(top + SLACK)), 0)) {
             const float before = top;
-            state_.top[query] = top = largest(larger(tops, fill(before)));
+            top = largest(larger(tops, fill(before)));
             const float decay = exp2(fill(before - top))[0];
             decay_[now_.parity][i] = decay;
             now_.has_moved |= before != -INFINITY_;
             total *= decay;
         }
-        const float base = top == -INFINITY_ ? 0.0f : top;  // (-inf) - (-inf) would be NaN
-        UNROLL for (int c = 0; c < N; c++) {
-            x[c] = exp2(x[c] - base);
-            total += x[c];
+        return top == -INFINITY_ ? 0.0f : top;  // (-inf) - (-inf) would be NaN
+    }
+
+    int query(int i) const { return now_.unit.pair * 2 * cut_.height + i; }
+
+    // All columns, in pairs.
+    ALONE void weigh_full(int i) {
+        const Cutter cutter;
+        const Exp2 exp;
+        const Chunk &chunk = *now_.unit.chunk;
+        const float *scores = scores_of(i);
+        const Vec scale = keep(scale_);
+        Vec x[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
+        Vec tops = x[0];
+        UNROLL for (int c = 1; c < COLUMNS; c++) tops = Vec(_mm512_max_ps(x[c], tops));
+        Vec total = load(state_.sum + query(i) * LANES);
+        const Vec from = keep(base(i, tops, total));
+        Bf16 *to = weights_of(i);
+        UNROLL for (int c = 0; c < COLUMNS; c += 2, to += PARTS * TILE_SIZE) {
+            const Vec a = exp(x[c] - from), b = exp(x[c + 1] - from);
+            total += a;
+            total += b;
+            store_both<PARTS>(cutter, a, b, to);
         }
-        store(state_.sum + query * LANES, total);
-        Bf16 *to = weights_ + now_.parity * unit_weights(PARTS) + tile * (unit_weights(PARTS) / 2) + in_tile * DEPTH;
-        store_weights<PARTS, N, 0>(x, chunk.pairs, to);
+        store(state_.sum + query(i) * LANES, total);
+    }
+
+    ALONE void weigh_any(int i) {
+        const Cutter cutter;
+        const Exp2 exp;
+        const Chunk &chunk = *now_.unit.chunk;
+        const float *scores = scores_of(i);
+        const Vec scale = keep(scale_);
+        alignas(64) float x[COLUMNS * LANES];
+        Vec tops = keep(-INFINITY_);
+        for (int c = 0; c < chunk.num_columns; c++) {
+            const Vec score = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
+            store(x + c * LANES, score);
+            tops = Vec(_mm512_max_ps(score, tops));
+        }
+        Vec total = load(state_.sum + query(i) * LANES);
+        const Vec from = keep(base(i, tops, total));
+        Bf16 *to = weights_of(i);
+        for (int c = 0; c < chunk.num_columns; c++, to += PARTS * TILE_SIZE) {
+            const Vec a = exp(load(x + c * LANES) - from);
+            total += a;
+            if (chunk.pairs >> c & 1) {
+                const Vec b = exp(load(x + ++c * LANES) - from);
+                total += b;
+                store_both<PARTS>(cutter, a, b, to);
+            } else {
+                store_single<PARTS>(cutter, a, to);
+            }
+        }
+        store(state_.sum + query(i) * LANES, total);
     }
 
     const State state_;
@@ -787,7 +851,8 @@ class MassWork : public ScoreWork {
     MassWork(const Cut &cut, float scale, const float *lse, float *const *sums) : ScoreWork(cut, scale), lse_(lse), sums_(sums) {}
 
     ALONE void row(int i) {
-        const float lse = lse_[query(i)];
+        const Exp2 exp;
+        const Vec lse = keep(lse_[query(i)]), most = keep(128.0f);
         float *sums = sums_[query(i)];
         const Chunk &chunk = *unit_.chunk;
         int block = chunk.column[0].block;
@@ -798,8 +863,7 @@ class MassWork : public ScoreWork {
                 block = chunk.column[c].block;
                 total = load(sums + size_t(block) * LANES);
             }
-            const Vec x = score_of(i, c) - lse;
-            total += exp2(fill(128.0f) < x ? fill(128.0f) : x);
+            total += exp(Vec(_mm512_min_ps(most, score_of(i, c) - lse)));
         }
         store(sums + size_t(block) * LANES, total);
     }
