@@ -1,4 +1,4 @@
-"""Block-sparse attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
+"""Block-sparse and dense attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
 
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks, N clusters.
 """
@@ -6,16 +6,19 @@ Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key 
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 
 import torch
 from torch import Tensor
 
-from longvid.kernels.dense import Partial
-from longvid.kernels.layout import BlockLayout, Blocks
+from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, one_group
 from longvid.kernels.native import ISAS, Isa, isa_index, library
 
 MAX_HEAD_DIM = 256
 AMX = ISAS.index("amx")
+PACKED_TOGETHER = 512
+"""Keys of dense attention that one thread packs at a time."""
 
 
 class _Blocks(ctypes.Structure):
@@ -69,7 +72,7 @@ def forward(
     scale: float,
     k_bias: Tensor | None,
     isa: Isa | None = None,
-) -> Partial:
+) -> tuple[Tensor, Tensor]:
     """See `dispatch.sparse_attention`. `isa`: a variant that this processor has; None: the fastest.
 
     Computes in fp32; with `amx` bf16 are multiplied as they are, weights rounded to bf16 with them, and summed in fp32.
@@ -107,6 +110,24 @@ def forward(
     )
     _check(library().longvid_attention(ctypes.byref(args)))
     return out.type_as(q_BLHD), lse
+
+
+def dense(
+    q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, k_bias: Tensor | None = None, isa: Isa | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / sqrt(D) + k_bias) v and its LSE, as `forward` gives them of a layout of all tiles.
+
+    The bits of a query's row depend on the query, keys and values alone, not on the other queries or on threads.
+    """
+    layout = _all_tiles(q_BLHD.shape[1], k_BTHD.shape[1], q_BLHD.shape[2])
+    return forward(q_BLHD, k_BTHD, v_BTHD, layout, 1 / math.sqrt(q_BLHD.shape[-1]), k_bias, isa)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_tiles(num_queries: int, num_keys: int, num_heads: int) -> BlockLayout:
+    q, k = even_blocks(num_queries, num_queries), even_blocks(num_keys, PACKED_TOGETHER)
+    row_ptr = torch.tensor([[0, k.num_blocks]], dtype=torch.int32)
+    return BlockLayout(q, k, row_ptr, torch.arange(k.num_blocks, dtype=torch.int32), one_group(num_heads))
 
 
 def block_mass(

@@ -43,6 +43,7 @@ using Floats = std::unique_ptr<float[], Free>;
 Floats allocate(size_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
 
 // Memory that the calling thread keeps from call to call, unless it is much: to touch new pages takes as long as to pack keys.
+template <typename Owner>
 class Kept {
   public:
     explicit Kept(size_t count) {
@@ -62,12 +63,9 @@ class Kept {
     float *get() const { return memory_.get(); }
 
   private:
-    static thread_local Floats memory_;
-    static thread_local size_t size_;
+    static thread_local inline Floats memory_;
+    static thread_local inline size_t size_ = 0;
 };
-
-thread_local Floats Kept::memory_;
-thread_local size_t Kept::size_ = 0;
 
 }  // namespace
 
@@ -187,19 +185,20 @@ class Packed {
     size_t per_head_;
     PanelSize size_;
     int max_panels_;
-    Kept memory_;
+    Kept<Packed> memory_;
     float *first_;  // other threads have memory of their own
 };
 
 // Scratch memory of every thread.
 class Scratch {
   public:
-    Scratch(size_t floats, int threads) : each_((floats + 31) / 16 * 16), memory_(allocate(each_ * threads)) {}
-    float *of(int thread) const { return memory_.get() + each_ * thread; }
+    Scratch(size_t floats, int threads) : each_((floats + 31) / 16 * 16), memory_(each_ * threads), first_(memory_.get()) {}
+    float *of(int thread) const { return first_ + each_ * thread; }
 
   private:
     size_t each_;
-    Floats memory_;
+    Kept<Scratch> memory_;
+    float *first_;
 };
 
 int thread_index() {

@@ -223,31 +223,33 @@ class Ahead {
   public:
     template <int PARTS>
     void begin(const Chunk &chunk, const Packing<PARTS> &packing, bool has_values, int num_turns) {
-        num_spans_ = span_ = 0;
-        int64_t bytes = 0;
-        for (int c = 0; c < chunk.num_columns; c++) bytes += add(chunk.column[c].keys, packing.column());
-        for (int p = 0; has_values && p < chunk.num_panels; p++) bytes += add(chunk.values[p], packing.values());
-        a_turn_ = int((bytes / LINE + num_turns - 1) / num_turns);
+        num_spans_ = span_ = due_ = lines_ = 0;
+        price_ = num_turns * LINES;
+        for (int c = 0; c < chunk.num_columns; c++) add(chunk.column[c].keys, packing.column());
+        for (int p = 0; has_values && p < chunk.num_panels; p++) add(chunk.values[p], packing.values());
     }
 
     void ask() {
-        for (int i = 0; i < a_turn_ && span_ < num_spans_; i++) {
-            __builtin_prefetch(at_[span_], 0, 2);
-            at_[span_] += LINE;
-            if (at_[span_] >= stop_[span_]) span_++;
+        for (due_ += lines_; due_ >= price_ && span_ < num_spans_; due_ -= price_) {
+            const char *at = at_[span_];
+            UNROLL for (int i = 0; i < LINES; i++) __builtin_prefetch(at + i * LINE, 0, 2);
+            at_[span_] = at + LINES * LINE;
+            span_ += at_[span_] == stop_[span_];
         }
     }
 
   private:
-    int64_t add(const Bf16 *first, size_t size) {
+    static constexpr int LINES = 8;  // at a time: spans are whole tiles of 16
+
+    void add(const Bf16 *first, size_t size) {
         at_[num_spans_] = reinterpret_cast<const char *>(first);
         stop_[num_spans_] = at_[num_spans_] + size * sizeof(Bf16);
         num_spans_++;
-        return int64_t(size * sizeof(Bf16));
+        lines_ += int(size * sizeof(Bf16) / LINE);
     }
 
     const char *at_[2 * COLUMNS], *stop_[2 * COLUMNS];
-    int num_spans_ = 0, span_ = 0, a_turn_ = 0;
+    int num_spans_ = 0, span_ = 0, due_ = 0, lines_ = 0, price_ = 1;
 };
 
 inline __mmask16 first_lanes(int count) { return __mmask16(count >= TILE ? 0xffff : count <= 0 ? 0 : (1u << count) - 1); }
@@ -661,17 +663,23 @@ class Softmax {
     }
 
     // What to take from scores of which `tops` are the largest in each lane, before they are weighed.
-    float base(int i, Vec tops, Vec &total) {
-        float &top = state_.top[query(i)];
-        if (__builtin_expect(any_above(tops, fill(top + SLACK)), 0)) {
-            const float before = top;
-            top = largest(larger(tops, fill(before)));
-            const float decay = exp2(fill(before - top))[0];
-            decay_[now_.parity][i] = decay;
-            now_.has_moved |= before != -INFINITY_;
-            total *= decay;
-        }
+    float base(int i, Vec tops) {
+        const float top = state_.top[query(i)];
+        if (__builtin_expect(any_above(tops, fill(top + SLACK)), 0)) return move(i, tops);
         return top == -INFINITY_ ? 0.0f : top;  // (-inf) - (-inf) would be NaN
+    }
+
+    ALONE float move(int i, Vec tops) {
+        float &top = state_.top[query(i)], *total = state_.sum + query(i) * LANES;
+        const float before = top, most = _mm512_reduce_max_ps(tops);
+        top = most;
+        if (before != -INFINITY_) {  // else there is nothing yet
+            const float decay = exp2(fill(before - most))[0];
+            decay_[now_.parity][i] = decay;
+            now_.has_moved = true;
+            store(total, load(total) * decay);
+        }
+        return most;
     }
 
     int query(int i) const { return now_.unit.pair * 2 * cut_.height + i; }
@@ -687,8 +695,8 @@ class Softmax {
         UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
         Vec tops = x[0];
         UNROLL for (int c = 1; c < COLUMNS; c++) tops = Vec(_mm512_max_ps(x[c], tops));
+        const Vec from = keep(base(i, tops));
         Vec total = load(state_.sum + query(i) * LANES);
-        const Vec from = keep(base(i, tops, total));
         Bf16 *to = weights_of(i);
         UNROLL for (int c = 0; c < COLUMNS; c += 2, to += PARTS * TILE_SIZE) {
             const Vec a = exp(x[c] - from), b = exp(x[c + 1] - from);
@@ -712,8 +720,8 @@ class Softmax {
             store(x + c * LANES, score);
             tops = Vec(_mm512_max_ps(score, tops));
         }
+        const Vec from = keep(base(i, tops));
         Vec total = load(state_.sum + query(i) * LANES);
-        const Vec from = keep(base(i, tops, total));
         Bf16 *to = weights_of(i);
         for (int c = 0; c < chunk.num_columns; c++, to += PARTS * TILE_SIZE) {
             const Vec a = exp(load(x + c * LANES) - from);
