@@ -1,4 +1,4 @@
-"""Block-sparse attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
+"""Block-sparse and dense attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
 
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks, N clusters.
 """
@@ -6,15 +6,19 @@ Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key 
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 
 import torch
 from torch import Tensor
 
-from longvid.kernels.dense import Partial
-from longvid.kernels.layout import BlockLayout, Blocks
-from longvid.kernels.native import Isa, isa_index, library
+from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, one_group
+from longvid.kernels.native import ISAS, Isa, isa_index, library
 
 MAX_HEAD_DIM = 256
+AMX = ISAS.index("amx")
+PACKED_TOGETHER = 512
+"""Keys of dense attention that one thread packs at a time."""
 
 
 class _Blocks(ctypes.Structure):
@@ -37,7 +41,7 @@ class _Attention(ctypes.Structure):
         *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_void_p) for name in ("row_ptr", "col", "group")),
         *((name, ctypes.c_int64) for name in ("group_batch", "num_col")),
-        *((name, ctypes.c_int32) for name in ("num_groups", "batch", "heads", "dim", "threads", "isa")),
+        *((name, ctypes.c_int32) for name in ("num_groups", "batch", "heads", "dim", "threads", "isa", "is_bf16")),
         ("scale", ctypes.c_float),
     ]
 
@@ -47,7 +51,7 @@ class _Mass(ctypes.Structure):
         *((name, _Tensor) for name in ("q", "k", "lse")),
         ("mass", ctypes.c_void_p),
         *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa", "is_bf16")),
         ("scale", ctypes.c_float),
     ]
 
@@ -68,14 +72,17 @@ def forward(
     scale: float,
     k_bias: Tensor | None,
     isa: Isa | None = None,
-) -> Partial:
+) -> tuple[Tensor, Tensor]:
     """See `dispatch.sparse_attention`. `isa`: a variant that this processor has; None: the fastest.
 
-    Computes in fp32. Raises ValueError where a layout's indices point outside of what they index.
+    Computes in fp32; with `amx` bf16 are multiplied as they are, weights rounded to bf16 with them, and summed in fp32.
+    With `amx` infinities among q and k may show as NaN. Raises ValueError where a layout's indices point outside of
+    what they index.
     """
-    q, k, v = (_dense_heads(x) for x in (q_BLHD, k_BTHD, v_BTHD))
+    isa_number = isa_index(isa)
+    q, k, v = (_dense_heads(x, isa_number) for x in (q_BLHD, k_BTHD, v_BTHD))
     batch, num_queries, num_heads, dim = q.shape
-    out = torch.empty(batch, num_queries, num_heads, dim)
+    out = torch.empty(batch, num_queries, num_heads, dim, dtype=q.dtype)
     lse = torch.empty(batch, num_queries, num_heads)
     bias = None if k_bias is None else k_bias.float().contiguous()
     q_blocks, k_blocks = _whole(layout.q), _whole(layout.k)
@@ -97,11 +104,30 @@ def forward(
         heads=num_heads,
         dim=dim,
         threads=torch.get_num_threads(),
-        isa=isa_index(isa),
+        isa=isa_number,
+        is_bf16=q.dtype == torch.bfloat16,
         scale=scale,
     )
     _check(library().longvid_attention(ctypes.byref(args)))
     return out.type_as(q_BLHD), lse
+
+
+def dense(
+    q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, k_bias: Tensor | None = None, isa: Isa | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / sqrt(D) + k_bias) v and its LSE, as `forward` gives them of a layout of all tiles.
+
+    The bits of a query's row depend on the query, keys and values alone, not on the other queries or on threads.
+    """
+    layout = _all_tiles(q_BLHD.shape[1], k_BTHD.shape[1], q_BLHD.shape[2])
+    return forward(q_BLHD, k_BTHD, v_BTHD, layout, 1 / math.sqrt(q_BLHD.shape[-1]), k_bias, isa)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_tiles(num_queries: int, num_keys: int, num_heads: int) -> BlockLayout:
+    q, k = even_blocks(num_queries, num_queries), even_blocks(num_keys, PACKED_TOGETHER)
+    row_ptr = torch.tensor([[0, k.num_blocks]], dtype=torch.int32)
+    return BlockLayout(q, k, row_ptr, torch.arange(k.num_blocks, dtype=torch.int32), one_group(num_heads))
 
 
 def block_mass(
@@ -116,7 +142,8 @@ def block_mass(
     isa: Isa | None = None,
 ) -> Tensor:
     """See `score.block_mass`. `isa`: a variant that this processor has; None: the fastest."""
-    q, k, lse = _dense_heads(q_BLHD), _dense_heads(k_BTHD), lse_BLH.float()
+    isa_number = isa_index(isa)
+    q, k, lse = _dense_heads(q_BLHD, isa_number), _dense_heads(k_BTHD, isa_number), lse_BLH.float()
     batch, num_queries, num_heads, dim = q.shape
     q_blocks, k_blocks = _whole(q_blocks), _whole(k_blocks)
     mass = torch.empty(batch, num_heads, q_blocks.num_blocks, k_blocks.num_blocks)
@@ -130,7 +157,8 @@ def block_mass(
         dim=dim,
         sample_every=sample_every,
         threads=torch.get_num_threads(),
-        isa=isa_index(isa),
+        isa=isa_number,
+        is_bf16=q.dtype == torch.bfloat16,
         scale=scale,
     )
     _check(library().longvid_block_mass(ctypes.byref(args)))
@@ -143,6 +171,7 @@ def cluster(x_BTHD: Tensor, centroids_BHND: Tensor, isa: Isa | None = None) -> t
     Labels int64 [B, H, T]; of each cluster the sum of its tokens, fp32 [B, H, N, D], and their number, int64 [B, H, N].
     The head dim is at most 256. `isa`: a variant that this processor has; None: the fastest.
     """
+    isa_number = isa_index(isa)
     x, centroids = _dense_heads(x_BTHD), centroids_BHND.float().contiguous()
     batch, num_tokens, num_heads, dim = x.shape
     # The nearest centroid has the largest x · c - |c|² / 2.
@@ -158,15 +187,17 @@ def cluster(x_BTHD: Tensor, centroids_BHND: Tensor, isa: Isa | None = None) -> t
         clusters=centroids.shape[2],
         dim=dim,
         threads=torch.get_num_threads(),
-        isa=isa_index(isa),
+        isa=isa_number,
     )
     _check(library().longvid_cluster(ctypes.byref(args)))
     return labels, sums, sizes
 
 
-def _dense_heads(x: Tensor) -> Tensor:
-    """fp32, with the elements of a head side by side."""
-    x = x.detach().float()
+def _dense_heads(x: Tensor, isa_number: int = 0) -> Tensor:
+    """fp32, or bf16 where a variant takes it, with the elements of a head side by side."""
+    x = x.detach()
+    if x.dtype != torch.bfloat16 or isa_number != AMX:
+        x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

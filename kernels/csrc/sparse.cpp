@@ -5,6 +5,7 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -24,8 +25,11 @@ namespace {
 constexpr size_t PACKED_BYTES = size_t(16) << 20;
 
 const Variant *find(int isa) {
+#ifdef LONGVID_AMX
+    if (isa == 3) return &amx;
+#endif
 #ifdef LONGVID_X86_VARIANTS
-    if (isa >= 2) return &avx512;
+    if (isa == 2) return &avx512;
     if (isa == 1) return &avx2;
 #endif
     return isa == 0 ? &portable : nullptr;
@@ -39,6 +43,7 @@ using Floats = std::unique_ptr<float[], Free>;
 Floats allocate(size_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
 
 // Memory that the calling thread keeps from call to call, unless it is much: to touch new pages takes as long as to pack keys.
+template <typename Owner>
 class Kept {
   public:
     explicit Kept(size_t count) {
@@ -58,12 +63,9 @@ class Kept {
     float *get() const { return memory_.get(); }
 
   private:
-    static thread_local Floats memory_;
-    static thread_local size_t size_;
+    static thread_local inline Floats memory_;
+    static thread_local inline size_t size_ = 0;
 };
-
-thread_local Floats Kept::memory_;
-thread_local size_t Kept::size_ = 0;
 
 }  // namespace
 
@@ -76,21 +78,21 @@ struct BlocksArgs {
     int32_t num_blocks, num_tokens;
 };
 
-// Floats with strides between batch entries, tokens and heads; the elements of a head lie side by side.
+// Floats, or bf16, with strides between batch entries, tokens and heads; the elements of a head lie side by side.
 struct TensorArgs {
     float *data;
     int64_t batch, token, head;
 };
 
 struct AttentionArgs {
-    TensorArgs q, k, v, out, lse;
+    TensorArgs q, k, v, out, lse;  // lse is of floats, the others are all of one kind
     const float *bias;  // or null; the tokens lie side by side
     int64_t bias_batch, bias_head;
     BlocksArgs q_blocks, k_blocks;
     const int32_t *row_ptr, *col, *group;
     int64_t group_batch;
     int64_t num_col;
-    int32_t num_groups, batch, heads, dim, threads, isa;
+    int32_t num_groups, batch, heads, dim, threads, isa, is_bf16;
     float scale;
 };
 
@@ -98,7 +100,7 @@ struct MassArgs {
     TensorArgs q, k, lse;
     float *mass;  // [batch][heads][query blocks][key blocks]
     BlocksArgs q_blocks, k_blocks;
-    int32_t batch, heads, dim, sample_every, threads, isa;
+    int32_t batch, heads, dim, sample_every, threads, isa, is_bf16;  // of q and k
     float scale;
 };
 
@@ -163,41 +165,40 @@ struct Head {
     int batch, head, group;
 };
 
-// Memory for the packed keys and values of some heads.
+// Memory for the packed keys of some heads, and values where panels have any.
 class Packed {
   public:
-    Packed(const Variant &variant, int dim, bool has_values, int max_panels, int num_heads)
-        : per_head_(floats(variant, dim, has_values, max_panels)), has_values_(has_values), lanes_(variant.lanes), dim_(dim),
-          max_panels_(max_panels), memory_(per_head_ * num_heads), first_(memory_.get()) {}
+    Packed(int lanes, PanelSize size, int max_panels, int num_heads)
+        : per_head_(floats(lanes, size, max_panels)), size_(size), max_panels_(max_panels),
+          memory_(per_head_ * num_heads), first_(memory_.get()) {}
 
-    static size_t floats(const Variant &variant, int dim, bool has_values, int max_panels) {
-        const size_t per_key = dim + (has_values ? padded(dim, variant.lanes) : 0) + 1;
-        return (per_key * max_panels * variant.lanes + 15) / 16 * 16;
+    static size_t floats(int lanes, PanelSize size, int max_panels) {
+        return ((size.k + size.v + lanes) * max_panels + 15) / 16 * 16;
     }
 
     Panels of(int slot, const BlocksArgs &blocks, int group, const std::vector<int32_t> &starts) const {
-        const size_t keys = size_t(max_panels_) * lanes_;
-        float *k = first_ + per_head_ * slot, *bias = k + keys * dim_;
-        return {k, has_values_ ? bias + keys : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks};
+        float *k = first_ + per_head_ * slot, *v = k + size_.k * max_panels_, *bias = v + size_.v * max_panels_;
+        return {k, size_.v ? v : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks};
     }
 
   private:
     size_t per_head_;
-    bool has_values_;
-    int lanes_, dim_, max_panels_;
-    Kept memory_;
+    PanelSize size_;
+    int max_panels_;
+    Kept<Packed> memory_;
     float *first_;  // other threads have memory of their own
 };
 
 // Scratch memory of every thread.
 class Scratch {
   public:
-    Scratch(size_t floats, int threads) : each_((floats + 31) / 16 * 16), memory_(allocate(each_ * threads)) {}
-    float *of(int thread) const { return memory_.get() + each_ * thread; }
+    Scratch(size_t floats, int threads) : each_((floats + 31) / 16 * 16), memory_(each_ * threads), first_(memory_.get()) {}
+    float *of(int thread) const { return first_ + each_ * thread; }
 
   private:
     size_t each_;
-    Floats memory_;
+    Kept<Scratch> memory_;
+    float *first_;
 };
 
 int thread_index() {
@@ -215,7 +216,10 @@ void deal(int64_t count, int threads, const Scratch &scratch, const Work &work) 
     for (int64_t i = 0; i < count; i++) work(i, scratch.of(thread_index()));
 }
 
-float *at(const TensorArgs &x, const Head &head) { return x.data + head.batch * x.batch + head.head * x.head; }
+float *at(const TensorArgs &x, const Head &head, bool is_bf16 = false) {
+    const int64_t elements = head.batch * x.batch + head.head * x.head;
+    return is_bf16 ? reinterpret_cast<float *>(reinterpret_cast<uint16_t *>(x.data) + elements) : x.data + elements;
+}
 
 // Queries of one row of tiles of one head, and about how many scores they cost.
 struct Item {
@@ -253,8 +257,10 @@ std::vector<Item> list_items(const AttentionArgs &args, const Head *heads, int n
 
 // A skipped head has output 0 and LSE -inf.
 void skip(const AttentionArgs &args, const Head &head) {
+    const size_t size = args.is_bf16 ? sizeof(uint16_t) : sizeof(float);
     for (int64_t token = 0; token < args.q_blocks.num_tokens; token++) {
-        std::fill_n(at(args.out, head) + token * args.out.token, args.dim, 0.0f);
+        char *out = reinterpret_cast<char *>(at(args.out, head, args.is_bf16));
+        std::memset(out + token * args.out.token * size, 0, args.dim * size);
         at(args.lse, head)[token * args.lse.token] = -std::numeric_limits<float>::infinity();
     }
 }
@@ -280,8 +286,9 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
         starts.push_back(panel_starts(args.k_blocks, g, variant.lanes));
         max_panels = std::max(max_panels, starts.back().back());
     }
-    const int wave = heads_at_once(Packed::floats(variant, args.dim, true, max_panels) + 1, heads.size());
-    const Packed packed(variant, args.dim, true, max_panels, wave);
+    const PanelSize size = variant.panel_size(args.dim, args.is_bf16);
+    const int wave = heads_at_once(Packed::floats(variant.lanes, size, max_panels) + 1, heads.size());
+    const Packed packed(variant.lanes, size, max_panels, wave);
     const Scratch scratch(variant.scratch(args.dim, 0), args.threads);
 
     for (size_t begin = 0; begin < heads.size(); begin += wave) {
@@ -295,8 +302,9 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
             const int slot = int(i % count);
             const Head &head = now[slot];
             const float *bias = args.bias ? args.bias + head.batch * args.bias_batch + head.head * args.bias_head : nullptr;
-            const Source source{at(args.k, head), at(args.v, head), bias,
-                                args.k.token,     args.v.token,     order_of(args.k_blocks, head.group)};
+            const bool is_bf16 = args.is_bf16;
+            const Source source{at(args.k, head, is_bf16), at(args.v, head, is_bf16),              bias,   args.k.token,
+                                args.v.token,              order_of(args.k_blocks, head.group), is_bf16};
             variant.pack(source, panels(slot), args.dim, int(i / count));
         });
         const std::vector<Item> items = list_items(args, now, count);
@@ -304,8 +312,10 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
             const Item &item = items[i];
             const Head &head = now[item.slot];
             const int32_t *tiles = args.row_ptr + int64_t(head.group) * (args.q_blocks.num_blocks + 1) + item.row;
-            const Queries queries{at(args.q, head), args.q.token, order_of(args.q_blocks, head.group), item.first, 1, item.count};
-            const Output output{at(args.out, head), at(args.lse, head), args.out.token, args.lse.token};
+            const bool is_bf16 = args.is_bf16;
+            const Queries queries{at(args.q, head, is_bf16), args.q.token, order_of(args.q_blocks, head.group), item.first, 1,
+                                  item.count,                is_bf16};
+            const Output output{at(args.out, head, is_bf16), at(args.lse, head), args.out.token, args.lse.token};
             variant.attend(queries, panels(item.slot), args.col + tiles[0], tiles[1] - tiles[0], args.dim, args.scale, output,
                            memory);
         });
@@ -342,9 +352,11 @@ std::vector<Rows> group_rows(const MassArgs &args) {
 void sum_mass(const MassArgs &args, const Variant &variant) {
     const std::vector<int32_t> starts = panel_starts(args.k_blocks, 0, variant.lanes);
     const int rows = args.q_blocks.num_blocks, cols = args.k_blocks.num_blocks, num_heads = args.batch * args.heads;
-    const int wave = heads_at_once(Packed::floats(variant, args.dim, false, starts.back()) + 1, num_heads);
-    const Packed packed(variant, args.dim, false, starts.back(), wave);
+    const PanelSize size{variant.panel_size(args.dim, args.is_bf16).k, 0};
+    const int wave = heads_at_once(Packed::floats(variant.lanes, size, starts.back()) + 1, num_heads);
+    const Packed packed(variant.lanes, size, starts.back(), wave);
     const Scratch scratch(variant.scratch(args.dim, cols), args.threads);
+    const bool is_bf16 = args.is_bf16;
     const int32_t *offsets = offsets_of(args.q_blocks, 0);
     const std::vector<Rows> groups = group_rows(args);
     std::vector<float> factors(rows);
@@ -358,7 +370,8 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
         const auto head = [&](int slot) { return Head{(begin + slot) / args.heads, (begin + slot) % args.heads, 0}; };
         deal(int64_t(count) * cols, args.threads, scratch, [&](int64_t i, float *) {
             const int slot = int(i % count);
-            const Source source{at(args.k, head(slot)), nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0)};
+            const float *k = at(args.k, head(slot), is_bf16);
+            const Source source{k, nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0), is_bf16};
             variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i / count));
         });
         deal(int64_t(count) * groups.size(), args.threads, scratch, [&](int64_t i, float *memory) {
@@ -367,7 +380,8 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
             std::vector<Queries> queries;
             for (int row = group.first; row < group.stop; row++) {
                 const int first = offsets[row], sampled = num_sampled(args, row);
-                queries.push_back({at(args.q, head(slot)), args.q.token, order_of(args.q_blocks, 0), first, args.sample_every, sampled});
+                queries.push_back({at(args.q, head(slot), is_bf16), args.q.token, order_of(args.q_blocks, 0), first,
+                                   args.sample_every, sampled, is_bf16});
             }
             variant.mass(queries.data(), group.stop - group.first, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale,
                          at(args.lse, head(slot)), args.lse.token, factors.data() + group.first,
@@ -382,8 +396,9 @@ void cluster(const ClusterArgs &args, const Variant &variant) {
     const BlocksArgs block{offsets, nullptr, 0, 0, 1, args.clusters};
     const std::vector<int32_t> starts = panel_starts(block, 0, variant.lanes);
     const int num_heads = args.batch * args.heads, parts = (args.tokens + MAX_QUERIES - 1) / MAX_QUERIES;
-    const int wave = heads_at_once(Packed::floats(variant, args.dim, false, starts.back()) + 1, num_heads);
-    const Packed packed(variant, args.dim, false, starts.back(), wave);
+    const PanelSize panel{variant.panel_size(args.dim, false).k, 0};
+    const int wave = heads_at_once(Packed::floats(variant.lanes, panel, starts.back()) + 1, num_heads);
+    const Packed packed(variant.lanes, panel, starts.back(), wave);
     const Scratch scratch(variant.scratch(args.dim, 1), args.threads);
     const size_t centroids = size_t(args.clusters) * args.dim;
 
@@ -391,11 +406,11 @@ void cluster(const ClusterArgs &args, const Variant &variant) {
         const int count = std::min(wave, num_heads - begin);
         const auto tokens = [&](int64_t slot, int first, int size) {
             const int head = begin + int(slot);
-            return Queries{at(args.x, Head{head / args.heads, head % args.heads, 0}), args.x.token, nullptr, first, 1, size};
+            return Queries{at(args.x, Head{head / args.heads, head % args.heads, 0}), args.x.token, nullptr, first, 1, size, false};
         };
         deal(count, args.threads, scratch, [&](int64_t slot, float *) {
             const int64_t head = begin + slot;
-            const Source source{args.centroids + head * centroids, nullptr, args.bias + head * args.clusters, args.dim, 0, nullptr};
+            const Source source{args.centroids + head * centroids, nullptr, args.bias + head * args.clusters, args.dim, 0, nullptr, false};
             variant.pack(source, packed.of(int(slot), block, 0, starts), args.dim, 0);
         });
         deal(int64_t(count) * parts, args.threads, scratch, [&](int64_t i, float *memory) {

@@ -12,10 +12,11 @@ constexpr int MAX_DIM = 256;  // of a head
 
 // Some queries of one head: the places first, first + step, ... of an order.
 struct Queries {
-    const float *data;
+    const float *data;  // bf16 where is_bf16 says so, which the variant amx alone takes
     int64_t stride;  // between tokens; the elements of one lie side by side
     const int32_t *order;  // the token at each place; null: its own
     int first, step, count;
+    bool is_bf16;
 
     int64_t token(int i) const {
         const int place = first + i * step;
@@ -24,7 +25,7 @@ struct Queries {
 };
 
 // The keys and values of one head, gathered into panels of as many keys as a vector has lanes. Each block of keys begins
-// with a panel of its own.
+// with a panel of its own. How keys and values lie is said for the variants of variant.inc; amx has tiles of bf16.
 struct Panels {
     float *k;     // [panel][dim][lane]; 0 past the end of a block
     float *v;     // [panel][span of the padded dim][lane][element of the span]; null where values are not needed
@@ -36,19 +37,26 @@ struct Panels {
 
 // The keys, values and bias of one head as they came.
 struct Source {
-    const float *k, *v, *bias;  // v and bias may be null
+    const float *k, *v, *bias;  // v and bias may be null; k and v are bf16 where is_bf16 says so
     int64_t k_stride, v_stride;
     const int32_t *order;
+    bool is_bf16;
 };
 
 struct Output {
-    float *out, *lse;
+    float *out, *lse;  // out is bf16 where the queries are
     int64_t out_stride, lse_stride;
+};
+
+// Floats of the keys and of the values of one panel.
+struct PanelSize {
+    size_t k, v;
 };
 
 // The kernels for one instruction set.
 struct Variant {
-    int lanes;
+    int lanes;  // keys of a panel
+    PanelSize (*panel_size)(int dim, bool is_bf16);
     // Floats that a thread needs as scratch memory, aligned to 64 bytes.
     size_t (*scratch)(int dim, int num_blocks);
     void (*pack)(const Source &source, const Panels &panels, int dim, int block);
@@ -69,5 +77,6 @@ inline int padded(int dim, int lanes) { return (dim + lanes - 1) / lanes * lanes
 extern const Variant portable;
 extern const Variant avx2;
 extern const Variant avx512;
+extern const Variant amx;
 
 }  // namespace longvid
