@@ -147,7 +147,8 @@ def bench_frames(bench: FilmBench, facts: ModelFacts) -> int:
 
 def bench_of(fields: dict[str, Any]) -> FilmBench:
     """What JSON made lists of is tuples again."""
-    return FilmBench(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return FilmBench(**given)
 
 
 def peak_mb(device: torch.device) -> float:
