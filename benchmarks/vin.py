@@ -201,11 +201,12 @@ def main() -> None:
         is_counted = not options.flops or kind in counts or seconds > FITS
         if (str(index) in films and is_counted) or time.monotonic() - began > 60 * options.minutes:
             continue
+        overrides = ["runtime.threads=1", f"vin.path={adapter}", *KINDS[kind]]
         if kind not in engines:
-            engines[kind] = Engine.load("mini", overrides=["runtime.threads=1", f"vin.path={adapter}", *KINDS[kind]])
+            engines[kind] = Engine.load("mini", overrides=overrides)
         script = story(index, seconds)
-        if not is_counted:
-            counts[kind] = count_flops(engines[kind], script)
+        if not is_counted:  # torch counts its own linear layers alone
+            counts[kind] = count_flops(Engine.load("mini", overrides=[*overrides, "runtime.linear=torch"]), script)
         if str(index) not in films:
             films[str(index)] = measure(engines[kind], script)
             print(f"{seconds:g} s", kind, index, json.dumps(films[str(index)]), file=sys.stderr, flush=True)
