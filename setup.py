@@ -2,7 +2,18 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("amx", "sparse", "portable", "avx2", "avx512", "sparse_amx", "rows", "rows_portable", "rows_avx2", "rows_avx512")
+SOURCES = (
+    "amx",
+    "sparse",
+    "portable",
+    "avx2",
+    "avx512",
+    "sparse_amx",
+    "rows",
+    "rows_portable",
+    "rows_avx2",
+    "rows_avx512",
+)
 HEADERS = ("isa.h", "amx.inc", "sparse.h", "variant.inc", "rows.h", "rows.inc", "vector.inc")
 
 setup(
