@@ -18,7 +18,7 @@ from longvid.kernels import cpu, native
 Partial = tuple[Tensor, Tensor]
 """Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
 
-MIN_KEYS = {torch.float32: 256, torch.bfloat16: 2048}
+MIN_KEYS = {torch.float32: 256, torch.bfloat16: 4096}
 """Keys from which on our kernel for matrix units is faster than torch's. Queries do not count: which kernel computes a
 row, and so its bits, must not depend on how many others there are."""
 
