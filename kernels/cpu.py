@@ -1,4 +1,4 @@
-"""Block-sparse and dense attention, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built at installation.
+"""Attention, block-sparse and dense, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built.
 
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks, N clusters.
 """

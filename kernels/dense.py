@@ -1,4 +1,4 @@
-"""Dense attention: the one place that chooses which library kernel runs it.
+"""Dense attention: the one place that chooses which kernel runs it, a library's or, on a CPU with matrix units, ours.
 
 Shapes: B batch, L queries, T keys, H heads, D of a head.
 """
@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longvid.kernels import cpu, native
+
 Partial = tuple[Tensor, Tensor]
 """Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
+
+MIN_KEYS = {torch.float32: 256, torch.bfloat16: 4096}
+"""Keys from which on our kernel for matrix units is faster than torch's. Queries do not count: which kernel computes a
+row, and so its bits, must not depend on how many others there are."""
 
 
 def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias_BHLT: Tensor | None = None) -> Tensor:
@@ -22,6 +28,8 @@ def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias_BHLT: Tensor | N
 
     ``bias`` broadcasts to [B, H, L, T]; -inf hides a column, log n makes a column count n times.
     """
+    if suits_matrix_units(q_BLHD, k_BTHD, v_BTHD) and (bias_BHLT is None or _is_of_columns(bias_BHLT, k_BTHD.shape[1])):
+        return cpu.dense(q_BLHD, k_BTHD, v_BTHD, None if bias_BHLT is None else bias_BHLT[:, :, 0])[0]
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHLT).transpose(1, 2)
 
@@ -33,6 +41,8 @@ def attend_lse(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
     """
     if q_BLHD.numel() == 0 or k_BTHD.numel() == 0:  # the CPU kernel ends the process on these
         return torch.zeros_like(q_BLHD), q_BLHD.new_full(q_BLHD.shape[:3], -math.inf, dtype=torch.float32)
+    if suits_matrix_units(q_BLHD, k_BTHD, v_BTHD):
+        return cpu.dense(q_BLHD, k_BTHD, v_BTHD)
     if q_BLHD.device.type == "cpu":
         return _torch_flash(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q_BLHD, k_BTHD, v_BTHD)
     if _suits_cuda_flash(q_BLHD):
@@ -49,6 +59,27 @@ def attend_lse_exact(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
     scores_BHLT = torch.einsum("blhd,bthd->bhlt", q, k) / math.sqrt(q.shape[-1])
     out = torch.einsum("bhlt,bthd->blhd", scores_BHLT.softmax(-1), v)
     return out.type_as(q_BLHD), scores_BHLT.logsumexp(-1).transpose(1, 2).float()
+
+
+def suits_matrix_units(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> bool:
+    """Whether our kernel computes it: on a CPU with AMX, many keys, no gradient."""
+    all_three = (q_BLHD, k_BTHD, v_BTHD)
+    return (
+        q_BLHD.device.type == "cpu"
+        and native.isa() == "amx"
+        and k_BTHD.shape[1] >= MIN_KEYS.get(q_BLHD.dtype, math.inf)
+        and q_BLHD.numel() > 0
+        and q_BLHD.shape[-1] <= cpu.MAX_HEAD_DIM
+        and q_BLHD.dtype == k_BTHD.dtype == v_BTHD.dtype
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in all_three))
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _is_of_columns(bias_BHLT: Tensor, num_keys: int) -> bool:
+    """Whether all queries of a head have the same bias: a float for every key."""
+    is_one_row = bias_BHLT.dim() == 4 and bias_BHLT.shape[2] == 1 and bias_BHLT.shape[3] == num_keys
+    return is_one_row and bias_BHLT.is_floating_point() and not bias_BHLT.requires_grad
 
 
 def _torch_flash(kernel: torch._ops.OpOverloadPacket, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:

@@ -110,9 +110,19 @@ def _torch() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "device": device,
         "gpus": [{"name": gpu.name, "memory_mb": gpu.total_memory / 1e6} for gpu in gpus],
-        "attention": f"torch scaled_dot_product_attention, {_dense_kernel(device)}",
+        "attention": _dense_attention(device),
         "sparse_attention": _sparse_kernel(device),
     }
+
+
+def _dense_attention(device: str) -> str:
+    """Who computes dense attention."""
+    from longvid.kernels import native
+
+    of_torch = f"torch scaled_dot_product_attention, {_dense_kernel(device)}"
+    if device == "cpu" and native.isa() == "amx":
+        return f"the C++ kernel for amx where there are many keys, else {of_torch}"
+    return of_torch
 
 
 def _dense_kernel(device: str) -> str:

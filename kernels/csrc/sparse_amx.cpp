@@ -17,7 +17,8 @@ namespace longvid {
 namespace {
 
 constexpr int PANEL = 32;  // keys
-constexpr int COLUMNS = 4;  // of 16 keys in a chunk, at most
+constexpr int FULL = 4;  // columns of 16 keys that fill a chunk
+constexpr int COLUMNS = FULL + 1;  // in a chunk, at most
 template <int N>
 struct Constant {
     static constexpr int value = N;
@@ -143,9 +144,6 @@ inline void add_single_products(const Operands &at, Turn &turn) {
     multiply_all<C>(turn);
 }
 
-constexpr unsigned ALL_PAIRS = 0x5;  // see Chunk
-static_assert(COLUMNS == 4);
-
 struct Column {
     const Bf16 *keys;
     const float *bias;
@@ -159,6 +157,8 @@ struct Chunk {
     const Bf16 *values[COLUMNS];  // of each panel
     unsigned pairs;  // bit c: column c and the one after it are a panel; else a column is one alone
     unsigned wide;  // bit p: panel p has two columns
+
+    bool is_all_pairs() const { return num_columns == FULL && wide == (1u << FULL / 2) - 1; }
 };
 
 // How keys and values are packed.
@@ -198,9 +198,8 @@ struct Walk {
                 inner = 0;
                 continue;
             }
-            const int columns = keys > TILE ? 2 : 1;
-            if (chunk.num_columns + columns > COLUMNS) return;
-            add(chunk, block, panels.starts[block] + inner++, columns);
+            if (chunk.num_columns >= FULL) return;
+            add(chunk, block, panels.starts[block] + inner++, keys > TILE ? 2 : 1);
         }
     }
 
@@ -345,10 +344,12 @@ void pack_column(const Bf16 *const *from, int keys, int dim, Bf16 *to) {
 }
 
 inline __m256i lower(__m512i x) { return _mm512_castsi512_si256(x); }
-inline __m256i upper(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
 
 // The values of a panel: rows r and 16 + r as a pair. Of one column, a pair is parts of the same row: see store_single.
 void pack_values(const float *const *from, int keys, int dim, Bf16 *to) {
+    alignas(64) Bf16 order[DEPTH];
+    for (int i = 0; i < DEPTH; i++) order[i] = Bf16(i / 2 + i % 2 * TILE);
+    const __m512i pairs = _mm512_load_si512(order);
     for (int d = 0; d < dim; d += TILE, to += NUM_PARTS * TILE_SIZE) {
         const __mmask16 mask = first_lanes(dim - d);
         for (int r = 0; r < TILE; r++) {
@@ -357,7 +358,7 @@ void pack_values(const float *const *from, int keys, int dim, Bf16 *to) {
             const Parts parts = split(first, second);
             if (keys > TILE) {
                 for (int p = 0; p < NUM_PARTS; p++)
-                    store_pair(lower(parts.of[p]), upper(parts.of[p]), to + p * TILE_SIZE, r);
+                    _mm512_store_si512(to + p * TILE_SIZE + r * DEPTH, _mm512_permutexvar_epi16(pairs, parts.of[p]));
             } else {
                 store_pair(lower(parts.of[0]), lower(parts.of[0]), to, r);
                 store_pair(lower(parts.of[1]), lower(parts.of[1]), to + TILE_SIZE, r);
@@ -384,6 +385,13 @@ void pack_block(const Source &source, const Panels &panels, int dim, int block) 
         float *bias = panels.bias + size_t(panel) * PANEL;
         const Number *k[PANEL], *v[PANEL];
         for (int key = 0; key < keys; key++) {
+            if (place + key + PANEL < stop) {
+                const int64_t later = source.order ? source.order[place + key + PANEL] : place + key + PANEL;
+                for (int d = 0; d < dim; d += LINE / int(sizeof(Number))) {
+                    __builtin_prefetch(reinterpret_cast<const Number *>(source.k) + later * source.k_stride + d, 0, 2);
+                    if (panels.v) __builtin_prefetch(reinterpret_cast<const Number *>(source.v) + later * source.v_stride + d, 0, 2);
+                }
+            }
             const int64_t token = source.order ? source.order[place + key] : place + key;
             k[key] = reinterpret_cast<const Number *>(source.k) + token * source.k_stride;
             if (panels.v) v[key] = reinterpret_cast<const Number *>(source.v) + token * source.v_stride;
@@ -614,7 +622,7 @@ class Softmax {
     }
 
     void row(int i) {
-        if (now_.unit.chunk->pairs == ALL_PAIRS)
+        if (now_.unit.chunk->is_all_pairs())
             weigh_full(i);
         else
             weigh_any(i);
@@ -684,21 +692,21 @@ class Softmax {
 
     int query(int i) const { return now_.unit.pair * 2 * cut_.height + i; }
 
-    // All columns, in pairs.
+    // A full chunk, all in pairs.
     ALONE void weigh_full(int i) {
         const Cutter cutter;
         const Exp2 exp;
         const Chunk &chunk = *now_.unit.chunk;
         const float *scores = scores_of(i);
         const Vec scale = keep(scale_);
-        Vec x[COLUMNS];
-        UNROLL for (int c = 0; c < COLUMNS; c++) x[c] = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
+        Vec x[FULL];
+        UNROLL for (int c = 0; c < FULL; c++) x[c] = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
         Vec tops = x[0];
-        UNROLL for (int c = 1; c < COLUMNS; c++) tops = Vec(_mm512_max_ps(x[c], tops));
+        UNROLL for (int c = 1; c < FULL; c++) tops = Vec(_mm512_max_ps(x[c], tops));
         const Vec from = keep(base(i, tops));
         Vec total = load(state_.sum + query(i) * LANES);
         Bf16 *to = weights_of(i);
-        UNROLL for (int c = 0; c < COLUMNS; c += 2, to += PARTS * TILE_SIZE) {
+        UNROLL for (int c = 0; c < FULL; c += 2, to += PARTS * TILE_SIZE) {
             const Vec a = exp(x[c] - from), b = exp(x[c + 1] - from);
             total += a;
             total += b;

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longvid.doctor import cpu_facts, package_version
 from longvid.errors import RuntimeFailure
@@ -35,10 +36,11 @@ DENSITIES = (0.1, 0.25, 1.0)
 TILES = (64, 128)
 SAMPLE_EVERY = (1, 4)
 ENVIRONMENTS: dict[native.Isa, dict[str, str]] = {
-    "avx512": {},
+    "amx": {},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
-"""What holds torch and its libraries to an instruction set."""
+"""What holds torch and its libraries to an instruction set; with amx to none."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class AttentionBench:
 
 
 def bench_attention(bench: AttentionBench, say: Callable[[str], None]) -> dict[str, Any]:
-    """Speed-ups over dense attention, fp32, each variant beside a torch that is held to the same instruction set.
+    """Speed-ups over torch's dense attention, fp32, each variant beside a torch held to the same instruction set.
 
-    `efficiency` is speed-up x density: 1 says that a score costs what it costs dense. `spread` is the interquartile
-    range of the speed-up over its median. `error` is the largest difference, of output and LSE, from softmax in fp64
-    on some rows. `search` holds block mass: its time over that of dense attention. Raises RuntimeFailure where the C++
-    kernels were not built.
+    `efficiency` is speed-up x density: 1 says that a score costs what it costs dense. `of_dense` is the same beside the
+    dense attention that would run, with amx ours: where sparse attention pays depends on it. `spread` is the
+    interquartile range of the speed-up over its median. `error` is the largest difference, of output and LSE, from
+    softmax in fp64 on some rows. `search` holds block mass: its time over that of torch's dense attention. Raises
+    RuntimeFailure where the C++ kernels were not built.
     """
     best = native.isa()
     if best is None:
@@ -148,7 +151,8 @@ def _search_line(case: dict[str, Any]) -> str:
 def _case_line(case: dict[str, Any]) -> str:
     return (
         f"{case['shape']} tile {case['tile']:<4} density {case['density']:.3f} {case['rows']:8}{case['isa']:9}"
-        f"{case['speedup']:6.2f}x, efficiency {case['efficiency']:.2f} (spread {case['spread']:.0%}),"
+        f"{case['speedup']:6.2f}x, efficiency {case['efficiency']:.2f} (spread {case['spread']:.0%}; beside the dense"
+        f" that would run {case['of_dense']:.2f}),"
         f" error {case['error']:.1e}"
     )
 
@@ -165,26 +169,29 @@ def _time_case(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, isa: native
     """The figures of a variant of the kernels on one layout."""
     scale, density = 1 / math.sqrt(q.shape[-1]), layout.density()
     error = _error(q, k, v, layout, *cpu.forward(q, k, v, layout, scale, None, isa=isa))
-    ratios = []
+    ratios, ratios_of_dense = [], []
     for _ in range(repeats):
-        dense_s = _seconds(lambda: attend(q, k, v))
-        ratios.append(dense_s / _seconds(lambda: cpu.forward(q, k, v, layout, scale, None, isa=isa)))
+        torch_s = _seconds(lambda: _torch_dense(q, k, v))
+        sparse_s = _seconds(lambda: cpu.forward(q, k, v, layout, scale, None, isa=isa))
+        ratios.append(torch_s / sparse_s)
+        ratios_of_dense.append(_seconds(lambda: attend(q, k, v)) / sparse_s if isa == "amx" else ratios[-1])
     return {
         "density": density,
         "speedup": median(ratios),
         "efficiency": median(ratios) * density,
+        "of_dense": median(ratios_of_dense) * density,
         "spread": _spread(ratios),
         "error": error,
     }
 
 
 def _time_search(q: Tensor, k: Tensor, v: Tensor, every: int, isa: native.Isa, repeats: int) -> float:
-    """The time of block mass over that of dense attention."""
+    """The time of block mass over that of torch's dense attention."""
     _, lse = attend_lse(q, k, v)
     blocks, scale = even_blocks(q.shape[1], TILES[0]), 1 / math.sqrt(q.shape[-1])
     costs = []
     for _ in range(repeats):
-        dense_s = _seconds(lambda: attend(q, k, v))
+        dense_s = _seconds(lambda: _torch_dense(q, k, v))
         mass_s = _seconds(lambda: cpu.block_mass(q, k, lse, blocks, blocks, scale=scale, sample_every=every, isa=isa))
         costs.append(mass_s / dense_s)
     return median(costs)
@@ -199,6 +206,11 @@ def _error(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, out: Tensor, ls
     exact = torch.einsum("bhlt,bthd->blhd", scores.softmax(-1), v.double())
     exact_lse = scores.logsumexp(-1).transpose(1, 2)
     return float(torch.maximum((out[:, tokens] - exact).abs().max(), (lse[:, tokens] - exact_lse).abs().max()))
+
+
+def _torch_dense(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -166,6 +166,22 @@ def test_parts_of_the_keys_merge_to_the_whole(forward, layouts, data):
     assert_close(merged, reference.sparse_attention(q, k, v, layout, scale=0.25))
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no matrix units for bf16")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_three_bf16_are_as_exact_as_a_float(dim):
+    q, k, v = random(1, 1, 100, 2, dim), random(2, 1, 500, 2, dim), random(3, 1, 500, 2, dim)
+    blocks = Blocks(torch.tensor([[0, 30, 47, 128, 137, 300, 500]], dtype=torch.int32))
+    layout = make_layout(even_blocks(100, 64), blocks, torch.ones(1, 2, 6, dtype=torch.bool), one_group(2))
+    expected = reference.sparse_attention(q, k, v, layout)
+
+    def errors(isa):
+        found = cpu.forward(q, k, v, layout, scale_of(q), None, isa=isa)
+        return [float((x - y).square().mean().sqrt()) for x, y in zip(found, expected, strict=True)]
+
+    for matrix_units, floats in zip(errors("amx"), errors("avx512"), strict=True):
+        assert matrix_units < 1.5 * floats < 1e-6
+
+
 @isas
 def test_threads_do_not_change_a_bit(isa):
     q, k, v = (random(i, 1, 500, 3, 40) for i in range(3))
