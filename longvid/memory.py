@@ -23,8 +23,8 @@ from longvid.settings import MemorySettings, Settings
 
 MB = 1e6
 VAE_COPIES = 2
-"""Of the widest layer of a VAE, values at once: a copy with its past and padding, or the upsampling's. With matrix units
-there is no such copy, but the Wan VAE's decoder has its weights once more, packed, in its place."""
+"""Of the widest layer of a VAE, values at once: a copy with its past and padding, or the upsampling's. Where a CPU has
+matrix units there is no such copy; in its place the Wan VAE's decoder has its weights once more, packed."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 // Convolutions by the matrix units of x86.
 //
-// A frame of a region lies in memory as rows of pixels with a border, and each pixel as its parts (amx.inc), each of all
-// channels. So 16 pixels that follow each other are a left-hand tile, wherever they begin, and a tap of the kernel is no
-// more than another beginning. A sum goes over the border between two rows; what comes out there is not stored. Where the
-// region is as wide as the image, a row's right border is the next row's left one.
+// A frame of a region lies in memory as rows of pixels with a border, and each pixel as its parts (amx.inc), each of
+// all channels. So 16 pixels that follow each other are a left-hand tile, wherever they begin, and a tap of the kernel
+// is no more than another beginning. A sum goes over the border between two rows; what comes out there is not stored.
+// Where the region is as wide as the image, a row's right border is the next row's left one.
 //
-// Frames are written (through norm and SiLU) into a ring as deep as the kernel, each once, right before they are needed.
+// Frames are written (through norm and SiLU) into a ring as deep as the kernel, each once, right before they are
+// needed.
 //
-// The order of a sum is: taps by frame and row, chunks of channels, taps by column, parts. It is the same for every pixel, however
-// many are at hand. Frames before the first are left out, which gives the bits of adding zeros: no sum is ever -0.
+// The order of a sum is: taps by frame and row, chunks of channels, taps by column, parts. It is the same for every
+// pixel, however many are at hand. Frames before the first are left out, which gives the bits of adding zeros: no sum
+// is ever -0.
 
 #include "isa.h"
 
