@@ -37,4 +37,5 @@ def to_bytes(x_THWC: Tensor, patch: int = 1) -> Tensor:
         native.library().longvid_pixels(ctypes.byref(args))
         return out
     scaled = x_THWC.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
-    return scaled.unflatten(3, (3, patch, patch)).permute(0, 1, 5, 2, 4, 3).reshape(shape)
+    cells = scaled.view(num_frames, height, width, 3, patch, patch)
+    return cells.permute(0, 1, 5, 2, 4, 3).reshape(shape)

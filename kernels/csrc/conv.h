@@ -21,7 +21,7 @@ struct ConvArgs {
     const void *above, *below;  // [depth + frames, columns, channels], around the source's rows; null: zeros
     void *kept;  // [depth, rows, columns, channels]: the last frames that were read; null: not wanted
     const float *gain;  // [channels, then zeros up to a multiple of 32]; null: no norm and no SiLU
-    const uint16_t *weight;  // right-hand tiles [groups, sixteens of outputs, taps 0, 1, chunks of channels, taps 2, parts]
+    const uint16_t *weight;  // right-hand tiles [groups, sixteens of outputs, taps 0, 1, chunks, taps 2, parts]
     const float *bias;  // [groups, outputs up to a multiple of 16]
     const void *residual;  // [frames / residual_times, rows, columns, outputs], added; null: none
     void *out;

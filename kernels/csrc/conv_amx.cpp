@@ -1,14 +1,16 @@
 // Convolutions by the matrix units of x86.
 //
-// A frame of a region lies in memory as rows of pixels with a border, and each pixel as its parts (amx.inc), each of all
-// channels. So 16 pixels that follow each other are a left-hand tile, wherever they begin, and a tap of the kernel is no
-// more than another beginning. A sum goes over the border between two rows; what comes out there is not stored. Where the
-// region is as wide as the image, a row's right border is the next row's left one.
+// A frame of a region lies in memory as rows of pixels with a border, and each pixel as its parts (amx.inc), each of
+// all channels. So 16 pixels that follow each other are a left-hand tile, wherever they begin, and a tap of the kernel
+// is no more than another beginning. A sum goes over the border between two rows; what comes out there is not stored.
+// Where the region is as wide as the image, a row's right border is the next row's left one.
 //
-// Frames are written (through norm and SiLU) into a ring as deep as the kernel, each once, right before they are needed.
+// Frames are written (through norm and SiLU) into a ring as deep as the kernel, each once, right before they are
+// needed.
 //
-// The order of a sum is: taps by frame and row, chunks of channels, taps by column, parts. It is the same for every pixel, however
-// many are at hand. Frames before the first are left out, which gives the bits of adding zeros: no sum is ever -0.
+// The order of a sum is: taps by frame and row, chunks of channels, taps by column, parts. It is the same for every
+// pixel, however many are at hand. Frames before the first are left out, which gives the bits of adding zeros: no sum
+// is ever -0.
 
 #include "isa.h"
 
@@ -406,24 +408,26 @@ class RegionConvolution {
         const float *bias = args.bias + (int64_t(group) * ((args.outputs + TILE - 1) / TILE)) * TILE + output;
         const __m512 biases[2] = {_mm512_loadu_ps(bias), _mm512_maskz_loadu_ps(width > TILE ? 0xffff : 0, bias + TILE)};
         T *out = static_cast<T *>(args.out) + args.out_group[group] + frame * args.out_frame + output;
-        const T *added = static_cast<const T *>(args.residual);
+        const T *residual = static_cast<const T *>(args.residual);
         int row = pixel / canvas.pitch, column = pixel % canvas.pitch;
-        for (int i = 0; i < count && row < region.rows; i++, sum += width) {
-            if (column < region.columns) {
-                const int64_t y = region.row + row, x = region.column + column;
-                T *to = out + y * args.out_row + x * args.out_pixel;
-                __m512 low = _mm512_add_ps(_mm512_load_ps(sum), biases[0]), high = biases[1];
-                if (width > TILE) high = _mm512_add_ps(_mm512_load_ps(sum + TILE), high);
-                if (added) {
-                    const int64_t line = int64_t(frame / args.residual_times) * args.rows + y;
-                    const T *from = added + (line * args.columns + x) * args.outputs + output;
-                    low = _mm512_add_ps(low, load(from, first));
-                    high = _mm512_add_ps(high, load(from + TILE, second));
+        for (int i = 0; i < count && row < region.rows; i += canvas.pitch - column, column = 0, row++) {
+            const int64_t y = region.row + row, x = region.column + column;
+            const int end = column + count - i < region.columns ? column + count - i : region.columns;
+            const int64_t line = residual ? int64_t(frame / args.residual_times) * args.rows + y : 0;
+            const T *added = residual + (residual ? (line * args.columns + x) * args.outputs + output : 0);
+            T *to = out + y * args.out_row + x * args.out_pixel;
+            const float *from = sum + i * width;
+            for (int j = column; j < end; j++, from += width, to += args.out_pixel) {
+                __m512 low = _mm512_add_ps(_mm512_load_ps(from), biases[0]), high = biases[1];
+                if (width > TILE) high = _mm512_add_ps(_mm512_load_ps(from + TILE), high);
+                if (residual) {
+                    low = _mm512_add_ps(low, load(added, first));
+                    high = _mm512_add_ps(high, load(added + TILE, second));
+                    added += args.outputs;
                 }
                 store(to, low, first);
-                store(to + TILE, high, second);
+                if (width > TILE) store(to + TILE, high, second);
             }
-            if (++column == canvas.pitch) column = 0, row++;
         }
     }
 

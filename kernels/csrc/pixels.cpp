@@ -7,8 +7,8 @@
 
 namespace longvid {
 
-// A row of the input has `columns` cells of COLORS x patch x patch numbers (color, column, row): these become `patch` rows
-// of pixels.
+// A row of the input has `columns` cells of COLORS x patch x patch numbers (color, column, row): these become `patch`
+// rows of pixels.
 struct PixelArgs {
     const void *x;
     uint8_t *out;
@@ -54,7 +54,9 @@ void convert_row(const PixelArgs &args, int64_t row) {
             uint8_t *out = args.out + (row * patch + y) * line + int64_t(column) * patch * COLORS;
             for (int i = 0; i < some; i++) {
                 for (int x = 0; x < patch; x++) {
-                    for (int color = 0; color < COLORS; color++) *out++ = bytes[((i * COLORS + color) * patch + x) * patch + y];
+                    for (int color = 0; color < COLORS; color++) {
+                        *out++ = bytes[((i * COLORS + color) * patch + x) * patch + y];
+                    }
                 }
             }
         }

@@ -24,8 +24,8 @@ class WanStreamDecoder:
     """Decodes a shot in pushes of any size; the frames are bit-equal to one whole decode, wherever it is cut.
 
     Memory does not grow: of the past only the causal convolutions' last two inputs are kept. Latents are decoded one at
-    a time, for oneDNN chooses its kernels, and so its rounding, by size. On a CPU the layers are our own
-    (``ChannelsLastDecoder``), within fp32 rounding of diffusers'.
+    a time, for oneDNN chooses its kernels, and so its rounding, by size; with matrix units small ones go together. On a
+    CPU the layers are our own (``ChannelsLastDecoder``), within fp32 rounding of diffusers'.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -110,9 +110,12 @@ class WanStreamDecoder:
         return bands.collect(self._decode(own), dim=1)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        frames = []
-        for latent in self._normalised(latents).split(1, dim=2):
-            frames.append(self._frames(self._decoder(latent, self._state, self._is_first)))
+        frames, (count, height, width) = [], latents.shape[1:]
+        first, at_once = int(self._is_first), self._decoder.at_once(height * width)
+        rest = count - first
+        sizes = [*[1] * first, *[at_once] * (rest // at_once), *[rest % at_once] * (rest % at_once > 0)]
+        for part in self._normalised(latents).split(sizes, dim=2):
+            frames.append(self._frames(self._decoder(part, self._state, self._is_first)))
             self._is_first = False
         return torch.cat(frames)
 
@@ -195,6 +198,10 @@ class _Decoder(Protocol):
         """Give back memory that is kept from pass to pass."""
         ...
 
+    def at_once(self, cells: int) -> int:
+        """How many latents of so many cells it should be given in a pass."""
+        ...
+
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""
         ...
@@ -208,6 +215,10 @@ class _StockDecoder:
 
     def release(self) -> None:
         """Nothing is kept."""
+
+    def at_once(self, cells: int) -> int:
+        """One, as its own decode has it."""
+        return 1
 
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         """Decode the next latents [1, C, F, h, w] to [1, C, T, H, W] and keep in ``state`` what later ones need."""

@@ -37,6 +37,10 @@ class BandedDecoder(ChannelsLastDecoder):
         super().__init__(vae)
         self._rows = rows
 
+    def at_once(self, cells: int) -> int:
+        """One: it is there for memory."""
+        return 1
+
     def __call__(self, latents: Tensor, state: State, first_chunk: bool) -> Tensor:
         cache = Cache(state)
         x = self.enter(latents, cache)

@@ -39,6 +39,9 @@ State: TypeAlias = list[Tensor | list[Tensor] | str | None]
 A decoder that works in bands of rows keeps a list of them, a band each.
 """
 
+CELLS_AT_ONCE = 256
+"""Of latents that go through the matrix units in one pass: with fewer, weights and calls take longer than they."""
+
 REPEAT = "Rep"
 """What the cache holds for a temporal upsampling that has seen the shot's first latent alone."""
 
@@ -51,6 +54,7 @@ class ChannelsLastDecoder:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         decoder, scratch = vae.decoder, _Scratch()
+        self._has_units = convolve.suits(vae.post_quant_conv.weight.detach())
         self.release = scratch.release
         """Gives back the memory that is kept from pass to pass."""
         self._post_quant = Convolution(vae.post_quant_conv)
@@ -72,6 +76,10 @@ class ChannelsLastDecoder:
         for block in self.up:
             x = block(x, cache, first_chunk)
         return as_ncthw(self.conv_out(x, cache))
+
+    def at_once(self, cells: int) -> int:
+        """How many latents of so many cells it should be given in a pass. Bits do not depend on it."""
+        return max(1, CELLS_AT_ONCE // cells) if self._has_units else 1
 
     def _open(self, state: State) -> Cache:
         return Cache(state)

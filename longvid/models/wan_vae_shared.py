@@ -113,6 +113,10 @@ class SharedDecoder(ChannelsLastDecoder):
         self.bands = Bands(self._group, height)
         return self.bands
 
+    def at_once(self, cells: int) -> int:
+        """One, for members have different numbers of cells, and all must make the same exchanges."""
+        return 1
+
     def _open(self, state: State) -> Cache:
         return _BandCache(state, self.bands)
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from longvid.kernels import convolve
 from longvid.models.wan_vae import WanStreamDecoder, to_uint8
 from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import ChannelsLastDecoder, State
@@ -24,6 +25,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2.2": {"base_dim": 8, "dim_mult": [1, 2, 4, 4], "is_residual": True, "patch_size": 2, "scale_factor_spatial": 16},
     "2.2 narrow": {"base_dim": 8, "dim_mult": [1, 2, 2], "is_residual": True, "temperal_downsample": [True, True]},
 }
+
+
+@pytest.fixture(params=["matrix units", "oneDNN"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With convolutions of ours, where the processor has matrix units, and with torch's."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(convolve, "suits", lambda x: False)
 
 
 def make_vae(layout: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -63,7 +71,8 @@ def decode(decoder: ChannelsLastDecoder, latents: Tensor, counts: Sequence[int],
         return torch.cat([decoder(part, state, first_chunk=i == 0) for i, part in enumerate(parts)], dim=2)[0]
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1, 1), (1, 5), (1, 2, 3)])
+@pytest.mark.usefixtures("units")
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1, 1, 1), (1, 2, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_compute_what_the_stock_decoder_computes(layout: str, counts: tuple[int, ...]) -> None:
     vae, latents = make_vae(layout), make_latents()
@@ -101,6 +110,18 @@ def test_streamed_decode_is_the_stock_decode_but_for_rounding(layout: str) -> No
     assert (streamed != whole).float().mean() < 1e-3
 
 
+def test_matrix_units_give_the_bits_however_many_latents_go_together() -> None:
+    vae, latents = make_vae("2.2"), make_latents()
+    count = vae._cached_conv_counts["decoder"]
+    if not convolve.suits(vae.post_quant_conv.weight.detach()):
+        pytest.skip("needs matrix units")
+    states: list[State] = [[None] * count for _ in range(2)]
+    one_by_one = decode(ChannelsLastDecoder(vae), latents, (1,) * 6, states[0])
+    assert torch.equal(decode(ChannelsLastDecoder(vae), latents, (1, 2, 3), states[1]), one_by_one)
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+
+
 def test_a_resumed_decode_goes_on_to_the_last_bit() -> None:
     latents = make_latents(9)
     decoder, resumed = (WanStreamDecoder(make_vae("2.1 widening")) for _ in range(2))
@@ -117,6 +138,7 @@ def test_bfloat16_errs_as_little_as_the_stock_decoder_in_bfloat16() -> None:
     assert (ours - exact).square().mean() <= 1.5 * (stock - exact).square().mean() + 0.1
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bands_of_rows_give_the_whole_decode(layout: str) -> None:
     vae, latents = make_vae(layout), make_latents(4)

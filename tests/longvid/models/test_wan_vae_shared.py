@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longvid.decode import join_states
+from longvid.kernels import convolve
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.wan_vae_layers import ChannelsLastDecoder
 from longvid.models.wan_vae_shared import Bands
@@ -93,6 +94,13 @@ def float_error(group: Group, layout: str, height: int) -> float:
     return error
 
 
+def error_without_units(group: Group, layout: str, height: int) -> float:
+    """The same where torch's convolutions serve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolve, "suits", lambda x: False)
+        return float_error(group, layout, height)
+
+
 def resumed_error(group: Group, layout: str, height: int, folder: Path) -> float:
     """A shot that one rank began and the group goes on with. Every member leaves its part of the state in a folder."""
     vae, latents = make_vae(layout), make_latents(height, 6)
@@ -124,6 +132,7 @@ def cases(rank: int, folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"fewer rows {size}", partial(shared_error, group, "2.1", size - 1)
         yield f"resumed {size}", partial(resumed_error, group, "2.2", 5, folder)
         if size == 3:
+            yield f"without units {size}", partial(error_without_units, group, "2.2", 5)
             yield f"bfloat16 {size}", partial(shared_error, group, "2.2", 7, torch.bfloat16)
 
 
@@ -180,6 +189,10 @@ def worst(folder: Path, name: str, size: int) -> float:
 def test_shared_rows_are_those_of_a_whole_decode_to_the_last_bit(folder: Path, layout: str, size: int) -> None:
     assert worst(folder, f"float {layout}", size) == 0
     assert worst(folder, f"uint8 {layout}", size) == 0
+
+
+def test_so_are_those_of_torch_s_convolutions(folder: Path) -> None:
+    assert worst(folder, "without units", 3) == 0
 
 
 def test_shared_rows_in_half_precision_round_alike(folder: Path) -> None:
