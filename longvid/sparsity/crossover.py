@@ -9,8 +9,8 @@ from longvid.kernels.dispatch import Backend
 
 @dataclass(frozen=True)
 class Speed:
-    """A kernel beside dense attention: `efficiency` is its speed-up times density, `overhead` what a policy adds as a
-    share of dense attention, and under `min_scores` (queries x keys) no density makes up for starting it."""
+    """A kernel beside dense attention: `efficiency` is its speed-up times density, `overhead` what it takes besides,
+    as a share of dense attention, and under `min_scores` (queries x keys) no density makes up for starting it."""
 
     efficiency: float
     overhead: float
@@ -25,7 +25,8 @@ SPEEDS: dict[Backend, Speed] = {
 """As `longvid bench attention` and `benchmarks/gpu.py` measure. Constants, so that no two runs decide otherwise."""
 
 
-def pays(backend: Backend, num_queries: int, num_keys: int, density: float) -> bool:
-    """Whether tiles of this density are faster than dense attention."""
+def pays(backend: Backend, num_queries: int, num_keys: int, density: float, choosing: float) -> bool:
+    """Whether tiles of this density are faster than dense attention, with what choosing them takes as a share of it."""
     speed = SPEEDS[backend]
-    return num_queries * num_keys >= speed.min_scores and density / speed.efficiency + speed.overhead < 1
+    cost = density / speed.efficiency + speed.overhead + choosing
+    return num_queries * num_keys >= speed.min_scores and cost < 1
