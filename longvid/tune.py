@@ -68,6 +68,9 @@ class Listener:
     def density(self, tokens: TokenMap) -> float:
         return 1.0
 
+    def choosing(self, tokens: TokenMap) -> float:
+        return 0.0
+
 
 def tune(story: Path, settings: Settings, *, chunks: int, how: Search, on_chunk: Callable[[int, int], None]) -> Profile:
     """Each head's pattern, by the first chunks of a film that is denoised here and not written (Sparse-vDiT).

@@ -71,6 +71,10 @@ class AdaSpaPolicy:
         """Own keys at 1 - sparsity, which the heads' budgets keep on average; text and context whole."""
         return density_of(tokens, 1 - self.settings.sparsity)
 
+    def choosing(self, tokens: TokenMap) -> float:
+        """Of a step that searches: the scores of the queries that are looked at, which are half of attention."""
+        return 0.5 / self.settings.sample_every
+
     def _is_sparse(self, call: Call) -> bool:
         """Whether the step is at or behind the first search, in a layer that is not dense."""
         first = max(self.settings.dense_steps, min(self.settings.search_at))

@@ -17,7 +17,7 @@ from longvid.kernels.select import top_p
 from longvid.sparsity.policy import Call, is_left_dense
 from longvid.sparsity.settings import Asa
 from longvid.sparsity.skipped import with_skipped
-from longvid.sparsity.tiles import density_of, share_of_mass, tiling
+from longvid.sparsity.tiles import density_of, share_of_mass, share_of_tokens, tiling
 from longvid.sparsity.tokens import TokenMap
 
 CPU_SLAB, GPU_SLAB = 1 << 21, 1 << 28
@@ -72,6 +72,10 @@ class AsaPolicy:
         """Text and context whole; of own keys the share that is expected to hold `mass`, within its bounds."""
         settings = self.settings
         return density_of(tokens, max(settings.min_keep, min(share_of_mass(settings.mass), settings.max_keep)))
+
+    def choosing(self, tokens: TokenMap) -> float:
+        """The scores between samples, and their selection."""
+        return 0.5 * (self.settings.sample / self.settings.tile) ** 2 + share_of_tokens(tokens, 30)
 
 
 def sampled_scores(q_BLHD: Tensor, k_BTHD: Tensor, q: Blocks, k: Blocks, sample: int) -> Tensor:

@@ -11,26 +11,32 @@ from longvid.kernels.dispatch import Backend
 
 @dataclass(frozen=True)
 class Speed:
-    """A kernel beside dense attention: `efficiency` is its speed-up times density, `overhead` what a policy adds as a
-    share of dense attention, and under `min_scores` (queries x keys) no density makes up for starting it."""
+    """A kernel beside dense attention: `efficiency` is its speed-up times density, `overhead` what it takes besides,
+    as a share of dense attention, and under `min_scores` (queries x keys) no density makes up for starting it. `dense`
+    is how many times as fast as torch's on vectors that dense attention is."""
 
     efficiency: float
     overhead: float
     min_scores: int
+    dense: float = 1.0
 
 
 SPEEDS: dict[Backend | Literal["amx"], Speed] = {
     "triton": Speed(efficiency=0.8, overhead=0.1, min_scores=2048 * 2048),
     "cpu": Speed(efficiency=1.0, overhead=0.1, min_scores=512 * 512),
-    "amx": Speed(efficiency=0.8, overhead=0.3, min_scores=1024 * 1024),
+    "amx": Speed(efficiency=0.8, overhead=0.1, min_scores=1024 * 1024, dense=2.0),
     "gather": Speed(efficiency=0.4, overhead=0.1, min_scores=2048 * 2048),
 }
 """As `longvid bench attention` and `benchmarks/gpu.py` measure. Constants, so that no two runs decide otherwise.
 
-`amx` is the CPU's backend with matrix units: they serve dense attention too, so what a policy adds is more of it."""
+`amx` is the CPU's backend with matrix units, which serve dense attention, too."""
 
 
-def pays(backend: Backend, num_queries: int, num_keys: int, density: float) -> bool:
-    """Whether tiles of this density are faster than dense attention."""
+def pays(backend: Backend, num_queries: int, num_keys: int, density: float, choosing: float) -> bool:
+    """Whether tiles of this density are faster than dense attention, with what choosing them takes as a share of it.
+
+    `choosing` is a share of torch's dense attention on a CPU.
+    """
     speed = SPEEDS["amx" if backend == "cpu" and native.isa() == "amx" else backend]
-    return num_queries * num_keys >= speed.min_scores and density / speed.efficiency + speed.overhead < 1
+    cost = density / speed.efficiency + speed.overhead + choosing * speed.dense
+    return num_queries * num_keys >= speed.min_scores and cost < 1

@@ -102,6 +102,10 @@ class Policy(Protocol):
         """The expected share of scores that a sparse step computes: by it the choice falls between sparse and dense."""
         ...
 
+    def choosing(self, tokens: TokenMap) -> float:
+        """What choosing tiles at a step takes, and what corrects the output, as a share of dense attention's time."""
+        ...
+
 
 def is_layer_dense(call: Call, share: float) -> bool:
     """Whether a layer is among the first `share` of layers, which stay dense; at least one where share is not 0."""

@@ -71,6 +71,10 @@ class RettentionPolicy:
         settings = self.settings
         return window_layout(at_origin(tokens), settings.tile, settings.keep, 1, torch.device("cpu")).density()
 
+    def choosing(self, tokens: TokenMap) -> float:
+        """The tiles are fixed."""
+        return 0.0
+
     def _correct(self, out_BLHD: Tensor, call: Call) -> Tensor:
         rho = (call.memory["rho"] + self.settings.growth).clamp(max=1.0)
         call.memory["rho"] = rho

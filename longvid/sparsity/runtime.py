@@ -68,8 +68,8 @@ class SparseRuntime:
         if self._always:
             return True
         if tokens not in self._pays:
-            density = self.policy.density(tokens)
-            self._pays[tokens] = pays(backend_for(device), tokens.num_queries, tokens.num_keys, density)
+            shares = self.policy.density(tokens), self.policy.choosing(tokens)
+            self._pays[tokens] = pays(backend_for(device), tokens.num_queries, tokens.num_keys, *shares)
         return self._pays[tokens]
 
     def end_step(self, chunk: int, step: int) -> None:

@@ -87,6 +87,10 @@ class StaticPolicy(ABC, Generic[SettingsT]):
         """The share of scores that a sparse step computes, exactly."""
         return self._find(tokens, torch.device("cpu")).density
 
+    def choosing(self, tokens: TokenMap) -> float:
+        """The tiles are fixed."""
+        return 0.0
+
     def is_dense(self, call: Call) -> bool:
         """Whether a step or layer is one that the settings leave dense."""
         return is_left_dense(call, self.settings)

@@ -19,7 +19,7 @@ from longvid.kernels.permute import cluster_blocks, cluster_sizes, kmeans
 from longvid.kernels.select import top_p
 from longvid.sparsity.policy import Call, Memory, is_left_dense
 from longvid.sparsity.settings import Svg2
-from longvid.sparsity.tiles import density_of, latent_queries, own_keys, share_of_mass
+from longvid.sparsity.tiles import density_of, latent_queries, own_keys, share_of_mass, share_of_tokens
 from longvid.sparsity.tokens import TokenMap
 
 QUERIES_A_CLUSTER, KEYS_A_CLUSTER = 128, 64
@@ -27,6 +27,9 @@ QUERIES_A_CLUSTER, KEYS_A_CLUSTER = 128, 64
 
 Smaller clusters need fewer scores for the same mass, but finding them takes longer than that saves.
 """
+
+TOKEN_SCORES = 200
+"""Scores of attention that take as long as reading, ordering and choosing for one token, as measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ class Svg2Policy:
         if is_left_dense(call, settings):
             return None
         in_clusters, skippable = latent_queries(tokens), own_keys(tokens)
-        num_q = cluster_count(settings.query_clusters, len(tokens.queries) * tokens.per_latent, QUERIES_A_CLUSTER)
-        num_k = cluster_count(settings.key_clusters, len(tokens.own) * tokens.per_latent, KEYS_A_CLUSTER)
+        num_q, num_k = self.num_clusters(tokens)
         queries = self._cluster("q_centroids", q_BLHD[:, in_clusters], num_q, call.memory)
         keys = self._cluster("k_centroids", k_BTHD[:, skippable], num_k, call.memory)
         chosen_GRC = self.choose(queries, keys, v_BTHD[:, skippable])
@@ -90,6 +92,18 @@ class Svg2Policy:
     def density(self, tokens: TokenMap) -> float:
         """Text and context whole; of own keys the published share for `top_p`, at least `min_keep`."""
         return density_of(tokens, max(self.settings.min_keep, share_of_mass(self.settings.top_p)))
+
+    def choosing(self, tokens: TokenMap) -> float:
+        """k-means, in which a token's product with a centroid is half a score, and what is done to tokens besides."""
+        num_q, num_k = self.num_clusters(tokens)
+        products = num_q / tokens.num_keys + num_k / tokens.num_queries
+        return max(1, self.settings.iterations) * products / 2 + share_of_tokens(tokens, TOKEN_SCORES)
+
+    def num_clusters(self, tokens: TokenMap) -> tuple[int, int]:
+        """Of queries and of keys."""
+        settings = self.settings
+        num_q = cluster_count(settings.query_clusters, len(tokens.queries) * tokens.per_latent, QUERIES_A_CLUSTER)
+        return num_q, cluster_count(settings.key_clusters, len(tokens.own) * tokens.per_latent, KEYS_A_CLUSTER)
 
     def choose(self, queries: Clusters, keys: Clusters, v_BTHD: Tensor) -> Tensor:
         """The key clusters that each query cluster sees, bool [G, R, C]. `v_BTHD` are the own keys' values."""

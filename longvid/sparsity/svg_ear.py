@@ -17,7 +17,9 @@ from longvid.kernels.permute import cluster_blocks, cluster_sums
 from longvid.kernels.select import greedy_area, top_k, top_p
 from longvid.sparsity.policy import Call
 from longvid.sparsity.skipped import with_skipped
-from longvid.sparsity.svg2 import Clusters, Svg2Policy, cluster_mass
+from longvid.sparsity.svg2 import TOKEN_SCORES, Clusters, Svg2Policy, cluster_mass
+from longvid.sparsity.tiles import share_of_tokens
+from longvid.sparsity.tokens import TokenMap
 
 MAX_EXPONENT = 40.0
 """Of a key's score over its centroid's: its square must fit into fp32."""
@@ -34,6 +36,12 @@ class SvgEarPolicy(Svg2Policy):
         heaviest = top_k(mass, fewest)
         score = log_error(queries, keys, v_BTHD).flatten(0, 1) - area.clamp(min=1).log()
         return greedy_area(score.masked_fill(heaviest, math.inf), area, budget) | heaviest
+
+    def choosing(self, tokens: TokenMap) -> float:
+        """As Sparse VideoGen 2; the errors, half a score for each key and query cluster; and attention to the means."""
+        num_q, num_k = self.num_clusters(tokens)
+        extra = num_q / tokens.num_queries / 2 + num_k / tokens.num_keys
+        return super().choosing(tokens) + extra + share_of_tokens(tokens, TOKEN_SCORES / 2)
 
     def finish(
         self,

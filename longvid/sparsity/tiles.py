@@ -59,6 +59,11 @@ def density_of(tokens: TokenMap, chosen: float) -> float:
     return 1 - skipped / (tokens.num_queries * tokens.num_keys)
 
 
+def share_of_tokens(tokens: TokenMap, scores: float) -> float:
+    """What takes for each query and each key as long as so many scores of attention, as a share of all scores."""
+    return scores * (tokens.num_queries + tokens.num_keys) / (tokens.num_queries * tokens.num_keys)
+
+
 def share_of_mass(mass: float) -> float:
     """The expected share of the keys that hold a share of the attention: Sparse VideoGen 2's 0.25 for 0.9, 1 for 1."""
     return math.pow(mass, 13)

@@ -10,8 +10,11 @@ import torch
 from longvid.kernels.dense import attend
 from longvid.sparsity.adaspa import AdaSpaPolicy
 from longvid.sparsity.asa import AsaPolicy
+from longvid.sparsity.crossover import pays
+from longvid.sparsity.make import make_policy
 from longvid.sparsity.policy import Heads
 from longvid.sparsity.rettention import RettentionPolicy
+from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.settings import AdaSpa, Asa, Rettention, Svg2, SvgEar
 from longvid.sparsity.svg2 import Svg2Policy
 from longvid.sparsity.svg_ear import SvgEarPolicy
@@ -170,6 +173,21 @@ def test_the_expected_density_is_a_share_and_that_of_budgets_is_met(policy, toke
         _, layouts = run(policy, tokens, [film(tokens, seed) for seed in range(STEPS)])
         found = next(layout for layout in layouts if layout is not None).density()
         assert found == pytest.approx(expected, abs=0.08)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gather", "triton"])
+def test_the_crossover_counts_what_choosing_takes(backend):
+    assert pays(backend, 4096, 4096, 0.2, 0.1) and not pays(backend, 4096, 4096, 0.2, 0.75)
+
+
+def test_short_clips_are_dense_where_choosing_takes_longer_than_it_saves(monkeypatch):
+    monkeypatch.undo()  # clusters as they are
+    maps = [TokenMap(range(n), range(n), range(n), n, n) for n in (8, 16, 20)]
+    for policy in (Svg2(policy="svg2"), SvgEar(policy="svg_ear"), Asa(policy="asa"), AdaSpa(policy="adaspa")):
+        shares = [make_policy(policy).choosing(tokens) for tokens in maps]
+        assert shares == sorted(shares, reverse=True) and 0 < shares[-1] < 0.25
+    runtime = SparseRuntime(SvgEarPolicy(SvgEar(policy="svg_ear")), num_layers=8, num_steps=50)
+    assert [runtime.pays(tokens, torch.device("cpu")) for tokens in maps] == [False, True, True]
 
 
 def test_half_precision_comes_back_as_it_came(film, run):
