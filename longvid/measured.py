@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,10 @@ from longvid.settings import load_settings
 PATIENCE_S = 20.0
 """What measuring may take, of layers and of the decoder each: longer than a render takes for it, to be exact."""
 EXCHANGES, LARGE_EXCHANGES = 40, 4
-"""Messages that are measured, of a unit's size and of LARGE_BYTES."""
+"""Messages that are measured, of a unit's size and of LARGE_BYTES; the first of each warms up."""
 LARGE_BYTES = 4 << 20
+CACHE_BYTES = 16 << 20
+"""Written between what is short, as layers do in a film: it has nothing left in the processor's nearer caches then."""
 _AS_RANK = "import sys; from longvid.measured import measure_as_rank; measure_as_rank(*sys.argv[1:])"
 
 
@@ -100,10 +103,10 @@ def _on_ranks(film: Film, num_ranks: int) -> Found:
         if code:
             raise RuntimeFailure(f"plan --measure: a rank that measured ended with code {code}")
         values = json.loads(found.read_text())
-    costs = Costs(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values["costs"].items()}
-    )
-    return Found(**{**values, "costs": costs})
+    costs: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values["costs"].items()
+    }
+    return Found(**{**values, "costs": Costs(**costs)})
 
 
 def measure_as_rank(order: str, out: str) -> None:
@@ -153,18 +156,34 @@ def _messages(film: Film, num_ranks: int, comm: Comm) -> tuple[float, float]:
     unit = torch.zeros(settings.sampler.num_branches, own, film.facts.hidden_size)
     large = torch.zeros(LARGE_BYTES, dtype=torch.uint8)
 
-    def exchange(payload: Tensor, count: int) -> None:
-        for _ in range(count):
-            incoming = comm.receive((comm.rank - 1) % num_ranks, payload.shape, payload.dtype)
-            comm.send(Header(0, 0), payload, (comm.rank + 1) % num_ranks, window=settings.mesh.buffers)
-            incoming.wait()
+    def exchange(payload: Tensor) -> None:
+        incoming = comm.receive((comm.rank - 1) % num_ranks, payload.shape, payload.dtype)
+        comm.send(Header(0, 0), payload, (comm.rank + 1) % num_ranks, window=settings.mesh.buffers)
+        incoming.wait()
         comm.flush()
 
-    exchange(unit, 2)
-    exchange(large, 1)
-    busy = _seconds(lambda: exchange(unit, EXCHANGES), of_processor=True)
-    wall = _seconds(lambda: exchange(large, LARGE_EXCHANGES))
-    return busy / EXCHANGES, LARGE_BYTES * LARGE_EXCHANGES / wall / 1e9
+    caches, busy, wall = _Caches(), 0.0, 0.0
+    for index in range(EXCHANGES):
+        caches.displace()
+        seconds = _seconds(lambda: exchange(unit), of_processor=True)
+        busy += seconds if index else 0.0
+    for index in range(LARGE_EXCHANGES):
+        seconds = _seconds(lambda: exchange(large))
+        wall += seconds if index else 0.0
+    return busy / (EXCHANGES - 1), LARGE_BYTES * (LARGE_EXCHANGES - 1) / wall / 1e9
+
+
+@dataclass
+class _Caches:
+    """The processor's. `seconds` is what it took to displace what is in them."""
+
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._values = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
+
+    def displace(self) -> None:
+        self.seconds += _seconds(lambda: self._values.add_(1))
 
 
 def _seconds(work: Callable[[], object], *, of_processor: bool = False) -> float:
@@ -183,12 +202,14 @@ class _Still:
     """A stage that computes nothing: for every unit the same velocity, [branches, C, 1, 1, 1], of all its latents."""
 
     velocity: Tensor
+    caches: _Caches
 
     @property
     def num_branches(self) -> int:
         return len(self.velocity)
 
     def forward(self, unit: Unit) -> Output:
+        self.caches.displace()
         velocity = self.velocity.expand(-1, -1, unit.num_predicted, *unit.latent_size)
         return Output(velocity=velocity, kv=(None,) * len(unit.store))
 
@@ -204,8 +225,9 @@ def _unit_seconds(film: Film, checkpoint: Checkpoint) -> float:
     plan, rules = replace(film.plan, chunks=tuple(chunks)), replace(film.rules, forecast=frozenset(), gated=frozenset())
     width, height = facts.grid.latent_size(plan.width, plan.height)
     tokens = facts.grid.tokens_per_latent(plan.width, plan.height) * max(chunk.num_latents for chunk in chunks)
+    caches = _Caches()
     executor = Executor(
-        _Still(torch.zeros(settings.sampler.num_branches, facts.latent_channels, 1, 1, 1)),
+        _Still(torch.zeros(settings.sampler.num_branches, facts.latent_channels, 1, 1, 1), caches),
         checkpoint.make_sampler(settings.sampler, tokens),
         lambda chunk: torch.zeros(facts.latent_channels, chunk.num_latents, height, width),
         facts,
@@ -217,4 +239,5 @@ def _unit_seconds(film: Film, checkpoint: Checkpoint) -> float:
             pass
 
     run()
-    return _seconds(run) / (len(chunks) * film.steps)
+    caches.seconds = 0.0
+    return max(_seconds(run) - caches.seconds, 0.0) / (len(chunks) * film.steps)

@@ -7,8 +7,6 @@ from longvid.models.sizes import Config, Flops, JointLayer, Network, Sizes, Vae,
 
 TOGETHER = 2
 """Latents that the stock VAE decodes in one pass."""
-STATES = 2
-"""Of a pass: that which it goes on from, and that which it makes."""
 NORM = 6
 """Values at once in a norm that reads the latents: its input, normed, scale, shift, their product and the sum."""
 
@@ -55,7 +53,7 @@ def cogvideox_vae(config: Config) -> Vae:
     halvings = int(config.get("temporal_compression_ratio", 4)).bit_length() - 1
     encoder = _encoder(widths, blocks, z, int(config.get("in_channels", 3)))
     decoder = _decoder(widths, blocks, z, int(config.get("out_channels", 3)), halvings)
-    return Vae(encoder.params + decoder.params, decoder, together=TOGETHER, states=STATES)
+    return Vae(encoder.params + decoder.params, decoder, together=TOGETHER, makes_state=True)
 
 
 def _residual(net: Network, inputs: int, outputs: int, z: int, entered: int = 0) -> None:

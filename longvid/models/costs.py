@@ -19,7 +19,8 @@ from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, ModelFacts, PromptBlend
 from longvid.settings import Settings
 
-REPEATS = 6
+REPEATS, FEWEST = 6, 2
+"""Runs that are timed: fewer of a large unit, for a smaller size attains less than it."""
 SOME, SOME_BYTES = 4, 32 << 20
 """Layers of a kind that are measured together, and what their weights may take: a processor's cache or more."""
 PATIENCE_S = 3.0
@@ -55,14 +56,16 @@ def measure_costs(
         """At the largest size that patience allows, found from below: small units attain less of a machine's rate."""
         ladder = list(smaller_sizes(facts, wanted)) if sizes else [wanted]
         at = ladder[-1]
+        once = run(at, 1)
         while at != wanted:
-            once = run(at, 1)
-            short = (some for some in ladder if bench.seconds_of(scaled(once, at, some)) * (REPEATS + 1) <= patience_s)
+            short = (some for some in ladder if bench.seconds_of(scaled(once, at, some)) * (FEWEST + 1) <= patience_s)
             largest = next(short, at)
             if ladder.index(largest) >= ladder.index(at):
                 break
             at = largest
-        return run(at, REPEATS), at
+            once = run(at, 1)
+        within = int(patience_s / bench.seconds_of(once)) - 1
+        return run(at, max(FEWEST, min(REPEATS, within))), at
 
     (layers, at), (decoding, decoded_at) = measured(bench.layers), measured(bench.decoding)
     costs = replace(scaled(layers, at, wanted), decode=scaled(decoding, decoded_at, wanted).decode)

@@ -133,7 +133,11 @@ def _decoder(widths: list[int], blocks: int, z: int, config: Config) -> Network:
             _residual(net, width if block else before, width, entered=before if block else 0)
         before = width
         if level < ups:
-            net.up(time=2 if level >= ups - 2 else 1)
+            time = 2 if level >= ups - 2 else 1
+            net.up(time=time)
+            net.alive(
+                (3 + PADDED) * width + 2 * width / (4 * time)
+            )  # later frames alone and with the first, two levels
             net.conv(width, width)
     net.other_params += 2 * before
     net.conv(before, int(config.get("out_channels", 3)))

@@ -223,8 +223,8 @@ class Network:
     """Of self-attention within a frame, at the first level."""
     num_whole: int = 0
     """The first so many convolutions work on whole frames where the others work in bands of rows."""
-    others: list[float] = field(default_factory=list)
-    """Values at once, a latent cell and latent, where more are alive than around a convolution."""
+    others: list[tuple[float, float]] = field(default_factory=list)
+    """Where more is alive than around a convolution: values a latent cell and latent, and those of the new state."""
 
     def conv(self, inputs: int, outputs: int, taps: int = 27, *, keeps: int = 0, first: int | None = None) -> None:
         at_first = self.first if first is None else first
@@ -232,7 +232,7 @@ class Network:
 
     def alive(self, channels: float) -> None:
         """So many channels are alive at once at this level."""
-        self.others.append(channels * self.cells * self.frames)
+        self.others.append((channels * self.cells * self.frames, self.state))
 
     def up(self, space: int = 2, time: int = 1) -> None:
         """What follows is finer: `space` in width and in height, `time` in frames but for the shot's first."""
@@ -260,10 +260,13 @@ class Network:
         """Values a latent cell that all convolutions read and write, of a latent other than the first."""
         return sum((conv.inputs + conv.outputs) * conv.cells * conv.frames for conv in self.convs)
 
-    @property
-    def widest(self) -> float:
-        """The most values at once, a latent cell and latent: beside the state, for a pass of one latent."""
-        return max(COPIES * max(map(_around, self.convs)), *self.others, 0.0)
+    def widest(self, together: float, makes_state: bool) -> float:
+        """The most values at once, a latent cell, of a pass of so many latents.
+
+        Beside the state that it goes on from; with `makes_state` it makes another one.
+        """
+        around = COPIES * max(map(_around, self.convs)) * together + makes_state * self.state
+        return max([around, *(values * together + makes_state * made for values, made in self.others)])
 
     def widest_in_bands(self, cells: int, height: int, rows: int) -> float:
         """The most values at once of a latent of `height` rows, of which `rows` at a time are decoded.
@@ -287,14 +290,15 @@ def _around(conv: Conv) -> float:
 class Vae:
     """A video VAE. `together` latents are decoded in one pass; of these `repeated` times more than come out new.
 
-    Of a tile's latents the first may count as less, for it has fewer frames. `states` of the state are alive in a pass.
+    Of a tile's latents the first may count as less, for it has fewer frames. With `makes_state` a pass makes a new
+    state beside the one that it goes on from.
     """
 
     params: int
     decoder: Network
     together: float = 1.0
     repeated: float = 1.0
-    states: int = 1
+    makes_state: bool = False
 
     def flops(self, cells: int, num_latents: int, starts: bool = False) -> float:
         """Of decoding so many latents of so many cells."""
@@ -306,8 +310,9 @@ class Vae:
 
     def working_values(self, cells: int, height: int = 0, rows: int = 0) -> float:
         """Values at once where most are, beside the state; with `rows`, of `height`, so many at a time."""
-        widest = self.decoder.widest_in_bands(cells, height, rows) if rows else self.decoder.widest * cells
-        return widest * self.together + (self.states - 1) * self.decoder.state * cells
+        if rows:
+            return self.decoder.widest_in_bands(cells, height, rows) * self.together
+        return self.decoder.widest(self.together, self.makes_state) * cells
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model

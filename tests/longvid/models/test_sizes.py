@@ -1,9 +1,13 @@
 """Sizes and operations computed from configs are those of diffusers' own models, built on the meta device."""
 
+import weakref
+
 import diffusers
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from longvid.models.cogvideox_sizes import cogvideox_sizes
@@ -189,6 +193,55 @@ def test_operations_of_decoding_are_those_that_torch_counts(name):
     z = configs.of("vae").get("z_dim") or configs.of("vae")["latent_channels"]
     found = counted(lambda: vae.decode(meta(1, z, latents, ROWS, COLUMNS)))
     assert decoder.flops(ROWS * COLUMNS, latents, starts=True) == pytest.approx(found, rel=1e-2)
+
+
+class LivePeak(TorchDispatchMode):
+    """The most values of tensors made inside that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                key, size = storage._cdata, storage.nbytes() // leaf.element_size()
+                self.known.add(key)
+                weakref.finalize(storage, self.forget, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def cogvideox_decode(vae):
+    """Three latents, then two at a time, as the stock decode does."""
+    state, z = None, vae.config.latent_channels
+    for count in (3, 2, 2):
+        _, state = vae.decoder(meta(1, z, count, ROWS, COLUMNS), conv_cache=state)
+
+
+def hunyuan_decode(vae):
+    """A tile of five latents."""
+    vae.decoder(meta(1, vae.config.latent_channels, 5, ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    [("CogVideoX-5b", cogvideox_decode), ("HunyuanVideo", hunyuan_decode)],
+)
+def test_what_a_decoder_holds_at_once_is_what_is_alive_in_it(name, decode):
+    configs, cells = known_configs(name), ROWS * COLUMNS
+    vae, sizes = build(configs, "vae"), sizes_of(configs).vae
+    with LivePeak() as live, torch.no_grad():
+        decode(vae)
+    assert sizes.working_values(cells) + sizes.state_values(cells) == pytest.approx(live.peak, rel=0.1)
 
 
 def test_hunyuan_video_at_720p_takes_the_published_600_pflop_of_which_500_are_attention():
