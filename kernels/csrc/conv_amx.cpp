@@ -299,11 +299,11 @@ class RegionConvolution {
     }
 
 #define LOAD_LEFT(part)                                             \
-    _tile_loadd(4, left + (part) * width, stride);                  \
-    _tile_loadd(5, left + (part) * width + TILE * canvas.pixel, stride);
+    load_tile<4>(left + (part) * width, stride);                  \
+    load_tile<5>(left + (part) * width + TILE * canvas.pixel, stride);
 #define LOAD_RIGHT(part)                                            \
-    _tile_loadd(6, right + (part) * TILE_SIZE, 64);                 \
-    _tile_loadd(7, right + beside + (part) * TILE_SIZE, 64);
+    load_tile<6>(right + (part) * TILE_SIZE, 64);                 \
+    load_tile<7>(right + beside + (part) * TILE_SIZE, 64);
 #define MULTIPLY                                                    \
     _tile_dpbf16ps(0, 4, 6);                                        \
     _tile_dpbf16ps(1, 4, 7);                                        \
@@ -315,10 +315,10 @@ class RegionConvolution {
                                                  int to, float *sum, bool goes_on) {
         const int64_t stride = canvas.pixel * int64_t(sizeof(Bf16)), width = chunks * DEPTH, beside = second - weight;
         if (goes_on) {
-            _tile_loadd(0, sum, 128);
-            _tile_loadd(1, sum + TILE, 128);
-            _tile_loadd(2, sum + TILE * 32, 128);
-            _tile_loadd(3, sum + TILE * 32 + TILE, 128);
+            load_tile<0>(sum, 128);
+            load_tile<1>(sum + TILE, 128);
+            load_tile<2>(sum + TILE * 32, 128);
+            load_tile<3>(sum + TILE * 32 + TILE, 128);
         } else {
             _tile_zero(0);
             _tile_zero(1);
@@ -345,23 +345,23 @@ class RegionConvolution {
                 MULTIPLY
             }
         }
-        _tile_stored(0, sum, 128);
-        _tile_stored(1, sum + TILE, 128);
-        _tile_stored(2, sum + TILE * 32, 128);
-        _tile_stored(3, sum + TILE * 32 + TILE, 128);
+        store_tile<0>(sum, 128);
+        store_tile<1>(sum + TILE, 128);
+        store_tile<2>(sum + TILE * 32, 128);
+        store_tile<3>(sum + TILE * 32 + TILE, 128);
     }
 
 #undef LOAD_RIGHT
 #undef MULTIPLY
-#define LOAD_RIGHT(part) _tile_loadd(7, right + (part) * TILE_SIZE, 64);
+#define LOAD_RIGHT(part) load_tile<7>(right + (part) * TILE_SIZE, 64);
 #define MULTIPLY(part)                                                      \
-    _tile_loadd(4, left + (part) * width, stride);                          \
+    load_tile<4>(left + (part) * width, stride);                          \
     _tile_dpbf16ps(0, 4, 7);                                                \
-    _tile_loadd(5, left + (part) * width + TILE * canvas.pixel, stride);    \
+    load_tile<5>(left + (part) * width + TILE * canvas.pixel, stride);    \
     _tile_dpbf16ps(1, 5, 7);                                                \
-    _tile_loadd(6, left + (part) * width + 2 * TILE * canvas.pixel, stride);\
+    load_tile<6>(left + (part) * width + 2 * TILE * canvas.pixel, stride);\
     _tile_dpbf16ps(2, 6, 7);                                                \
-    _tile_loadd(4, left + (part) * width + 3 * TILE * canvas.pixel, stride);\
+    load_tile<4>(left + (part) * width + 3 * TILE * canvas.pixel, stride);\
     _tile_dpbf16ps(3, 4, 7);
 
     // 64 pixels by 16 outputs, in the same order.
@@ -369,10 +369,10 @@ class RegionConvolution {
                                                    bool goes_on) {
         const int64_t stride = canvas.pixel * int64_t(sizeof(Bf16)), width = chunks * DEPTH;
         if (goes_on) {
-            _tile_loadd(0, sum, 64);
-            _tile_loadd(1, sum + TILE_SUMS, 64);
-            _tile_loadd(2, sum + 2 * TILE_SUMS, 64);
-            _tile_loadd(3, sum + 3 * TILE_SUMS, 64);
+            load_tile<0>(sum, 64);
+            load_tile<1>(sum + TILE_SUMS, 64);
+            load_tile<2>(sum + 2 * TILE_SUMS, 64);
+            load_tile<3>(sum + 3 * TILE_SUMS, 64);
         } else {
             _tile_zero(0);
             _tile_zero(1);
@@ -395,10 +395,10 @@ class RegionConvolution {
                 MULTIPLY(0)
             }
         }
-        _tile_stored(0, sum, 64);
-        _tile_stored(1, sum + TILE_SUMS, 64);
-        _tile_stored(2, sum + 2 * TILE_SUMS, 64);
-        _tile_stored(3, sum + 3 * TILE_SUMS, 64);
+        store_tile<0>(sum, 64);
+        store_tile<1>(sum + TILE_SUMS, 64);
+        store_tile<2>(sum + 2 * TILE_SUMS, 64);
+        store_tile<3>(sum + 3 * TILE_SUMS, 64);
     }
 
     // Adds bias and residual to a block's sums and stores those of the region's pixels.

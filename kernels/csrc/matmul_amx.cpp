@@ -89,13 +89,13 @@ void split_rows(const LinearArgs &args, int64_t first_row, int num_blocks, int64
 }
 
 inline void load_left(const Bf16 *pair) {
-    _tile_loadd(4, pair, 64);
-    _tile_loadd(5, pair + TILE_SIZE, 64);
+    load_tile<4>(pair, 64);
+    load_tile<5>(pair + TILE_SIZE, 64);
 }
 
 inline void load_right(const Bf16 *pair) {
-    _tile_loadd(6, pair, 64);
-    _tile_loadd(7, pair + TILE_SIZE, 64);
+    load_tile<6>(pair, 64);
+    load_tile<7>(pair + TILE_SIZE, 64);
 }
 
 inline void multiply_pairs() {
@@ -144,10 +144,10 @@ struct Ahead {
 template <int PARTS>
 inline void multiply_block(const Bf16 *left, const Bf16 *right, int num_steps, const float *start, Ahead &ahead,
                            const Corner &to) {
-    _tile_loadd(0, start, 0);
-    _tile_loadd(1, start + TILE, 0);
-    _tile_loadd(2, start, 0);
-    _tile_loadd(3, start + TILE, 0);
+    load_tile<0>(start, 0);
+    load_tile<1>(start + TILE, 0);
+    load_tile<2>(start, 0);
+    load_tile<3>(start + TILE, 0);
     for (int i = 0; i < num_steps; i++, left += PARTS * PAIR, right += PARTS * PAIR) {
         ahead.ask();
         if constexpr (PARTS == 1) {
@@ -158,10 +158,10 @@ inline void multiply_block(const Bf16 *left, const Bf16 *right, int num_steps, c
             multiply_parts(left, right);
         }
     }
-    _tile_stored(0, to.at[0], to.stride);
-    _tile_stored(1, to.at[1], to.stride);
-    _tile_stored(2, to.at[2], to.stride);
-    _tile_stored(3, to.at[3], to.stride);
+    store_tile<0>(to.at[0], to.stride);
+    store_tile<1>(to.at[1], to.stride);
+    store_tile<2>(to.at[2], to.stride);
+    store_tile<3>(to.at[3], to.stride);
 }
 
 // 1 / x within 2^-23, for x from 1 to 2^126: a division takes as long as all the rest of GELU.

@@ -60,17 +60,6 @@ class CutTiles {
     CutTiles(const CutTiles &) = delete;
 };
 
-// The compiler's own intrinsics do not tell it that they read memory.
-template <int N>
-inline void load_tile(const void *from) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(int64_t(64)), "i"(N) : "memory");
-}
-
-template <int N>
-inline void store_tile(float *to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(int64_t(64)), "i"(N) : "memory");
-}
-
 template <int N>
 inline void clear_tile() {
     asm volatile("tilezero %%tmm%c0" : : "i"(N));
