@@ -38,6 +38,11 @@ class Machine(Protocol):
         ...
 
     @property
+    def has_matrix_units(self) -> bool:
+        """Whether it is a CPU with matrix units that our kernels use."""
+        ...
+
+    @property
     def notes(self) -> Sequence[str]:
         """What else people should know of it."""
         ...
@@ -93,6 +98,10 @@ class ChipMachine:
     @property
     def name(self) -> str:
         return self.chip.name
+
+    @property
+    def has_matrix_units(self) -> bool:
+        return False
 
     @property
     def notes(self) -> Sequence[str]:
@@ -190,6 +199,7 @@ class MeasuredMachine:
     unit_s: float = 0.0
     message_s: float = 0.0
     loopback_gb: float = 1.0
+    has_matrix_units: bool = False
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
         operations = self.sizes.operations

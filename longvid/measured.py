@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longvid.doctor import cpu_facts
 from longvid.errors import RuntimeFailure
+from longvid.kernels.matmul import has_matrix_units
 from longvid.launch.env import rank_of
 from longvid.launch.local import end_with_supervisor, run_local
 from longvid.machines import MeasuredMachine, unit_tokens
@@ -81,6 +82,7 @@ def measure_machine(film: Film, num_ranks: int, comm: Comm | None = None) -> Mea
         unit_s=found.unit_s,
         message_s=found.message_s,
         loopback_gb=found.loopback_gb,
+        has_matrix_units=device.type == "cpu" and has_matrix_units(),
     )
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
-from longvid.models.sizes import Sizes, layer_bytes
+from longvid.models.sizes import CELLS_AT_ONCE, MOST_PACKED_BYTES, Sizes, layer_bytes, packed_itemsize
 from longvid.parallel.findings import Report
 from longvid.parallel.pace import kind_of
 from longvid.parallel.rules import rules_of
@@ -56,11 +56,14 @@ def stage_memory(
     weights: Callable[[ModelPart, int], int],
     sizes: Sizes | None = None,
     decodes: Sequence[float] = (),
+    *,
+    has_matrix_units: bool = False,
 ) -> tuple[StageMemory, ...]:
     """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
 
     `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` are the
-    stages' parts of decoding: each with one has the VAE and, at times, the decoder's state.
+    stages' parts of decoding: each with one has the VAE and, at times, the decoder's state. A CPU that
+    `has_matrix_units` holds weights packed beside them.
     """
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
@@ -100,12 +103,19 @@ def stage_memory(
         )
         if not sizes:
             return held
+        if has_matrix_units:
+            packed = packed_linear_bytes(sizes, part, itemsize, settings)
+            held = replace(held, weights_mb=held.weights_mb + packed / MB)
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
         if stage and not any(decodes[stage : stage + 1]):
             return replace(held, activations_mb=(at_work + waiting) / MB)
         decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
-        vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height)) / MB
-        held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae)
+        vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height))
+        if has_matrix_units and sizes.vae.has_own_kernels:
+            vae += packed_itemsize(itemsize) * sum(conv.params for conv in sizes.vae.decoder.convs)
+            if not settings.memory.vae_rows:
+                decoding *= max(1, min(largest, CELLS_AT_ONCE // (width * height)))
+        held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae / MB)
         return held if stage else _with_text(held, sizes, itemsize, settings.memory)
 
     return tuple(of_stage(stage, layers) for stage, layers in enumerate(bounds))
@@ -121,6 +131,15 @@ def device_bytes(sizes: Sizes, part: ModelPart, itemsize: int, memory: MemorySet
         each = [layer_bytes(layer, itemsize) for layer in layers]
         away += sum(sorted(each)[: max(0, len(each) - 2 * memory.group)])
     return whole - sizes.num_experts * away
+
+
+def packed_linear_bytes(sizes: Sizes, part: ModelPart, itemsize: int, settings: Settings) -> int:
+    """What a CPU with matrix units keeps beside a part's linear weights; see `longvid.models.linear`."""
+    memory = settings.memory
+    if settings.runtime.linear == "torch" or memory.offload != "none" or memory.quantize != "none":
+        return 0
+    packed = packed_itemsize(itemsize) * sum(sizes.layers[index].projection_params for index in part.layers)
+    return packed if packed <= MOST_PACKED_BYTES else 0
 
 
 def _with_text(held: StageMemory, sizes: Sizes, itemsize: int, memory: MemorySettings) -> StageMemory:

@@ -257,7 +257,16 @@ def weigh(film: Film, machine: Machine, option: Option, *, with_pace: bool = Tru
     bounds, shares = split(film, machine, option.topology)
     weights, decodes = partial(_device_bytes, film), shares.of_stages if shares else ()
     memory = stage_memory(
-        film.plan, film.settings, film.facts, film.report, option.topology, bounds, weights, film.sizes, decodes
+        film.plan,
+        film.settings,
+        film.facts,
+        film.report,
+        option.topology,
+        bounds,
+        weights,
+        film.sizes,
+        decodes,
+        has_matrix_units=machine.has_matrix_units,
     )
     option = replace(option, bounds=bounds, shares=shares, memory=memory)
     if option.worst_mb > machine.memory_gb * 1e3:

@@ -12,9 +12,7 @@ from diffusers.models.activations import GELU
 from torch import Tensor, nn
 
 from longvid.kernels import matmul, rows
-
-MOST_PACKED_BYTES = 128 << 20
-"""What a stage may keep of packed weights: 21 million numbers in fp32, 64 million in bf16. Beyond, none are kept."""
+from longvid.models.sizes import MOST_PACKED_BYTES
 
 
 class MatrixLinear(nn.Linear):

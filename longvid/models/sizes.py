@@ -85,6 +85,11 @@ class Layer(Protocol):
         ...
 
     @property
+    def projection_params(self) -> int:
+        """Those, and what projects the prompt."""
+        ...
+
+    @property
     def eight_bits(self) -> EightBits: ...
 
     def linear_flops(self, tokens: Tokens) -> float:
@@ -119,6 +124,10 @@ class CrossLayer:
     @property
     def linear_params(self) -> int:
         return 6 * self.width**2 + 2 * self.width * self.inner
+
+    @property
+    def projection_params(self) -> int:
+        return self.linear_params + 2 * self.text_width * self.width
 
     def linear_flops(self, tokens: Tokens) -> float:
         return 2 * tokens.own * self.linear_params
@@ -155,6 +164,10 @@ class JointLayer:
     def linear_params(self) -> int:
         return 4 * self.width**2 + 2 * self.width * self.inner + self.text_linear_params
 
+    @property
+    def projection_params(self) -> int:
+        return self.linear_params
+
     def linear_flops(self, tokens: Tokens) -> float:
         shared = self.linear_params - self.text_linear_params
         return 2 * (tokens.own * shared + tokens.text * (self.text_linear_params or shared))
@@ -178,7 +191,21 @@ def layer_bytes(layer: Layer, itemsize: int) -> int:
     return itemsize * (layer.params - in_8_bits) + in_8_bits
 
 
+# -------------------------------------------------------------------------------- weights packed for matrix units (AMX)
+
+MOST_PACKED_BYTES = 128 << 20
+"""What a stage may keep of packed linear weights: 21 million numbers in fp32, 64 million in bf16. Beyond, none."""
+
+
+def packed_itemsize(itemsize: int) -> int:
+    """Bytes of a packed weight: a float is three bf16."""
+    return 6 if itemsize == 4 else 2
+
+
 # ------------------------------------------------------------------------------------------------------- the video VAE
+
+CELLS_AT_ONCE = 256
+"""Of latents that go through a CPU's matrix units in one pass: with fewer, weights and calls take longer than they."""
 
 
 COPIES = 2
@@ -291,7 +318,7 @@ class Vae:
     """A video VAE. `together` latents are decoded in one pass; of these `repeated` times more than come out new.
 
     Of a tile's latents the first may count as less, for it has fewer frames. With `makes_state` a pass makes a new
-    state beside the one that it goes on from.
+    state beside the one that it goes on from. `has_own_kernels`: our convolutions decode where a CPU has matrix units.
     """
 
     params: int
@@ -299,6 +326,7 @@ class Vae:
     together: float = 1.0
     repeated: float = 1.0
     makes_state: bool = False
+    has_own_kernels: bool = False
 
     def flops(self, cells: int, num_latents: int, starts: bool = False) -> float:
         """Of decoding so many latents of so many cells."""

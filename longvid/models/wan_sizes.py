@@ -79,7 +79,7 @@ def wan_vae(config: Config) -> Vae:
         halves,
     )
     quant = linear(2 * z, 2 * z)
-    return Vae(encoder.params + quant + decoder.params, decoder)
+    return Vae(encoder.params + quant + decoder.params, decoder, has_own_kernels=True)
 
 
 def _residual(net: Network, inputs: int, outputs: int) -> None:

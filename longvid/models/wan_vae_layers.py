@@ -32,15 +32,13 @@ from torch.nn import functional as F
 
 from longvid.kernels import convolve, rows
 from longvid.kernels.convolve import NOTHING, Around, Spread
+from longvid.models.sizes import CELLS_AT_ONCE
 
 State: TypeAlias = list[Tensor | list[Tensor] | str | None]
 """diffusers' cache: for each causal convolution over time the last inputs [1, C, 2, H, W], None before the first.
 
 A decoder that works in bands of rows keeps a list of them, a band each.
 """
-
-CELLS_AT_ONCE = 256
-"""Of latents that go through the matrix units in one pass: with fewer, weights and calls take longer than they."""
 
 REPEAT = "Rep"
 """What the cache holds for a temporal upsampling that has seen the shot's first latent alone."""
