@@ -1,6 +1,6 @@
-"""Attention, block-sparse and dense, block mass and k-means on the CPU, by the C++ of `csrc/`, where it was built.
+"""Attention, block-sparse and dense, and block mass on the CPU, by the C++ of `csrc/`, where it was built.
 
-Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks, N clusters.
+Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
 """
 
 from __future__ import annotations
@@ -53,14 +53,6 @@ class _Mass(ctypes.Structure):
         *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa", "is_bf16")),
         ("scale", ctypes.c_float),
-    ]
-
-
-class _Cluster(ctypes.Structure):
-    _fields_ = [
-        ("x", _Tensor),
-        *((name, ctypes.c_void_p) for name in ("centroids", "bias", "labels", "sums", "sizes")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "clusters", "dim", "threads", "isa")),
     ]
 
 
@@ -163,34 +155,6 @@ def block_mass(
     )
     _check(library().longvid_block_mass(ctypes.byref(args)))
     return mass
-
-
-def cluster(x_BTHD: Tensor, centroids_BHND: Tensor, isa: Isa | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest centroid of each token, and what each cluster has: one step of k-means, in fp32.
-
-    Labels int64 [B, H, T]; of each cluster the sum of its tokens, fp32 [B, H, N, D], and their number, int64 [B, H, N].
-    The head dim is at most 256. `isa`: a variant that this processor has; None: the fastest.
-    """
-    isa_number = isa_index(isa)
-    x, centroids = _dense_heads(x_BTHD), centroids_BHND.float().contiguous()
-    batch, num_tokens, num_heads, dim = x.shape
-    # The nearest centroid has the largest x · c - |c|² / 2.
-    bias = centroids.square().sum(-1).div(-2)
-    labels = torch.empty(batch, num_heads, num_tokens, dtype=torch.int64)
-    sums, sizes = torch.zeros_like(centroids), torch.zeros(centroids.shape[:3], dtype=torch.int64)
-    args = _Cluster(
-        _tensor(x),
-        *(y.data_ptr() for y in (centroids, bias, labels, sums, sizes)),
-        batch=batch,
-        heads=num_heads,
-        tokens=num_tokens,
-        clusters=centroids.shape[2],
-        dim=dim,
-        threads=torch.get_num_threads(),
-        isa=isa_number,
-    )
-    _check(library().longvid_cluster(ctypes.byref(args)))
-    return labels, sums, sizes
 
 
 def _dense_heads(x: Tensor, isa_number: int = 0) -> Tensor:

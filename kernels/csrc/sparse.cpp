@@ -104,16 +104,6 @@ struct MassArgs {
     float scale;
 };
 
-struct ClusterArgs {
-    TensorArgs x;
-    const float *centroids;  // [batch][heads][clusters][dim]
-    const float *bias;       // [batch][heads][clusters]
-    int64_t *labels;         // [batch][heads][tokens]
-    float *sums;             // [batch][heads][clusters][dim], zeros to begin with
-    int64_t *sizes;          // [batch][heads][clusters], zeros to begin with
-    int32_t batch, heads, tokens, clusters, dim, threads, isa;
-};
-
 enum Status { DONE = 0, UNSUPPORTED = 1, BAD_LAYOUT = 2, NO_MEMORY = 3 };
 
 }  // extern "C"
@@ -390,43 +380,6 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
     }
 }
 
-// Labels of all tokens, then sums and sizes of clusters: a head's by one thread.
-void cluster(const ClusterArgs &args, const Variant &variant) {
-    const int32_t offsets[2] = {0, args.clusters};
-    const BlocksArgs block{offsets, nullptr, 0, 0, 1, args.clusters};
-    const std::vector<int32_t> starts = panel_starts(block, 0, variant.lanes);
-    const int num_heads = args.batch * args.heads, parts = (args.tokens + MAX_QUERIES - 1) / MAX_QUERIES;
-    const PanelSize panel{variant.panel_size(args.dim, false).k, 0};
-    const int wave = heads_at_once(Packed::floats(variant.lanes, panel, starts.back()) + 1, num_heads);
-    const Packed packed(variant.lanes, panel, starts.back(), wave);
-    const Scratch scratch(variant.scratch(args.dim, 1), args.threads);
-    const size_t centroids = size_t(args.clusters) * args.dim;
-
-    for (int begin = 0; begin < num_heads; begin += wave) {
-        const int count = std::min(wave, num_heads - begin);
-        const auto tokens = [&](int64_t slot, int first, int size) {
-            const int head = begin + int(slot);
-            return Queries{at(args.x, Head{head / args.heads, head % args.heads, 0}), args.x.token, nullptr, first, 1, size, false};
-        };
-        deal(count, args.threads, scratch, [&](int64_t slot, float *) {
-            const int64_t head = begin + slot;
-            const Source source{args.centroids + head * centroids, nullptr, args.bias + head * args.clusters, args.dim, 0, nullptr, false};
-            variant.pack(source, packed.of(int(slot), block, 0, starts), args.dim, 0);
-        });
-        deal(int64_t(count) * parts, args.threads, scratch, [&](int64_t i, float *memory) {
-            const int slot = int(i / parts), first = int(i % parts) * MAX_QUERIES;
-            int64_t *labels = args.labels + int64_t(begin + slot) * args.tokens + first;
-            const Queries some = tokens(slot, first, std::min(MAX_QUERIES, args.tokens - first));
-            variant.nearest(some, packed.of(slot, block, 0, starts), args.dim, labels, memory);
-        });
-        deal(count, args.threads, scratch, [&](int64_t slot, float *) {
-            const int64_t head = begin + slot, *labels = args.labels + head * args.tokens;
-            for (int i = 0; i < args.tokens; i++) args.sizes[head * args.clusters + labels[i]]++;
-            variant.add_rows(tokens(slot, 0, args.tokens), labels, args.dim, args.sums + head * centroids);
-        });
-    }
-}
-
 }  // namespace
 }  // namespace longvid
 
@@ -434,7 +387,7 @@ extern "C" {
 
 using namespace longvid;
 
-// The best variant for this processor: 0 portable, 1 AVX2, 2 AVX-512.
+// The best variant for this processor: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with matrix units.
 int longvid_best_isa() {
 #ifdef LONGVID_X86_VARIANTS
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -451,17 +404,6 @@ int longvid_attention(const AttentionArgs *args) {
     if (!is_valid(*args)) return BAD_LAYOUT;
     try {
         attend_all(*args, *variant);
-    } catch (const std::bad_alloc &) {
-        return NO_MEMORY;
-    }
-    return DONE;
-}
-
-int longvid_cluster(const ClusterArgs *args) {
-    const Variant *variant = find(args->isa);
-    if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
-    try {
-        cluster(*args, *variant);
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }

@@ -63,10 +63,6 @@ struct Variant {
     // At most MAX_QUERIES queries against the tiles of one row.
     void (*attend)(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
                    const Output &output, float *scratch);
-    // labels[i] = the key of the largest score + bias of the i-th query, the first of equal ones. The keys are one block.
-    void (*nearest)(const Queries &queries, const Panels &panels, int dim, int64_t *labels, float *scratch);
-    // sums[labels[i]][dim] += the i-th row, in order.
-    void (*add_rows)(const Queries &rows, const int64_t *labels, int dim, float *sums);
     // mass[row][block] = factors[row] * sum over the row's queries and the block's keys of exp(score - lse).
     void (*mass)(const Queries *rows, int num_rows, const Panels &panels, int dim, float scale, const float *lse,
                  int64_t lse_stride, const float *factors, float *mass, float *scratch);

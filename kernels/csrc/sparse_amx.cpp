@@ -788,9 +788,8 @@ size_t packed_queries(int dim, int parts) { return size_t(MAX_ROWS) / TILE * cou
 size_t scratch(int dim, int num_blocks) {
     const size_t common = packed_queries(dim, NUM_PARTS) / 2 + 2 * UNIT_SCORES + MAX_ROWS;
     const size_t attend = unit_weights(NUM_PARTS) + size_t(MAX_ROWS) * (LANES + count_dim_tiles(dim) * TILE);
-    const size_t mass = size_t(MAX_PIECES) * num_blocks * LANES, nearest = size_t(MAX_ROWS) * 2 * LANES;
-    const size_t most = attend > mass ? attend : mass;
-    return common + (most > nearest ? most : nearest);
+    const size_t mass = size_t(MAX_PIECES) * num_blocks * LANES;
+    return common + (attend > mass ? attend : mass);
 }
 
 template <int PARTS>
@@ -933,56 +932,6 @@ void mass(const Queries *rows, int num_rows, const Panels &panels, int dim, floa
     as(rows, num_rows, panels, dim, scale, lse, lse_stride, factors, mass, scratch);
 }
 
-// The largest score of each query in each lane, and its column.
-class LargestWork : public ScoreWork {
-  public:
-    LargestWork(const Cut &cut, float *best, float *column) : ScoreWork(cut, LOG2_E), best_(best), column_(column) {}
-
-    ALONE void row(int i) {
-        const Chunk &chunk = *unit_.chunk;
-        Vec top = load(best_ + query(i) * LANES), where = load(column_ + query(i) * LANES);
-        for (int c = 0; c < chunk.num_columns; c++) {
-            const Vec x = score_of(i, c);
-            where = x > top ? fill(float(chunk.column[c].index)) : where;
-            top = larger(x, top);
-        }
-        store(best_ + query(i) * LANES, top);
-        store(column_ + query(i) * LANES, where);
-    }
-
-  private:
-    float *best_, *column_;
-};
-
-void nearest(const Queries &queries, const Panels &panels, int dim, int64_t *labels, float *scratch) {
-    const int count = queries.count;
-    const Cut cut(count);
-    Pieces memory(scratch);
-    Bf16 *q = memory.halves(packed_queries(dim, NUM_PARTS));
-    float *scores = memory.floats(2 * UNIT_SCORES), *best = memory.floats(size_t(MAX_ROWS) * LANES);
-    float *column = memory.floats(size_t(MAX_ROWS) * LANES);
-    for (int i = 0; i < count * LANES; i++) best[i] = -INFINITY_;
-    for (int i = 0; i < count * LANES; i++) column[i] = 0;
-    pack_queries<NUM_PARTS>(queries, 0, count, cut, 0, dim, q);
-    clear_queries<NUM_PARTS>(count, cut, dim, q);
-    const CutTiles leave(cut.height);
-    LargestWork work(cut, best, column);
-    const Walk<NUM_PARTS> walk{panels, Packing<NUM_PARTS>(dim), nullptr, 1};
-    for_units<NUM_PARTS>(q, cut, count, walk, count_steps(dim), scores, work);
-    for (int i = 0; i < count; i++) {
-        const float *mine = best + i * LANES, *where = column + i * LANES;
-        const float top = largest(load(mine));
-        int64_t found = INT64_MAX;
-        for (int lane = 0; lane < LANES; lane++) {
-            const int64_t key = int64_t(where[lane]) * LANES + lane;
-            if (mine[lane] == top && key < found) found = key;
-        }
-        labels[i] = found == INT64_MAX ? 0 : found;  // NaN
-    }
-}
-
-void add_rows(const Queries &rows, const int64_t *labels, int dim, float *sums) { avx512.add_rows(rows, labels, dim, sums); }
-
 PanelSize panel_size(int dim, bool is_bf16) {
     const size_t tile = size_t(is_bf16 ? 1 : NUM_PARTS) * TILE_SIZE / 2;
     return {2 * count_steps(dim) * tile, count_dim_tiles(dim) * tile};
@@ -990,7 +939,7 @@ PanelSize panel_size(int dim, bool is_bf16) {
 
 }  // namespace
 
-const Variant amx{PANEL, panel_size, scratch, pack, attend, nearest, add_rows, mass};
+const Variant amx{PANEL, panel_size, scratch, pack, attend, mass};
 
 }  // namespace longvid
 #endif
