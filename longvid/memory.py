@@ -109,9 +109,11 @@ def stage_memory(
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
         if stage and not any(decodes[stage : stage + 1]):
             return replace(held, activations_mb=(at_work + waiting) / MB)
-        decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
-        vae = itemsize * (sizes.vae.params + sizes.vae.state_values(width * height))
-        if has_matrix_units and sizes.vae.has_own_kernels:
+        vae, decoding = itemsize * sizes.vae.params, 0.0
+        if not decodes or decodes[stage]:
+            vae += itemsize * sizes.vae.state_values(width * height)
+            decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
+        if decoding and has_matrix_units and sizes.vae.has_own_kernels:
             vae += packed_itemsize(itemsize) * sum(conv.params for conv in sizes.vae.decoder.convs)
             if not settings.memory.vae_rows:
                 decoding *= max(1, min(largest, CELLS_AT_ONCE // (width * height)))
