@@ -40,6 +40,8 @@ from longvid.settings import Settings
 
 CLOSE = 1.02
 """Meshes that take so many times as long as the fastest are as good: predictions are not finer than that."""
+MUCH = 1.25
+"""Spreading tokens over ranks, which changes rounding, must be so many times as fast as what does not."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,14 @@ def choose_mesh(num_ranks: int, settings: Settings, facts: ModelFacts, sizes: Si
         return choose_by_shape(meshes, work)
     film = long_film(settings, facts, sizes)
     machine = ChipMachine(chip, film.sizes, film.itemsize)
-    return best_of([weigh(film, machine, Option(topology)) for topology in meshes]).topology
+    complete = [weigh(film, machine, Option(topology)) for topology in meshes]
+    best, together = best_of(complete), [option for option in complete if option.topology.seq == 1]
+    if together:
+        # While tokens stay together a film has the same bits, and can be resumed, on any number of ranks.
+        exact = best_of(together)
+        if not exact.reason and exact.seconds <= MUCH * best.seconds:
+            return exact.topology
+    return best.topology
 
 
 def long_film(settings: Settings, facts: ModelFacts, sizes: Sizes) -> Film:
