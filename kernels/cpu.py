@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from longvid.kernels.arguments import BlocksArgument, TensorArgument, as_int32, stride
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, one_group
 from longvid.kernels.native import ISAS, Isa, isa_index, library
 
@@ -21,24 +22,12 @@ PACKED_TOGETHER = 512
 """Keys of dense attention that one thread packs at a time."""
 
 
-class _Blocks(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("offsets", "order")),
-        *((name, ctypes.c_int64) for name in ("offsets_stride", "order_stride")),
-        *((name, ctypes.c_int32) for name in ("num_blocks", "num_tokens")),
-    ]
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
-
-
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, _Tensor) for name in ("q", "k", "v", "out", "lse")),
+        *((name, TensorArgument) for name in ("q", "k", "v", "out", "lse")),
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("bias_batch", "bias_head")),
-        *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
+        *((name, BlocksArgument) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_void_p) for name in ("row_ptr", "col", "group")),
         *((name, ctypes.c_int64) for name in ("group_batch", "num_col")),
         *((name, ctypes.c_int32) for name in ("num_groups", "batch", "heads", "dim", "threads", "isa", "is_bf16")),
@@ -48,9 +37,9 @@ class _Attention(ctypes.Structure):
 
 class _Mass(ctypes.Structure):
     _fields_ = [
-        *((name, _Tensor) for name in ("q", "k", "lse")),
+        *((name, TensorArgument) for name in ("q", "k", "lse")),
         ("mass", ctypes.c_void_p),
-        *((name, _Blocks) for name in ("q_blocks", "k_blocks")),
+        *((name, BlocksArgument) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "dim", "sample_every", "threads", "isa", "is_bf16")),
         ("scale", ctypes.c_float),
     ]
@@ -77,19 +66,19 @@ def forward(
     out = torch.empty(batch, num_queries, num_heads, dim, dtype=q.dtype)
     lse = torch.empty(batch, num_queries, num_heads)
     bias = None if k_bias is None else k_bias.float().contiguous()
-    q_blocks, k_blocks = _whole(layout.q), _whole(layout.k)
+    q_blocks, k_blocks = as_int32(layout.q), as_int32(layout.k)
     row_ptr, col, group = (x.int().contiguous() for x in (layout.row_ptr, layout.col, layout.group))
     args = _Attention(
-        *(_tensor(x) for x in (q, k, v, out, lse)),
+        *(TensorArgument.of(x) for x in (q, k, v, out, lse)),
         bias=None if bias is None else bias.data_ptr(),
-        bias_batch=_stride(bias, 0),
-        bias_head=_stride(bias, 1),
-        q_blocks=_blocks(q_blocks, num_queries),
-        k_blocks=_blocks(k_blocks, k.shape[1]),
+        bias_batch=stride(bias, 0),
+        bias_head=stride(bias, 1),
+        q_blocks=BlocksArgument.of(q_blocks, num_queries),
+        k_blocks=BlocksArgument.of(k_blocks, k.shape[1]),
         row_ptr=row_ptr.data_ptr(),
         col=col.data_ptr(),
         group=group.data_ptr(),
-        group_batch=_stride(group, 0),
+        group_batch=stride(group, 0),
         num_col=len(col),
         num_groups=layout.num_groups,
         batch=batch,
@@ -137,13 +126,13 @@ def block_mass(
     isa_number = isa_index(isa)
     q, k, lse = _dense_heads(q_BLHD, isa_number), _dense_heads(k_BTHD, isa_number), lse_BLH.float()
     batch, num_queries, num_heads, dim = q.shape
-    q_blocks, k_blocks = _whole(q_blocks), _whole(k_blocks)
+    q_blocks, k_blocks = as_int32(q_blocks), as_int32(k_blocks)
     mass = torch.empty(batch, num_heads, q_blocks.num_blocks, k_blocks.num_blocks)
     args = _Mass(
-        *(_tensor(x) for x in (q, k, lse)),
+        *(TensorArgument.of(x) for x in (q, k, lse)),
         mass=mass.data_ptr(),
-        q_blocks=_blocks(q_blocks, num_queries),
-        k_blocks=_blocks(k_blocks, k.shape[1]),
+        q_blocks=BlocksArgument.of(q_blocks, num_queries),
+        k_blocks=BlocksArgument.of(k_blocks, k.shape[1]),
         batch=batch,
         heads=num_heads,
         dim=dim,
@@ -163,32 +152,6 @@ def _dense_heads(x: Tensor, isa_number: int = 0) -> Tensor:
     if x.dtype != torch.bfloat16 or isa_number != AMX:
         x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _whole(blocks: Blocks) -> Blocks:
-    order = blocks.order
-    return Blocks(blocks.offsets.int().contiguous(), None if order is None else order.int().contiguous())
-
-
-def _tensor(x: Tensor) -> _Tensor:
-    return _Tensor(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
-
-
-def _blocks(blocks: Blocks, num_tokens: int) -> _Blocks:
-    order = blocks.order
-    return _Blocks(
-        blocks.offsets.data_ptr(),
-        None if order is None else order.data_ptr(),
-        _stride(blocks.offsets, 0),
-        _stride(order, 0),
-        blocks.num_blocks,
-        num_tokens,
-    )
-
-
-def _stride(x: Tensor | None, dim: int) -> int:
-    """The stride of a dim that is walked along; 0 where one serves for all."""
-    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
 
 
 def _check(status: int) -> None:

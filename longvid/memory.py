@@ -109,7 +109,7 @@ def stage_memory(
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
         if stage and not any(decodes[stage : stage + 1]):
             return replace(held, activations_mb=(at_work + waiting) / MB)
-        vae, decoding = itemsize * sizes.vae.params, 0.0
+        vae, decoding = float(itemsize * sizes.vae.params), 0.0
         if not decodes or decodes[stage]:
             vae += itemsize * sizes.vae.state_values(width * height)
             decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
