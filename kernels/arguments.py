@@ -12,6 +12,9 @@ from torch import Tensor
 
 from longvid.kernels.layout import Blocks
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""As the C++ counts them."""
+
 
 class TensorArgument(ctypes.Structure):
     """A [B, T, H, D] tensor of fp32, or [B, T, H], with its strides."""
@@ -41,9 +44,11 @@ class BlocksArgument(ctypes.Structure):
         return cls(blocks.offsets.data_ptr(), data, *strides, blocks.num_blocks, num_tokens)
 
 
-def dense_heads(x: Tensor) -> Tensor:
-    """fp32, with the elements of a head side by side."""
-    x = x.detach().float()
+def dense_heads(x: Tensor, *, takes_bf16: bool = False) -> Tensor:
+    """fp32, or bf16 where that is taken, with the elements of a head side by side."""
+    x = x.detach()
+    if x.dtype != torch.bfloat16 or not takes_bf16:
+        x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

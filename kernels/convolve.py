@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvid.kernels import native
+from longvid.kernels.arguments import DTYPES
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OUTPUTS, _DEPTH = 16, 32
 """A right-hand tile's outputs and channels."""
 _MAX_GROUPS = 4
@@ -66,7 +66,7 @@ NOTHING = Around(None, None)
 
 def suits(x: Tensor) -> bool:
     """Whether the matrix units of this processor can work on a tensor."""
-    known = x.device.type == "cpu" and x.dtype in _DTYPES and type(x) in (Tensor, nn.Parameter)
+    known = x.device.type == "cpu" and x.dtype in DTYPES and type(x) in (Tensor, nn.Parameter)
     return known and native.isa() == "amx" and not (x.requires_grad and torch.is_grad_enabled())
 
 
@@ -92,7 +92,7 @@ class Convolution:
         held = [_pack(self._weight.unflatten(0, (groups, -1))), _pad(self._bias.float().view(groups, -1), _OUTPUTS)]
         args = _Args(weight=held[0].data_ptr(), bias=held[1].data_ptr(), groups=groups)
         args.channels, args.outputs, args.taps = self.channels, self.outputs, tuple(taps)
-        args.dtype = _DTYPES[self._weight.dtype]
+        args.dtype = DTYPES[self._weight.dtype]
         if self._gain is not None:
             held.append(_pad(self._gain.float()[None], _DEPTH))
             args.gain = held[2].data_ptr()

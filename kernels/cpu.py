@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from longvid.kernels.arguments import BlocksArgument, TensorArgument, as_int32, stride
+from longvid.kernels.arguments import BlocksArgument, TensorArgument, as_int32, dense_heads, stride
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, one_group
 from longvid.kernels.native import ISAS, Isa, isa_index, library
 
@@ -61,7 +61,7 @@ def forward(
     what they index.
     """
     isa_number = isa_index(isa)
-    q, k, v = (_dense_heads(x, isa_number) for x in (q_BLHD, k_BTHD, v_BTHD))
+    q, k, v = (dense_heads(x, takes_bf16=isa_number == AMX) for x in (q_BLHD, k_BTHD, v_BTHD))
     batch, num_queries, num_heads, dim = q.shape
     out = torch.empty(batch, num_queries, num_heads, dim, dtype=q.dtype)
     lse = torch.empty(batch, num_queries, num_heads)
@@ -124,7 +124,8 @@ def block_mass(
 ) -> Tensor:
     """See `score.block_mass`. `isa`: a variant that this processor has; None: the fastest."""
     isa_number = isa_index(isa)
-    q, k, lse = _dense_heads(q_BLHD, isa_number), _dense_heads(k_BTHD, isa_number), lse_BLH.float()
+    q, k = (dense_heads(x, takes_bf16=isa_number == AMX) for x in (q_BLHD, k_BTHD))
+    lse = lse_BLH.float()
     batch, num_queries, num_heads, dim = q.shape
     q_blocks, k_blocks = as_int32(q_blocks), as_int32(k_blocks)
     mass = torch.empty(batch, num_heads, q_blocks.num_blocks, k_blocks.num_blocks)
@@ -144,14 +145,6 @@ def block_mass(
     )
     _check(library().longvid_block_mass(ctypes.byref(args)))
     return mass
-
-
-def _dense_heads(x: Tensor, isa_number: int = 0) -> Tensor:
-    """fp32, or bf16 where a variant takes it, with the elements of a head side by side."""
-    x = x.detach()
-    if x.dtype != torch.bfloat16 or isa_number != AMX:
-        x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(status: int) -> None:

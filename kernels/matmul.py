@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvid.kernels import native, rows
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from longvid.kernels.arguments import DTYPES
 
 
 class _Linear(ctypes.Structure):
@@ -51,7 +50,7 @@ def linear(
     weight = weight_NK if packed is None else None
     addresses = map(_address, (x, weight, packed, bias_N, out))
     sizes = x.numel() // depth, columns, depth, stride, weight_NK.stride(0), columns
-    args = _Linear(*addresses, *sizes, _DTYPES[x.dtype], gelu, torch.get_num_threads())
+    args = _Linear(*addresses, *sizes, DTYPES[x.dtype], gelu, torch.get_num_threads())
     _check(native.library().longvid_linear(ctypes.byref(args)))
     return out
 
@@ -62,7 +61,7 @@ def pack(weight_NK: Tensor) -> Tensor:
     packed = torch.empty(packed_bytes(columns, depth, weight_NK.dtype), dtype=torch.uint8)
     weight = weight_NK.detach().contiguous()
     sizes = {"columns": columns, "depth": depth, "weight_stride": depth}
-    args = _Linear(weight=weight.data_ptr(), dtype=_DTYPES[weight.dtype], **sizes)
+    args = _Linear(weight=weight.data_ptr(), dtype=DTYPES[weight.dtype], **sizes)
     _check(native.library().longvid_pack(ctypes.byref(args), ctypes.c_void_p(packed.data_ptr())))
     return packed
 
@@ -71,13 +70,13 @@ def packed_bytes(columns: int, depth: int, dtype: torch.dtype) -> int:
     """What `pack` takes for a weight [columns, depth]."""
     found = native.library().longvid_packed_bytes
     found.argtypes, found.restype = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32], ctypes.c_int64
-    return int(found(columns, depth, _DTYPES[dtype]))
+    return int(found(columns, depth, DTYPES[dtype]))
 
 
 def takes(weight_NK: Tensor) -> bool:
     """Whether the matrix units take such a weight as it is."""
     is_plain = type(weight_NK) in (Tensor, nn.Parameter) and weight_NK.device.type == "cpu"
-    return is_plain and weight_NK.dtype in _DTYPES and weight_NK.dim() == 2 and has_matrix_units()
+    return is_plain and weight_NK.dtype in DTYPES and weight_NK.dim() == 2 and has_matrix_units()
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

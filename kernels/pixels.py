@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longvid.kernels import native
+from longvid.kernels.arguments import DTYPES
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MAX_PATCH = 8
 
 
@@ -29,11 +29,11 @@ def to_bytes(x_THWC: Tensor, patch: int = 1) -> Tensor:
     num_frames, height, width, channels = x_THWC.shape
     assert channels == 3 * patch**2
     shape = num_frames, height * patch, width * patch, 3
-    plain = x_THWC.device.type == "cpu" and x_THWC.dtype in _DTYPES and x_THWC.is_contiguous()
+    plain = x_THWC.device.type == "cpu" and x_THWC.dtype in DTYPES and x_THWC.is_contiguous()
     if plain and patch <= _MAX_PATCH and native.is_available():
         out = torch.empty(shape, dtype=torch.uint8)
         addresses = x_THWC.data_ptr(), out.data_ptr()
-        args = _Args(*addresses, num_frames * height, width, patch, _DTYPES[x_THWC.dtype], torch.get_num_threads())
+        args = _Args(*addresses, num_frames * height, width, patch, DTYPES[x_THWC.dtype], torch.get_num_threads())
         native.library().longvid_pixels(ctypes.byref(args))
         return out
     scaled = x_THWC.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()

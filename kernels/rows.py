@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvid.kernels import native
+from longvid.kernels.arguments import DTYPES
 from longvid.kernels.native import Isa
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LAYER, _RMS, _UNIT = range(3)
 
 _TILE_VALUES = 2**18
@@ -73,14 +73,14 @@ def layer_norm(
 def rms_norm(x: Tensor, gain_E: Tensor, eps: float | None, isa: Isa | None = None) -> Tensor:
     """x / sqrt(mean of squares + eps) · gain, [..., E]. eps None: the least of the dtype's that is not lost."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    if _suits(x) and gain_E.dtype in _DTYPES and not _wants_grad(gain_E):
+    if _suits(x) and gain_E.dtype in DTYPES and not _wants_grad(gain_E):
         return _norm(x, torch.empty_like(x), gain_E.detach().float(), None, None, _RMS, eps, isa=isa)
     return F.rms_norm(x, x.shape[-1:], gain_E.to(x.dtype), eps)
 
 
 def unit_norm(x: Tensor, gain_E: Tensor, out: Tensor, *, silu: bool, isa: Isa | None = None) -> None:
     """Write x / max(|x|, 1e-12) · gain, through SiLU if asked for, to ``out``, both [..., E] and contiguous."""
-    if _suits(x) and out.is_contiguous() and gain_E.dtype in _DTYPES:
+    if _suits(x) and out.is_contiguous() and gain_E.dtype in DTYPES:
         _norm(x, out, gain_E.float(), None, None, _UNIT, 1e-12, silu=silu, isa=isa)
         return
     width = x.shape[-1]
@@ -97,7 +97,7 @@ def add_gated(x: Tensor, y: Tensor, gate_KE: Tensor, kinds: Tensor | None, isa: 
     if _suits(x, gate_KE) and _suits(y) and x.dtype == y.dtype and x.shape == y.shape:
         out = torch.empty_like(x)
         count, width = _rows(x)
-        args = _Gate(*map(_address, (x, y, out, gate_KE, kinds)), count, width, _DTYPES[x.dtype], *_machine(isa))
+        args = _Gate(*map(_address, (x, y, out, gate_KE, kinds)), count, width, DTYPES[x.dtype], *_machine(isa))
         _check(native.library().longvid_gate(ctypes.byref(args)))
         return out
     return (x.float() + y.float() * _of(gate_KE, kinds)).type_as(x)
@@ -107,7 +107,7 @@ def gelu(x: Tensor, isa: Isa | None = None) -> Tensor:
     """x · (1 + tanh(sqrt(2 / π) · (x + 0.044715 x³))) / 2."""
     if _suits(x):
         out = torch.empty_like(x)
-        args = _Gelu(_address(x), _address(out), x.numel(), _DTYPES[x.dtype], *_machine(isa))
+        args = _Gelu(_address(x), _address(out), x.numel(), DTYPES[x.dtype], *_machine(isa))
         _check(native.library().longvid_gelu(ctypes.byref(args)))
         return out
     return F.gelu(x, approximate="tanh")
@@ -125,7 +125,7 @@ def rotate(
         out = torch.empty_like(x_BLHD, memory_format=torch.contiguous_format) if out_BLHD is None else out_BLHD
         strides = x_BLHD.stride(1), x_BLHD.stride(2), out.stride(1), out.stride(2), cos_1L1D.stride(1)
         sizes = x_BLHD.shape[1], x_BLHD.shape[2], x_BLHD.shape[3]
-        args = _Rope(*map(_address, (x_BLHD, out, *tables)), *strides, *sizes, _DTYPES[x_BLHD.dtype], *_machine(isa))
+        args = _Rope(*map(_address, (x_BLHD, out, *tables)), *strides, *sizes, DTYPES[x_BLHD.dtype], *_machine(isa))
         _check(native.library().longvid_rope(ctypes.byref(args)))
         return out
     cos, sin = cos_1L1D[..., 0::2], sin_1L1D[..., 1::2]
@@ -148,7 +148,7 @@ def _norm(
 ) -> Tensor:
     count, width = _rows(x)
     addresses = map(_address, (x, out, gain, shift, kinds))
-    args = _Norm(*addresses, count, width, _DTYPES[x.dtype], norm, silu, *_machine(isa), eps)
+    args = _Norm(*addresses, count, width, DTYPES[x.dtype], norm, silu, *_machine(isa), eps)
     _check(native.library().longvid_norm(ctypes.byref(args)))
     return out
 
@@ -176,7 +176,7 @@ def _lies_well(x_BLHD: Tensor) -> bool:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether it has memory on the CPU that the C++ can work on, and no gradient is to come."""
-    known = x.device.type == "cpu" and x.dtype in _DTYPES and type(x) in (Tensor, nn.Parameter)
+    known = x.device.type == "cpu" and x.dtype in DTYPES and type(x) in (Tensor, nn.Parameter)
     return known and native.is_available() and not _wants_grad(x)
 
 

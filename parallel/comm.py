@@ -170,14 +170,14 @@ class DistComm:
     def _send_near(self, header: Header, payload: Tensor, to: int, window: int) -> None:
         """As many messages as the window may be under way, and as many wait there."""
         content, tag = as_bytes(payload), self._next_tag(self._sent, to)
-        with self._through(to, f"{self._name(to)} did not take a message"):
+        with self._through(f"{self._name(to)} did not take a message"):
             has_room = self._links[to].send(header.to_bytes(), content.numpy(), 2 * window, self._timeout)
         if not has_room:
             works = self._start(to, lambda: [dist.isend(content, to, tag=tag)])
             self._outgoing[to].append(self._handle("to", to, works, (content,)))
 
     @contextmanager
-    def _through(self, other: int, complaint: str) -> Iterator[None]:
+    def _through(self, complaint: str) -> Iterator[None]:
         """What a link raises, as what a rank raises."""
         try:
             yield
@@ -240,7 +240,7 @@ class DistComm:
 
     def flush(self) -> None:
         for to, link in self._links.items():
-            with self._through(to, f"{self._name(to)} did not take a message"):
+            with self._through(f"{self._name(to)} did not take a message"):
                 link.flush(self._timeout)
         for to, under_way in self._outgoing.items():
             while under_way:
@@ -343,13 +343,13 @@ class _Near:
     def wait(self) -> tuple[Header, Tensor]:
         comm, source, complaint = self.comm, self.source, f"{self.comm._name(self.source)} sent nothing"
         link, timeout = comm._links[source], comm._timeout
-        with comm._through(source, complaint):
+        with comm._through(complaint):
             arrival = link.wait(self.number, timeout)
         header = Header.from_bytes(arrival.header)
         shape = (header.rows, *self.shape[1:]) if self.is_sized else self.shape
         body = torch.empty(shape, dtype=self.dtype)
         content = as_bytes(body)
-        with comm._through(source, complaint):
+        with comm._through(complaint):
             link.take(self.number, content.numpy())
         if arrival.size < 0:
             tag = (self.number - 1) % _TAGS
