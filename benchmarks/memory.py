@@ -18,7 +18,7 @@ from longvid.bench.memory import MemoryWatch
 from longvid.doctor import cpu_facts, package_version
 from longvid.engine import Engine
 from longvid.launch.local import run_local
-from longvid.memory import stage_memory
+from longvid.memory import Dealt, stage_memory
 from longvid.models.facts import facts_of, weight_bytes
 from longvid.parallel.comm import gather
 from longvid.parallel.rules import QueueRules
@@ -52,7 +52,7 @@ def planned(model: str, overrides: list[str], layers: list[range]) -> list[dict[
     rules = QueueRules.of(settings)
     report = simulate(make_schedule(plan, settings), plan.chunks, settings.sampler.steps, rules)
     topology = Topology(stage=len(layers))
-    stages = stage_memory(plan, settings, facts, report, topology, layers, partial(weight_bytes, model))
+    stages = stage_memory(plan, settings, facts, report, Dealt(topology, layers), partial(weight_bytes, model))
     return [asdict(stage) for stage in stages]
 
 

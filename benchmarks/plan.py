@@ -6,14 +6,15 @@ Models are the embedded one, and one of random weights of every other family, ma
 one rank and on two, a thread each. Before the first render, between them and after the last the ranks measure layers,
 the decoder and messages, all at once, and predict; a render is compared with the predictions before and after it, and
 the median of these errors counts, so that a machine that is slower for a while is so for both sides. Time is that of
-frames as they come, without the writing of a file, from when all ranks are there; memory that of all tensors alive at
-once on the leader, without what libraries take. The file has what was done so far after every row, and `--table`
-prints a file's errors as docs/plan.md has them.
+frames as they come, without the writing of a file, from when all ranks are there. Memory is that of all tensors alive
+at once, packed copies of weights among them, without what libraries take; of the ranks, that which the plan says worst.
+The file has what was done so far after every row, and `--table` prints a file's errors as docs/plan.md has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ from longvid.launch.local import run_local
 from longvid.measured import measure_machine
 from longvid.meshes import Film, options
 from longvid.models.facts import find_model, sizes_of
-from longvid.parallel.comm import meet
+from longvid.parallel.comm import gather, meet
 from longvid.plan import make_plan
 from longvid.script import Script, parse_script
 
@@ -176,16 +177,16 @@ CASES = (
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of tensors made and still alive, and their peak."""
+    """Bytes of this process's tensors, those that were there before among them, and their peak."""
 
-    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
-        """`modules` are there already, and count."""
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
-        for module in modules:
-            for parameter in module.parameters():
-                self._see(parameter.untyped_storage())
+        gc.collect()
+        for value in gc.get_objects():
+            if issubclass(type(value), torch.Tensor):  # an isinstance would wake lazy modules
+                self._see(value.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -211,8 +212,10 @@ def rank(out: Path, model: str, case: Case, repeats: int) -> None:
     """One rank; the leader writes both sides. A film before the first, so that libraries are warm, counts memory."""
     engine = Engine.load(model, overrides=[*case.overrides, f"mesh.stage={len_of_mesh()}"])
     script = parse_script(case.story, "story.yaml")
-    memory, measured = memory_of(engine, script), []
-    planned = [plan(engine, script)]  # by all ranks at once, as they also render
+    memory: list[float] = [memory_of(engine, script)]
+    if engine.mesh.topology.num_ranks > 1:
+        memory = gather(*memory)
+    measured, planned = [], [plan(engine, script)]  # by all ranks at once, as they also render
     for _ in range(repeats):
         measured.append(render(engine, script))
         planned.append(plan(engine, script))
@@ -228,11 +231,8 @@ def len_of_mesh() -> int:
 
 
 def memory_of(engine: Engine, script: Script) -> float:
-    """The most that tensors take at once, 10^6 bytes."""
-    stage: Any = engine._stage
-    prompts: Any = getattr(engine._model, "prompts", None)
-    modules = [stage.dit, *([engine.vae, prompts.encoder] if engine.mesh.is_leader else [])]
-    with LiveTensors(modules) as live:
+    """The most that tensors take at once on this rank, 10^6 bytes."""
+    with LiveTensors() as live:
         for _ in engine.stream(script):
             pass
     return live.peak / 1e6
@@ -248,13 +248,13 @@ def render(engine: Engine, script: Script) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "first_s": first}
 
 
-def plan(engine: Engine, script: Script) -> dict[str, float]:
-    """What `longvid plan --measure` says of the same."""
+def plan(engine: Engine, script: Script) -> dict[str, Any]:
+    """What `longvid plan --measure` says of the same; memory is that of each rank."""
     ranks, settings = engine.mesh.topology.num_ranks, engine.settings
     film = Film(make_plan(script, settings, engine.facts), settings, engine.facts, sizes_of(settings.model.path))
     best = options(film, measure_machine(film, ranks, engine.mesh.comm if ranks > 1 else None), ranks)[0]
     assert best.pace
-    return {"seconds": best.seconds, "first_s": best.pace.first, "memory_mb": best.memory[0].total_mb}
+    return {"seconds": best.seconds, "first_s": best.pace.first, "memory_mb": [stage.total_mb for stage in best.memory]}
 
 
 def compare(case: Case, ranks: int, repeats: int, folder: Path, model: str) -> dict[str, Any]:
@@ -265,10 +265,11 @@ def compare(case: Case, ranks: int, repeats: int, folder: Path, model: str) -> d
     if code:
         sys.exit(code)
     runs = json.loads(out.read_text())
-    planned = [
-        {key: (before[key] + after[key]) / 2 for key in before} for before, after in itertools.pairwise(runs["planned"])
-    ]
-    measured = [{**row, "memory_mb": runs["memory_mb"]} for row in runs["measured"]]
+    held = runs["memory_mb"]
+    worst = max(range(ranks), key=lambda at: abs(runs["planned"][0]["memory_mb"][at] / held[at] - 1))
+    plans = [{**row, "memory_mb": row["memory_mb"][worst]} for row in runs["planned"]]
+    planned = [{key: (before[key] + after[key]) / 2 for key in before} for before, after in itertools.pairwise(plans)]
+    measured = [{**row, "memory_mb": held[worst]} for row in runs["measured"]]
     ratios = [{key: ours[key] / real[key] - 1 for key in real} for ours, real in zip(planned, measured, strict=True)]
     sides = {"planned": medians(planned), "measured": medians(measured), "error": medians(ratios)}
     return {"case": case.name, "ranks": ranks, **sides, "runs": runs}

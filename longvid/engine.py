@@ -279,11 +279,15 @@ class Engine:
         if self.costs is None:
             return None
         topology = self.mesh.topology
-        bounds, shares = self._model.dealt_work()
-        latents = self.settings.queue.chunk_latents if shares else None
-        cost = stage_costs(self.costs, topology, bounds, self.settings.sampler.steps, self.cache_plan.share, latents)
+        bounds, _ = self._model.dealt_work()
         buffers = 2 * self.settings.mesh.buffers  # under way, and posted by the receiver
-        decoding = self._model.decoding(plan)
+        decoding, queue = self._model.decoding(plan), self.settings.queue
+        of_pieces: dict[str, Any] = {}
+        if decoding:
+            chunk_work = queue.chunk_latents * self.facts.decoder_passes.repeated
+            of_pieces = {"chunk_work": chunk_work, "work": decoding.plan.work}
+        steps, share = self.settings.sampler.steps, self.cache_plan.share
+        cost = stage_costs(self.costs, topology, bounds, steps, share, **of_pieces)
         return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost, decoding).bubble
 
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: Tools | None = None) -> Iterator[Finished]:

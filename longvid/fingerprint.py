@@ -56,6 +56,10 @@ class Machine:
     kernels: str = ""
 
 
+_NO_MATTER = ("name", "vocabulary", "decoder_passes")
+"""Facts of a model that are free to change: who decodes a latent makes no difference to it."""
+
+
 def fingerprint(
     script: Script, plan: Plan, settings: Settings, facts: ModelFacts, *, model: Plain, machine: Machine
 ) -> Plain:
@@ -66,7 +70,7 @@ def fingerprint(
     ]
     kept["mesh"] = {"seq": machine.topology.seq, "ring": machine.topology.ring}
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
-    kept_facts = {name: value for name, value in asdict(facts).items() if name not in ("name", "vocabulary")}
+    kept_facts = {name: value for name, value in asdict(facts).items() if name not in _NO_MATTER}
     kept_facts["grid"]["patch"] = list(facts.grid.patch)
     kept_facts["max_size"] = list(facts.max_size) if facts.max_size else None
     return {

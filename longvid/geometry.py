@@ -1,4 +1,4 @@
-"""The grid of a video VAE: how frames become latents, and pixels become tokens.
+"""The grid of a video VAE: how frames become latents, and pixels become tokens; and when its decoder decodes.
 
 All of it holds within one shot. A shot's first latent holds one frame and every later one holds `temporal` frames.
 """
@@ -63,3 +63,46 @@ class LatentGrid:
         _, rows, columns = self.patch
         latent_width, latent_height = self.latent_size(width, height)
         return (latent_width // columns) * (latent_height // rows)
+
+
+@dataclass(frozen=True)
+class DecoderPasses:
+    """When a streaming decoder decodes what of a shot: latents wait until those of a pass are there.
+
+    The first pass is due with latent number `first`, another with every `step` latents after it. A pass is of the
+    newest `window` latents, the first one of all `first`. The shot's end has what is left decoded.
+    """
+
+    first: int = 1
+    step: int = 1
+    window: int = 1
+
+    @property
+    def repeated(self) -> float:
+        """How often a latent goes through the decoder, in the long run."""
+        return self.window / self.step
+
+    def work(self, latent: int, shot_latents: int) -> int:
+        """Latents that go through the decoder when a latent comes, of a shot of so many."""
+        come = latent + 1
+        is_due = come >= self.first and (come - self.first) % self.step == 0
+        work = (self.window if come > self.first else self.first) if is_due else 0
+        return work + self._left(come) if come == shot_latents else work
+
+    def works(self, latents: range, shot_latents: int) -> tuple[int, ...]:
+        """Those of each of some of a shot's latents."""
+        return tuple(self.work(latent, shot_latents) for latent in latents)
+
+    def _left(self, come: int) -> int:
+        """What a shot's end has decoded. A last latent alone is in the tile before."""
+        if come < self.first:
+            return come
+        begun, work = (1 + (come - self.first) // self.step) * self.step + self.first - self.window, 0
+        while come - begun > (self.window > self.step):
+            work += min(self.window, come - begun)
+            begun += self.step
+        return work
+
+
+EACH_ALONE = DecoderPasses()
+"""Every latent is decoded when it comes."""

@@ -55,8 +55,8 @@ class Machine(Protocol):
         """Patches in or out."""
         ...
 
-    def decode(self, cells: int, num_latents: int, starts: bool) -> float:
-        """Latents of so many cells to frames; `starts`: they begin a shot."""
+    def decode(self, cells: int, work: float, starts: bool) -> float:
+        """So many latents of so many cells go through the decoder; `starts`: the first is a shot's, of one frame."""
         ...
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
@@ -151,10 +151,10 @@ class ChipMachine:
     def ends(self, tokens: Tokens, topology: Topology) -> float:
         return self.sizes.operations(self.sizes.ends_flops(tokens)) / topology.seq / self.rate / 2
 
-    def decode(self, cells: int, num_latents: int, starts: bool) -> float:
-        vae = self.sizes.vae
-        moved = 2 * vae.decoder.values * cells * num_latents * vae.repeated * self.itemsize
-        computing = vae.flops(cells, num_latents, starts) / (self.rate * VAE_SHARE)
+    def decode(self, cells: int, work: float, starts: bool) -> float:
+        decoder = self.sizes.vae.decoder
+        moved = 2 * decoder.values * cells * work * self.itemsize
+        computing = decoder.flops(cells, work, starts) / (self.rate * VAE_SHARE)
         return max(computing, moved / (self.chip.bandwidth * GB))
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
@@ -183,7 +183,8 @@ def fetch_seconds(num_bytes: float, memory: MemorySettings, host_gb: float, rank
 class MeasuredMachine:
     """This machine: times of a typical unit, measured, and others by their operations.
 
-    `costs` are of `unit`, one branch; their `decode` is of `latents` latents of `cells` cells, not of a step.
+    `costs` are of `unit`, one branch; their `decode` is of `work` latents of `cells` cells that go through the decoder,
+    not of a step.
     `unit_s` are seconds of a unit's bookkeeping and its solver, `message_s` those of the processor for a message that
     is sent and one that is received. `loopback_gb` are 10^9 bytes a second between processes.
     """
@@ -194,7 +195,7 @@ class MeasuredMachine:
     costs: Costs
     unit: Tokens
     cells: int
-    latents: int
+    work: float
     notes: Sequence[str] = ()
     unit_s: float = 0.0
     message_s: float = 0.0
@@ -211,9 +212,9 @@ class MeasuredMachine:
     def ends(self, tokens: Tokens, topology: Topology) -> float:
         return self.costs.first * tokens.own / self.unit.own / topology.seq
 
-    def decode(self, cells: int, num_latents: int, starts: bool) -> float:
-        flops = self.sizes.vae.flops
-        return self.costs.decode * flops(cells, num_latents, starts) / flops(self.cells, self.latents)
+    def decode(self, cells: int, work: float, starts: bool) -> float:
+        flops = self.sizes.vae.decoder.flops
+        return self.costs.decode * flops(cells, work, starts) / flops(self.cells, self.work, False)
 
     def hop(self, num_bytes: float, topology: Topology) -> float:
         return num_bytes / (self.loopback_gb * GB)

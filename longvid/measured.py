@@ -77,7 +77,7 @@ def measure_machine(film: Film, num_ranks: int, comm: Comm | None = None) -> Mea
         costs=replace(found.costs, decode=found.costs.decode * settings.sampler.steps),
         unit=unit_tokens(settings, film.facts, film.sizes, (film.plan.width, film.plan.height)),
         cells=film.cells,
-        latents=settings.queue.chunk_latents,
+        work=settings.queue.chunk_latents * film.facts.decoder_passes.repeated,
         notes=[f"measured at {at[0]} x {at[1]}, and scaled by operations"] if at else [],
         unit_s=found.unit_s,
         message_s=found.message_s,

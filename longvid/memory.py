@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 
 from longvid.cache.settings import plan_cache
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import CELLS_AT_ONCE, MOST_PACKED_BYTES, Sizes, layer_bytes, packed_itemsize
+from longvid.parallel.decoding import Decoding
 from longvid.parallel.findings import Report
 from longvid.parallel.pace import kind_of
 from longvid.parallel.rules import rules_of
@@ -22,6 +23,8 @@ from longvid.plan import Chunk, ModelFacts, Plan, sharing_layers
 from longvid.settings import MemorySettings, Settings
 
 MB = 1e6
+BEGINNING = 64
+"""Chunks of a film in which every piece of decoding that is dealt out has come about."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,42 @@ class StageMemory:
         return float(sum(astuple(self)))
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """How work is dealt out over a mesh: each stage's layers, and decoding (None: the leader does it alone)."""
+
+    topology: Topology
+    layers: Sequence[range]
+    decoding: Decoding | None = None
+
+    def most_decoded(self, stage: int, plan: Plan) -> int:
+        """The most latents that a stage decodes in a row; 0: it decodes none. Of a long film the beginning tells."""
+        decoding = self.decoding
+        if decoding is None:
+            return 0 if stage else max(chunk.num_latents for chunk in plan.chunks)
+        chunks = ((film, chunk) for film, span in enumerate(plan.films) for chunk in range(len(span.chunks)))
+        pieces = (piece for of_film in islice(chunks, BEGINNING) for piece in decoding.pieces(*of_film))
+        return max((len(latents) for latents, at in pieces if at == stage), default=0)
+
+
 def stage_memory(
     plan: Plan,
     settings: Settings,
     facts: ModelFacts,
     report: Report,
-    topology: Topology,
-    bounds: Sequence[range],
+    dealt: Dealt,
     weights: Callable[[ModelPart, int], int],
     sizes: Sizes | None = None,
-    decodes: Sequence[float] = (),
     *,
     has_matrix_units: bool = False,
 ) -> tuple[StageMemory, ...]:
-    """Each stage's, with the layers of `bounds`; `report` is that of the schedule's simulation.
+    """Each stage's; `report` is that of the schedule's simulation.
 
-    `weights` says how many bytes of a part a rank holds, with so many bytes a number, `decodes` are the
-    stages' parts of decoding: each with one has the VAE and, at times, the decoder's state. A CPU that
-    `has_matrix_units` holds weights packed beside them.
+    `weights` says how many bytes of a part a rank holds, with so many bytes a number. The leader has the VAE, and each
+    stage that decodes has it and, at times, the decoder's state. A CPU that `has_matrix_units` holds weights packed
+    beside them.
     """
+    topology, bounds = dealt.topology, dealt.layers
     itemsize = 4 if settings.runtime.dtype == "float32" else 2
     per_latent = facts.grid.tokens_per_latent(plan.width, plan.height)
     cache = plan_cache(settings.cache, settings.sampler.steps, facts.num_layers)
@@ -107,16 +127,17 @@ def stage_memory(
             packed = packed_linear_bytes(sizes, part, itemsize, settings)
             held = replace(held, weights_mb=held.weights_mb + packed / MB)
         at_work, waiting = activation_bytes(kinds, plan, settings, facts, sizes, topology, stage)
-        if stage and not any(decodes[stage : stage + 1]):
+        most, in_units = dealt.most_decoded(stage, plan), has_matrix_units and sizes.vae.has_own_kernels
+        if stage and not most:
             return replace(held, activations_mb=(at_work + waiting) / MB)
         vae, decoding = float(itemsize * sizes.vae.params), 0.0
-        if not decodes or decodes[stage]:
+        if most:
+            at_once = max(1, min(most, CELLS_AT_ONCE // (width * height))) if in_units else 0
             vae += itemsize * sizes.vae.state_values(width * height)
-            decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows)
-        if decoding and has_matrix_units and sizes.vae.has_own_kernels:
-            vae += packed_itemsize(itemsize) * sum(conv.params for conv in sizes.vae.decoder.convs)
-            if not settings.memory.vae_rows:
-                decoding *= max(1, min(largest, CELLS_AT_ONCE // (width * height)))
+            decoding = itemsize * sizes.vae.working_values(width * height, height, settings.memory.vae_rows, at_once)
+        # A leader that decodes nothing has measured the decoder, where there are other stages.
+        if in_units and (most or topology.stage > 1):
+            vae += packed_itemsize(itemsize) * sizes.vae.decoder.packed_params
         held = replace(held, activations_mb=(max(at_work, decoding) + waiting) / MB, vae_mb=vae / MB)
         return held if stage else _with_text(held, sizes, itemsize, settings.memory)
 

@@ -16,10 +16,10 @@ from longvid.cache.settings import plan_cache
 from longvid.chips import Chip
 from longvid.errors import InputError
 from longvid.machines import ChipMachine, Machine, unit_tokens
-from longvid.memory import StageMemory, device_bytes, stage_memory
+from longvid.memory import Dealt, StageMemory, device_bytes, stage_memory
 from longvid.models.parts import ModelPart
 from longvid.models.sizes import Flops, Layer, Sizes, Tokens, layer_bytes
-from longvid.parallel.decoding import Shares, deal_work
+from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.findings import Report
 from longvid.parallel.pace import MARGIN, Kind, Pace, Times, kind_of, pace_of
 from longvid.parallel.partition import Costs
@@ -107,8 +107,26 @@ class Film:
 
     @cached_property
     def decode_flops(self) -> float:
-        vae = self.sizes.vae
-        return sum(n * vae.flops(self.cells, chunk.num_latents, chunk.start == 0) for chunk, n in self.kinds)
+        counts, decoder = Counter(self.decodings), self.sizes.vae.decoder
+        return sum(n * decoder.flops(self.cells, work, starts) for (work, starts), n in counts.items())
+
+    def works(self, chunk: Chunk) -> tuple[int, ...]:
+        """What each of a chunk's latents makes the decoder do."""
+        return self.plan.works(chunk, self.facts.decoder_passes)
+
+    @cached_property
+    def decodings(self) -> tuple[tuple[int, bool], ...]:
+        """Of each chunk: latents that go through the decoder for it, and whether the first is a shot's, of one frame.
+
+        Of tiles every one begins with such a latent.
+        """
+        has_tiles = self.facts.decoder_passes.repeated > 1
+        return tuple((sum(self.works(chunk)), chunk.start == 0 and not has_tiles) for chunk in self.plan.chunks)
+
+    def decoding(self, shares: Shares | None) -> Decoding | None:
+        """How decoding is dealt out, as a render does it."""
+        passes = self.facts.decoder_passes
+        return Decoding.of(shares, self.plan, self.rules, self.steps, passes) if shares else None
 
 
 @dataclass(frozen=True)
@@ -171,8 +189,8 @@ def times_of(
         return stages(film.tokens(examples[kind], step), step, count)
 
     @cache
-    def decoding(kind: Kind) -> float:
-        return machine.decode(film.cells, examples[kind].num_latents, examples[kind].start == 0)
+    def decoding(work: int, starts: bool) -> float:
+        return machine.decode(film.cells, work, starts)
 
     @cache
     def hopping(kind: Kind) -> float:
@@ -182,11 +200,12 @@ def times_of(
 
     return Times(
         unit=lambda chunk, step: of_kind(kinds[chunk], step),
-        decode=lambda chunk: decoding(kinds[chunk]),
+        decode=lambda chunk: decoding(*film.decodings[chunk]),
         hop=lambda chunk: hopping(kinds[chunk]),
         capacity=2 * film.settings.mesh.buffers,
         shares=shares,
         state=machine.carry(film.sizes.vae.state_values(film.cells) * film.itemsize, topology) if shares else 0.0,
+        works=film.works,
     )
 
 
@@ -208,7 +227,7 @@ def split(film: Film, machine: Machine, topology: Topology) -> tuple[tuple[range
     kinds = {layer: branches * machine.layer(layer, tokens, topology) for layer in set(sizes.layers)}
     end = branches * machine.ends(tokens, topology)
     width, height = facts.grid.latent_size(facts.width, facts.height)
-    decode = machine.decode(width * height, queue.chunk_latents, False) / film.steps
+    decode = machine.decode(width * height, queue.chunk_latents * facts.decoder_passes.repeated, False) / film.steps
     costs = Costs(tuple(kinds[layer] for layer in sizes.layers), end, end, decode)
     return deal_work(costs, topology.stage, film.settings.mesh.decode)
 
@@ -257,17 +276,14 @@ def weigh(film: Film, machine: Machine, option: Option, *, with_pace: bool = Tru
     if option.reason:
         return option
     bounds, shares = split(film, machine, option.topology)
-    weights, decodes = partial(_device_bytes, film), shares.of_stages if shares else ()
     memory = stage_memory(
         film.plan,
         film.settings,
         film.facts,
         film.report,
-        option.topology,
-        bounds,
-        weights,
+        Dealt(option.topology, bounds, film.decoding(shares)),
+        partial(_device_bytes, film),
         film.sizes,
-        decodes,
         has_matrix_units=machine.has_matrix_units,
     )
     option = replace(option, bounds=bounds, shares=shares, memory=memory)

@@ -8,7 +8,7 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from longvid.cache.settings import plan_cache
-from longvid.memory import StageMemory, stage_memory
+from longvid.memory import Dealt, StageMemory, stage_memory
 from longvid.models.parts import ModelPart
 from longvid.parallel.actions import Action
 from longvid.parallel.decode_program import StageDecoding
@@ -63,15 +63,14 @@ class Overview:
         costs = Costs((1.0,) * facts.num_layers)
         share = plan_cache(settings.cache, steps, facts.num_layers).share
         bounds, shares = deal_work(costs, topology.stage, settings.mesh.decode)
-        decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
+        decoding = StageDecoding(Decoding.of(shares, plan, rules, steps, facts.decoder_passes)) if shares else None
         if decoding:
             simulate_decoding(decoding.plan.spread(make_schedule(plan, settings)), plan.chunks, plan.films)
         cost = stage_costs(costs, topology, bounds, steps, share)
         buffers = settings.mesh.buffers
         rehearsal = rehearse_schedule(lambda: make_schedule(plan, settings), topology, buffers, cost, decoding)
-        memory = stage_memory(
-            plan, settings, facts, report, topology, bounds, weights, decodes=shares.of_stages if shares else ()
-        )
+        dealt = Dealt(topology, bounds, decoding.plan if decoding else None)
+        memory = stage_memory(plan, settings, facts, report, dealt, weights)
         return cls(plan, settings, facts, report, topology, rehearsal.bubble, memory, decoding)
 
     def as_json(self) -> dict[str, Any]:

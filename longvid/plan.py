@@ -17,7 +17,7 @@ from typing import Literal
 
 from longvid.cache.settings import plan_cache
 from longvid.errors import InputError
-from longvid.geometry import LatentGrid
+from longvid.geometry import EACH_ALONE, DecoderPasses, LatentGrid
 from longvid.script import MAX_HOURS, Scene, Script, transition_frames
 from longvid.settings import QueueSettings, Settings
 from longvid.sparsity.settings import Dense
@@ -62,6 +62,8 @@ class ModelFacts:
     """Into how many parts the layers of its decoder can be dealt out."""
     goes_on: bool = True
     """Whether a finished shot can go on: its VAE decodes nothing by what follows."""
+    decoder_passes: DecoderPasses = EACH_ALONE
+    """When its decoder decodes what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class Plan:
     def films(self) -> tuple[FilmSpan, ...]:
         """The films in it: one, unless several were joined."""
         return self.joined or (FilmSpan(range(len(self.chunks)), range(len(self.shots))),)
+
+    def works(self, chunk: Chunk, passes: DecoderPasses) -> tuple[int, ...]:
+        """What each of a chunk's latents makes a decoder of such passes do, in latents that go through it."""
+        latents = range(chunk.start, chunk.start + chunk.num_latents)
+        return passes.works(latents, self.shots[chunk.shot].num_latents)
 
     def film_of(self, chunk: Chunk) -> int:
         """Which of its films a chunk belongs to."""

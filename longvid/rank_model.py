@@ -59,6 +59,7 @@ class RankModel:
     ) -> None:
         self.settings, self.mesh, self.device = settings, mesh, device
         self.cache, self._cache_plan = cache, cache_plan
+        self._passes = checkpoint.facts.decoder_passes
         dtype = getattr(torch, settings.runtime.dtype)
         self._loading = open_loading(checkpoint, settings, device, mesh.seq)
         self.costs: Costs | None = None
@@ -139,7 +140,7 @@ class RankModel:
 
     def decoding(self, plan: Plan) -> StageDecoding | None:
         rules, steps = rules_of(self.settings), self.settings.sampler.steps
-        return StageDecoding(Decoding.of(self.shares, plan, rules, steps)) if self.shares else None
+        return StageDecoding(Decoding.of(self.shares, plan, rules, steps, self._passes)) if self.shares else None
 
     def part_in_decoding(self, images: Sequence[Condition | None], latent_size: tuple[int, int]) -> DecoderPart | None:
         if not self.has_part:

@@ -7,6 +7,9 @@ message, and is in one place alone; the frames go to the leader, which writes th
     stage 0     c3[0:3]  k0 k1 k2 k3 k4 k5  c4[0:3]  k0 k1 k2 k3 k4 k5
     stage 1              c3[3:6]  k0 k1 k2 k3 k4 k5  c4[3:6]  k0 k1 k2 k3 k4 k5
 
+What a latent makes a decoder do differs: some wait for the others of a pass (`DecoderPasses`). Shares are parts of that
+work, and a latent that waits goes with those that it waits for.
+
 A stage is behind the one before by what that has done more, so a state that goes to the next stage comes when it is
 needed. Back to the first it has the rest of the round. A chunk that finishes in round n is handed out when round
 n + LAG begins: all that the first stage puts off is done by then. Where the next chunk finishes some rounds later, its
@@ -17,12 +20,13 @@ has its frames.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from math import sqrt
 from typing import Literal, Protocol, TypeVar
 
+from longvid.geometry import EACH_ALONE, DecoderPasses
 from longvid.parallel.actions import Finish, Forward, Gate
 from longvid.parallel.partition import Costs, split_layers
 from longvid.parallel.rules import ChunkRules, Rules
@@ -112,25 +116,41 @@ DecodeAction = Moves | HandOut | Decode | Decoded
 
 @dataclass(frozen=True)
 class Shares:
-    """How decoding is dealt out: each stage's part of the latents.
+    """How decoding is dealt out: each stage's part of the work.
 
     Of a chunk each stage decodes as many latents in a row as are its part, the earlier stages first.
     """
 
     of_stages: tuple[float, ...]
 
-    def stage(self, chunk: int, latent: int, num_latents: int) -> int:
-        """The stage that decodes a latent of a film's chunk. Chunks begin a part of a latent later, each another, so
-        that stages whose parts are no whole latents get them all the same.
-        """
-        at = (latent + (chunk + 0.5) * GOLDEN_RATIO % 1) / num_latents
-        last = max(stage for stage, share in enumerate(self.of_stages) if share)
-        return next((stage for stage, until in enumerate(accumulate(self.of_stages)) if at < until), last)
+    def stages(self, chunk: int, works: Sequence[float]) -> list[int]:
+        """The stage that decodes each latent of a film's chunk; `works` are what they make the decoder do.
 
-    def pieces(self, chunk: int, num_latents: int) -> list[tuple[range, int]]:
+        Chunks begin a part of a latent later, each another, so that stages whose parts are no whole latents get them
+        all the same.
+        """
+        offset = (chunk + 0.5) * GOLDEN_RATIO % 1
+        if not any(works):  # all wait for the next chunk
+            return [self._stage_at(offset)] * len(works)
+        before, total = [0.0, *accumulate(works)], sum(works)
+        found = [
+            self._stage_at((done + offset * work) / total) if work else None
+            for done, work in zip(before, works, strict=False)
+        ]
+        for latent in reversed(range(len(found) - 1)):
+            found[latent] = found[latent + 1] if found[latent] is None else found[latent]
+        last = next(stage for stage in reversed(found) if stage is not None)
+        return [last if stage is None else stage for stage in found]
+
+    def _stage_at(self, part: float) -> int:
+        """Where a part of a chunk's work, 0 to 1, lies."""
+        last = max(stage for stage, share in enumerate(self.of_stages) if share)
+        return next((stage for stage, until in enumerate(accumulate(self.of_stages)) if part < until), last)
+
+    def pieces(self, chunk: int, works: Sequence[float]) -> list[tuple[range, int]]:
         """Of a film's chunk: (latents, stage)."""
-        runs = groupby(range(num_latents), key=lambda latent: self.stage(chunk, latent, num_latents))
-        found = [(list(latents), stage) for stage, latents in runs]
+        runs = groupby(enumerate(self.stages(chunk, works)), key=lambda member: member[1])
+        found = [([latent for latent, _ in members], stage) for stage, members in runs]
         return [(range(latents[0], latents[-1] + 1), stage) for latents, stage in found]
 
 
@@ -179,7 +199,8 @@ T = TypeVar("T", bound=Rounded)
 class Decoding:
     """The films whose decoding is dealt out, as the plan counts, with those of their chunks that are finished before.
 
-    `span` is how many rounds there are from one finish to the next.
+    `span` is how many rounds there are from one finish to the next, `works` what each latent of a chunk makes the
+    decoder do.
     """
 
     shares: Shares
@@ -187,12 +208,21 @@ class Decoding:
     films: Sequence[FilmSpan]
     first_chunk: int = 0
     span: int = 1
+    works: Callable[[Chunk], Sequence[float]] = lambda chunk: (1,) * chunk.num_latents
 
     @classmethod
-    def of(cls, shares: Shares, plan: Plan, rules: Rules, steps: int) -> Decoding:
-        """That of a plan's films."""
+    def of(cls, shares: Shares, plan: Plan, rules: Rules, steps: int, passes: DecoderPasses = EACH_ALONE) -> Decoding:
+        """That of a plan's films, by a decoder of such passes."""
         span = steps if isinstance(rules, ChunkRules) else rules.gap
-        return cls(shares, plan.chunks, plan.films, plan.first_chunk, span)
+        return cls(shares, plan.chunks, plan.films, plan.first_chunk, span, lambda chunk: plan.works(chunk, passes))
+
+    def pieces(self, film: int, chunk: int) -> list[tuple[range, int]]:
+        """(latents, stage) of a chunk of a film, counted in it."""
+        return self.shares.pieces(chunk, self.works(self.chunks[self.films[film].chunks[chunk]]))
+
+    def work(self, piece: Piece) -> float:
+        """What a piece makes the decoder do."""
+        return sum(self.works(self.chunks[piece.chunk])[piece.first : piece.stop])
 
     def spread(self, stream: Iterable[T]) -> Iterator[T | DecodeAction]:
         """A schedule's stream with decoding in it."""
@@ -202,8 +232,7 @@ class Decoding:
         """The stage that has a film's state when so many of its chunks are decoded; None before the first."""
         if not num_decoded:
             return None
-        last = num_decoded - 1
-        return self.shares.pieces(last, self.chunks[self.films[film].chunks[last]].num_latents)[-1][1]
+        return self.pieces(film, num_decoded - 1)[-1][1]
 
 
 @dataclass
@@ -273,8 +302,7 @@ class _Spread:
     def of_chunk(self, n: int, chunk: int) -> Iterator[Decode]:
         films = self.decoding.films
         film = next(index for index, span in enumerate(films) if chunk in span.chunks)
-        index_in_film = chunk - films[film].chunks.start
-        pieces = self.decoding.shares.pieces(index_in_film, self.decoding.chunks[chunk].num_latents)
+        pieces = self.decoding.pieces(film, chunk - films[film].chunks.start)
         for index, (latents, stage) in enumerate(pieces, 1):
             is_last = index == len(pieces)
             ends_film = is_last and chunk + 1 == films[film].chunks.stop

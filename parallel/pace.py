@@ -6,7 +6,7 @@ can be compared in a second. A test holds the two to the same times.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -41,7 +41,8 @@ class Times:
 
     `unit(chunk, step)` is each stage's work, `decode(chunk)` that of decoding a finished chunk, and `hop(chunk)` how
     long activations are on their way; `capacity` of them may be under way to a stage. The first stage decodes, or as
-    `shares` has it dealt out; `state` is how long the decoder's state is on its way then.
+    `shares` has it dealt out; `state` is how long the decoder's state is on its way then, and `works(chunk)` are the
+    latents' parts of decoding a chunk.
     """
 
     unit: Callable[[int, int], Sequence[float]]
@@ -50,6 +51,7 @@ class Times:
     capacity: int
     shares: Shares | None = None
     state: float = 0.0
+    works: Callable[[Chunk], Sequence[float]] = lambda chunk: (1,) * chunk.num_latents
 
     @property
     def parts(self) -> tuple[float, ...]:
@@ -62,7 +64,7 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
 
     Once the queue is full, every pair of chunks adds the same time (what is put off is so for two rounds), and where
     stages decode some more of them nearly so: of a long film the beginning is run, and the rest counted by the work
-    that its chunks are. Chunks of one kind must take equal times.
+    that its chunks are. Units of chunks of one kind must take equal times.
     """
     in_flight, num_stages = -(-steps // rules.gap), len(times.unit(0, 0))
     prefix = min(len(chunks), max(in_flight, num_stages) + MARGIN + (PATTERN if times.shares else 0))
@@ -73,21 +75,24 @@ def pace_of(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times
     last = beginning.makespan - run(chunks[: prefix - period], steps, rules, times).makespan
     computed = [step for step in range(steps) if step not in rules.forecast]
 
-    def work(chunk: int) -> list[float]:
-        total = [sum(stage) for stage in zip(*(times.unit(chunk, step) for step in computed), strict=True)]
-        for stage, part in enumerate(times.parts):
-            total[stage] += part * times.decode(chunk)
-        return total
+    def units(chunk: int) -> list[float]:
+        return [sum(stage) for stage in zip(*(times.unit(chunk, step) for step in computed), strict=True)]
 
-    works = {kind: work(i) for kind, i in {kind_of(chunk): chunk.index for chunk in chunks}.items()}
-    scale = last / sum(max(works[kind_of(chunk)]) for chunk in chunks[prefix - period : prefix])
-    rest = Counter(map(kind_of, chunks[prefix:]))
-    busy = [
-        before + sum(count * works[kind][stage] for kind, count in rest.items())
-        for stage, before in enumerate(beginning.busy)
-    ]
-    makespan = beginning.makespan + scale * sum(count * max(works[kind]) for kind, count in rest.items())
-    return Pace(makespan, beginning.first, tuple(busy))
+    of_kinds = {kind: units(i) for kind, i in {kind_of(chunk): chunk.index for chunk in chunks}.items()}
+    parts = [*times.parts, *[0.0] * (num_stages - len(times.parts))]
+
+    def works(some: Sequence[Chunk]) -> Iterator[list[float]]:
+        """Each chunk's, on all stages."""
+        for chunk in some:
+            decode = times.decode(chunk.index)
+            yield [own + part * decode for own, part in zip(of_kinds[kind_of(chunk)], parts, strict=True)]
+
+    scale = last / sum(max(work) for work in works(chunks[prefix - period : prefix]))
+    busy, added = list(beginning.busy), 0.0
+    for work in works(chunks[prefix:]):
+        busy = [before + own for before, own in zip(busy, work, strict=True)]
+        added += max(work)
+    return Pace(beginning.makespan + scale * added, beginning.first, tuple(busy))
 
 
 Kind = tuple[int, int, int, bool]
@@ -103,7 +108,7 @@ def run(chunks: Sequence[Chunk], steps: int, rules: QueueRules, times: Times) ->
     stream: Iterable[_Event | DecodeAction] = _queue(len(chunks), steps, rules)
     if times.shares:
         films = (FilmSpan(range(len(chunks)), range(1), 0),)
-        stream = Decoding(times.shares, chunks, films, span=rules.gap).spread(stream)
+        stream = Decoding(times.shares, chunks, films, span=rules.gap, works=times.works).spread(stream)
     state = _Run(chunks, steps, rules, times)
     for event in stream:
         state.take(event)
@@ -275,8 +280,9 @@ class _Run:
         while stage == 0 and any(late.state == piece for late in self.late):
             self.pop()
         self.clocks[stage] = max(self.clocks[stage], self.states.pop(piece, 0.0))
-        whole = self.chunks[piece.chunk].num_latents
-        self.compute(stage, self.times.decode(piece.chunk) * (piece.stop - piece.first) / whole)
+        works = self.times.works(self.chunks[piece.chunk])
+        if any(works):
+            self.compute(stage, self.times.decode(piece.chunk) * sum(works[piece.first : piece.stop]) / sum(works))
         if stage:
             self.late.append(_Late(self.round, self.clocks[stage]))
         if action.ends_film:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from longvid.parallel.actions import Action, Finish, Forward, Gate
-from longvid.parallel.decoding import Decode
+from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
 from longvid.parallel.findings import ScheduleError
 from longvid.parallel.partition import Costs
@@ -101,12 +101,13 @@ def stage_costs(
     bounds: Sequence[range],
     steps: int,
     share: Callable[[int, int], float] = lambda layer, step: 1.0,
-    chunk_latents: int | None = None,
+    chunk_work: float | None = None,
+    work: Callable[[Piece], float] = lambda piece: piece.stop - piece.first,
 ) -> Cost:
     """What actions cost by measurement: forwards a stage, and decoding.
 
-    `share` says how much of a layer is computed at a step. Where stages decode, `chunk_latents` are those of a chunk
-    whose decoding was measured; None: the leader decodes where it hands out a chunk.
+    `share` says how much of a layer is computed at a step. Where stages decode, `chunk_work` is that of a chunk whose
+    decoding was measured, and `work` that of a piece; None: the leader decodes where it hands out a chunk.
     """
 
     @cache
@@ -118,10 +119,10 @@ def stage_costs(
         match action:
             case Forward(step=step):
                 return forward(topology.coordinate(rank).stage, step)
-            case Finish() if rank == 0 and chunk_latents is None:
+            case Finish() if rank == 0 and chunk_work is None:
                 return costs.decode * steps
-            case Decode(piece=piece) if chunk_latents:
-                return costs.decode * steps * (piece.stop - piece.first) / chunk_latents
+            case Decode(piece=piece) if chunk_work:
+                return costs.decode * steps * work(piece) / chunk_work
         return 0.0
 
     return cost

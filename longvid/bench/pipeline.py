@@ -152,7 +152,7 @@ def _efficiency(
     # Ranks of one stage do the same at the same time, so a rank a stage stands for all of them.
     stages = Topology(stage=topology.stage)
     bounds, shares = deal_work(split, topology.stage, mode)
-    cost = stage_costs(split, stages, bounds, SIM_STEPS, chunk_latents=n if shares else None)
+    cost = stage_costs(split, stages, bounds, SIM_STEPS, chunk_work=n if shares else None)
     films = (FilmSpan(range(SIM_CHUNKS), range(1)),)
     decoding = StageDecoding(Decoding(shares, chunks, films)) if shares else None
     rules = QueueRules(left=left)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longvid.errors import InputError
-from longvid.geometry import LatentGrid
+from longvid.geometry import DecoderPasses, LatentGrid
 from longvid.models.configs import Configs
 from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
@@ -51,6 +51,8 @@ def cogvideox_facts(configs: Configs) -> ModelFacts:
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         joint_text=True,
         goes_on=False,
+        # Three of the VAE's latents, then two at a time. Of pairs the first has one, for the other is padding.
+        decoder_passes=DecoderPasses(2, 1, 1) if together > 1 else DecoderPasses(3, 2, 2),
         relative_positions=rotary,
         max_size=size if together > 1 else None,
     )

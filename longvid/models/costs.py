@@ -162,14 +162,20 @@ class _Bench:
 
     def decoding(self, size: Size, repeats: int) -> Costs:
         """A step's share of decoding alone."""
-        unit = typical_unit(self._checkpoint.facts, self._settings, self._device, size)
+        facts, settings = self._checkpoint.facts, self._settings
+        unit, passes = typical_unit(facts, settings, self._device, size), facts.decoder_passes
         assert unit.latents is not None
-        own = unit.latents[:, -self._settings.queue.chunk_latents :]
-        # Some decoders wait for groups of latents, so that a push takes longer than another: the mean of all counts.
-        seconds = statistics.mean(self._times(lambda: self._decoder.push(own), repeats))
+        # Some decoders wait for the latents of a pass, so that a push takes longer than another.
+        count = max(settings.queue.chunk_latents, passes.step)
+        own = unit.latents[:, -1:].expand(-1, count, -1, -1)
+        self._decoder.push(unit.latents[:, -1:].expand(-1, passes.first, -1, -1))
+        seconds = sum(self._times(lambda: self._decoder.push(own), repeats))
+        pushed = range(passes.first + count, passes.first + (repeats + 1) * count)
+        work = sum(passes.work(latent, pushed.stop + 1) for latent in pushed)
         self._decoder.reset()
-        nothing = (0.0,) * self._checkpoint.facts.num_layers
-        return Costs(nothing, decode=seconds / self._settings.sampler.steps)
+        of_chunk = settings.queue.chunk_latents * passes.repeated
+        nothing = (0.0,) * facts.num_layers
+        return Costs(nothing, decode=seconds / work * of_chunk / settings.sampler.steps)
 
     def seconds_of(self, costs: Costs) -> float:
         """What a run takes that finds such costs."""

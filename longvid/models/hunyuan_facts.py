@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from longvid.errors import InputError
-from longvid.geometry import LatentGrid
+from longvid.geometry import DecoderPasses, LatentGrid
 from longvid.models.configs import Configs
 from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
 
 UNBOUNDED = 1 << 20
 """Latents: rotary positions are computed for any number."""
+
+HUNYUAN_PASSES = DecoderPasses(first=5, step=3, window=5)
+"""The stock VAE's tiles: 17 frames, of which the last 5 are blended with the next tile's."""
 
 HUNYUAN_PARTS = PartNames(
     "transformer_blocks",
@@ -56,5 +59,6 @@ def hunyuan_facts(configs: Configs) -> ModelFacts:
         joint_text=True,
         goes_on=False,
         dual_layers=dual,
+        decoder_passes=HUNYUAN_PASSES,
         embedded_guidance=bool(transformer["guidance_embeds"]),
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from longvid.models.configs import Configs
+from longvid.models.hunyuan_facts import HUNYUAN_PASSES
 from longvid.models.sizes import Config, Flops, JointLayer, Network, Sizes, Vae, linear, two_linears
 
 TEXT_COLUMNS = 256
 LEVELS = 256
 """Frequencies of a noise level."""
-WINDOW, STRIDE = 5, 3
-"""Latents that the stock VAE decodes for so many new ones."""
 TIME = 4
 """Frames a latent, but for a tile's first."""
 PADDED = 19 / 17
@@ -79,8 +78,8 @@ def hunyuan_vae(config: Config) -> Vae:
     )
     encoder, decoder = _encoder(widths, blocks, z, config), _decoder(widths, blocks, z, config)
     quant = linear(2 * z, 2 * z)
-    together = WINDOW - 1 + 1 / TIME
-    return Vae(encoder.params + quant + decoder.params, decoder, together=together, repeated=WINDOW / STRIDE)
+    together = HUNYUAN_PASSES.window - 1 + 1 / TIME
+    return Vae(encoder.params + quant + decoder.params, decoder, together=together, repeated=HUNYUAN_PASSES.repeated)
 
 
 def _residual(net: Network, inputs: int, outputs: int, entered: int = 0) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from longvid.errors import InputError
-from longvid.geometry import LatentGrid
+from longvid.geometry import DecoderPasses, LatentGrid
 from longvid.models.configs import Configs
 from longvid.models.parts import PartNames
 from longvid.plan import ModelFacts
 
 UNBOUNDED = 1 << 20
 """Latents: rotary positions are computed for any time."""
+
+LTX_PASSES = DecoderPasses(first=3, step=1, window=3)
+"""The stock VAE's tiles, decoded framewise: 17 frames, of which 8 are new."""
 
 LTX_PARTS = PartNames(
     "transformer_blocks", first=frozenset({"proj_in"}), last=frozenset({"scale_shift_table", "norm_out", "proj_out"})
@@ -42,4 +45,5 @@ def ltx_facts(configs: Configs) -> ModelFacts:
         num_heads=int(transformer["num_attention_heads"]),
         hidden_size=int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"]),
         goes_on=False,
+        decoder_passes=LTX_PASSES,
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from longvid.models.configs import Configs
+from longvid.models.ltx_facts import LTX_PASSES
 from longvid.models.sizes import Config, CrossLayer, Flops, Network, Sizes, Vae, linear, t5_params, two_linears
 
 TEXT_COLUMNS = 128
 LEVELS = 256
 """Frequencies of a noise level."""
-TILE, STRIDE = 3, 1
-"""Latents that the framewise decode decodes for so many new ones."""
 
 
 def ltx_sizes(configs: Configs) -> Sizes:
@@ -44,7 +43,7 @@ def ltx_vae(config: Config) -> Vae:
     patch, z = int(config["patch_size"]) ** 2, int(config["latent_channels"])
     encoder = _encoder(config, patch * int(config.get("in_channels", 3)), z)
     decoder = _decoder(config, patch * int(config.get("out_channels", 3)), z)
-    return Vae(encoder.params + decoder.params, decoder, together=TILE, repeated=TILE / STRIDE)
+    return Vae(encoder.params + decoder.params, decoder, together=LTX_PASSES.window, repeated=LTX_PASSES.repeated)
 
 
 def _residual(net: Network, inputs: int, outputs: int) -> None:

@@ -208,6 +208,8 @@ CELLS_AT_ONCE = 256
 """Of latents that go through a CPU's matrix units in one pass: with fewer, weights and calls take longer than they."""
 
 
+TILE_OUTPUTS, TILE_DEPTH = 16, 32
+"""Outputs and inputs of a convolution in a tile of matrix units (`longvid.kernels.convolve`)."""
 COPIES = 2
 """Of what is around a VAE's convolution, values at once: a copy with its past and padding, or the upsampling's."""
 
@@ -216,7 +218,8 @@ COPIES = 2
 class Conv:
     """A convolution. A latent is `frames` of its outputs, the first of a shot `first`, of `cells` a latent cell each.
 
-    `keeps` are past frames of its inputs that a causal one keeps.
+    `keeps` are past frames of its inputs that a causal one keeps. One that `doubles` comes after repetition in height
+    and width: matrix units have four kernels of 2 x 2 for it, one a corner.
     """
 
     inputs: int
@@ -226,10 +229,17 @@ class Conv:
     frames: int
     first: int
     keeps: int = 0
+    doubles: bool = False
 
     @property
     def params(self) -> int:
         return linear(self.inputs * self.taps, self.outputs)
+
+    @property
+    def packed_params(self) -> int:
+        """Weights in whole tiles of matrix units."""
+        taps = 4 * 4 if self.doubles else self.taps
+        return taps * -(-self.inputs // TILE_DEPTH) * TILE_DEPTH * -(-self.outputs // TILE_OUTPUTS) * TILE_OUTPUTS
 
     @property
     def flops(self) -> float:
@@ -252,14 +262,29 @@ class Network:
     """The first so many convolutions work on whole frames where the others work in bands of rows."""
     others: list[tuple[float, float]] = field(default_factory=list)
     """Where more is alive than around a convolution: values a latent cell and latent, and those of the new state."""
+    in_units: list[tuple[float, float]] = field(default_factory=list)
+    """What is alive where matrix units copy nothing: values a latent cell and latent, and those that will be kept."""
 
-    def conv(self, inputs: int, outputs: int, taps: int = 27, *, keeps: int = 0, first: int | None = None) -> None:
+    def conv(
+        self,
+        inputs: int,
+        outputs: int,
+        taps: int = 27,
+        *,
+        keeps: int = 0,
+        first: int | None = None,
+        doubles: bool = False,
+    ) -> None:
         at_first = self.first if first is None else first
-        self.convs.append(Conv(inputs, outputs, taps, self.cells, self.frames, at_first, keeps))
+        self.convs.append(Conv(inputs, outputs, taps, self.cells, self.frames, at_first, keeps, doubles))
 
     def alive(self, channels: float) -> None:
         """So many channels are alive at once at this level."""
         self.others.append((channels * self.cells * self.frames, self.state))
+
+    def alive_in_units(self, channels: float, kept: float = 0.0) -> None:
+        """So many channels are alive at once at this level, where matrix units convolve, and `kept` will be kept."""
+        self.in_units.append((channels * self.cells * self.frames, kept * self.cells))
 
     def up(self, space: int = 2, time: int = 1) -> None:
         """What follows is finer: `space` in width and in height, `time` in frames but for the shot's first."""
@@ -270,7 +295,7 @@ class Network:
     def params(self) -> int:
         return sum(conv.params for conv in self.convs) + self.other_params
 
-    def flops(self, cells: int, num_latents: int, starts: bool) -> float:
+    def flops(self, cells: int, num_latents: float, starts: bool) -> float:
         """Of `num_latents` latents with so many cells; `starts`: the first of them is a shot's first."""
         later = num_latents - starts
         convs = sum(conv.flops / conv.frames * (conv.frames * later + conv.first * starts) for conv in self.convs)
@@ -294,6 +319,15 @@ class Network:
         """
         around = COPIES * max(map(_around, self.convs)) * together + makes_state * self.state
         return max([around, *(values * together + makes_state * made for values, made in self.others)])
+
+    def widest_in_units(self, together: int) -> float:
+        """The most values at once, a latent cell, of a pass of so many latents through matrix units."""
+        return max(values * together + kept for values, kept in self.in_units)
+
+    @property
+    def packed_params(self) -> int:
+        """Weights that matrix units have packed."""
+        return sum(conv.packed_params for conv in self.convs)
 
     def widest_in_bands(self, cells: int, height: int, rows: int) -> float:
         """The most values at once of a latent of `height` rows, of which `rows` at a time are decoded.
@@ -336,10 +370,14 @@ class Vae:
         """Values that live on between latents."""
         return self.decoder.state * cells
 
-    def working_values(self, cells: int, height: int = 0, rows: int = 0) -> float:
-        """Values at once where most are, beside the state; with `rows`, of `height`, so many at a time."""
+    def working_values(self, cells: int, height: int = 0, rows: int = 0, in_units: int = 0) -> float:
+        """Values at once where most are, beside the state; with `rows`, of `height`, so many at a time; or with so many
+        latents at once `in_units`, matrix units.
+        """
         if rows:
             return self.decoder.widest_in_bands(cells, height, rows) * self.together
+        if in_units:
+            return self.decoder.widest_in_units(in_units) * cells
         return self.decoder.widest(self.together, self.makes_state) * cells
 
 

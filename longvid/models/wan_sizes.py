@@ -129,12 +129,17 @@ def _decoder(
         entering = before // 2 if level and halves else before
         for block in range(blocks + 1):
             _residual(net, after if block else entering, after)
+        # What came to the level, to a residual block and behind its first convolution, and what leaves it.
+        net.alive_in_units(entering + 3 * after, kept=2 * after)
         if level < len(mults) - 1:
+            leaving, time = after // 2 if halves else after, 1 + up_time[level]
+            # The same, the convolution over time's output, if there is one, and the level's.
+            net.alive_in_units(entering + after + 2 * after * up_time[level] + 4 * time * leaving)
             if up_time[level]:
                 net.conv(after, 2 * after, taps=3, keeps=2, first=0)
                 net.up(space=1, time=2)
             net.up()
-            net.conv(after, after // 2 if halves else after, taps=9)
+            net.conv(after, leaving, taps=9, doubles=True)
     net.other_params += widths[-1]
     net.conv(widths[-1], outputs, keeps=2)
     return net

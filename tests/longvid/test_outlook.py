@@ -211,7 +211,7 @@ def test_this_machine_is_measured_at_the_films_own_size(tiny_model):
     assert isinstance(machine, MeasuredMachine)
     layer, one = film.sizes.layers[0], Topology()
     assert machine.layer(layer, machine.unit, one) == pytest.approx(machine.costs.layers[0])
-    assert machine.decode(film.cells, machine.latents, starts=False) == pytest.approx(machine.costs.decode)
+    assert machine.decode(film.cells, machine.work, starts=False) == pytest.approx(machine.costs.decode)
     [option] = options(film, machine, 1)
     assert option.pace and 0 < option.pace.first <= option.pace.makespan
     assert option.memory[0].total_mb < 50

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longvid.geometry import DecoderPasses
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import LAG, Decode, Decoded, Decoding, HandOut, Shares, deal_work
 from longvid.parallel.findings import ScheduleError
@@ -34,12 +35,39 @@ def schedule_of(chunks, steps, rules):
 def test_every_stage_gets_its_share_and_of_every_chunk_the_earlier_ones_come_first(shares, num_chunks, num_latents):
     counts = [0] * len(shares.of_stages)
     for chunk in range(num_chunks):
-        stages = [shares.stage(chunk, latent, num_latents) for latent in range(num_latents)]
+        stages = shares.stages(chunk, [1] * num_latents)
         assert stages == sorted(stages)
         counts = [count + stages.count(stage) for stage, count in enumerate(counts)]
     for share, count in zip(shares.of_stages, counts, strict=True):
         assert abs(count - share * num_chunks * num_latents) <= 4
         assert share or not count
+
+
+PASSES = st.builds(
+    lambda step, more, first: DecoderPasses(first or step + more, step, step + more),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.just(0),
+) | st.just(DecoderPasses(3, 2, 2))
+
+
+@given(SHARES, PASSES, st.integers(1, 60), st.integers(1, 9))
+def test_latents_that_wait_go_with_those_that_they_wait_for(shares, passes, num_chunks, num_latents):
+    shot, loads = num_chunks * num_latents, [0] * len(shares.of_stages)
+    for chunk in range(num_chunks):
+        works = passes.works(range(chunk * num_latents, (chunk + 1) * num_latents), shot)
+        stages = shares.stages(chunk, works)
+        assert stages == sorted(stages) and all(shares.of_stages[stage] for stage in stages)
+        working = [stage for stage, work in zip(stages, works, strict=True) if work]
+        for latent, work in enumerate(works):
+            if working and not work:  # with the next that is decoded; at the chunk's end with the last
+                later = [stage for stage, work in zip(stages[latent:], works[latent:], strict=True) if work]
+                assert stages[latent] == (later or working[-1:])[0]
+        for stage, work in zip(stages, works, strict=True):
+            loads[stage] += work
+    total, most = sum(loads), passes.first + 2 * passes.window
+    for share, load in zip(shares.of_stages, loads, strict=True):
+        assert abs(load - share * total) <= 4 * most + 0.1 * total
 
 
 @given(
@@ -60,11 +88,11 @@ def test_the_leader_alone_decodes_where_the_settings_say_so():
     assert shares is None and bounds == (range(3), range(3, 10))
 
 
-@given(st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 6), RULES, SHARES)
+@given(st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 6), RULES, SHARES, PASSES)
 @settings(deadline=None)
-def test_every_latent_is_decoded_once_where_its_films_state_is(make_film, shots, steps, rules, shares):
+def test_every_latent_is_decoded_once_where_its_films_state_is(make_film, shots, steps, rules, shares, passes):
     plan = make_film(shots, 3, 1)
-    decoding = Decoding.of(shares, plan, rules, steps)
+    decoding = Decoding.of(shares, plan, rules, steps, passes)
     stream = list(decoding.spread(schedule_of(plan.chunks, steps, rules)))
     done = simulate_decoding(stream, plan.chunks, plan.films)
     assert sum(done.values()) == sum(chunk.num_latents for chunk in plan.chunks)
@@ -125,7 +153,7 @@ def test_a_long_film_keeps_stages_that_decode_at_work(make_film, num_stages):
 
     def makespan(mode):
         bounds, shares = deal_work(costs, num_stages, mode)
-        cost = stage_costs(costs, topology, bounds, steps, chunk_latents=6 if shares else None)
+        cost = stage_costs(costs, topology, bounds, steps, chunk_work=6 if shares else None)
         decoding = StageDecoding(Decoding.of(shares, plan, rules, steps)) if shares else None
         return rehearse_schedule(
             lambda: queue_schedule(plan.chunks, steps, rules), topology, 4, cost, decoding
