@@ -65,6 +65,10 @@ class Run:
     def has(self, chunk: int) -> bool:
         return self.owner(chunk) == self.place
 
+    def chunks_of(self, place: int) -> list[int]:
+        """Those of the group at hand that a place has."""
+        return [i for i in self.group if place_of(i, self.group, self.size) == place]
+
 
 def last_in_the_middle(actions: Iterable[Action], run: Run) -> Iterator[Action]:
     """A chunk schedule in the order that one run takes it: its last chunk in the middle of every round.

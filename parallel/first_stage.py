@@ -28,6 +28,7 @@ from longvid.parallel.actions import (
     Step,
 )
 from longvid.parallel.chunk_runs import Run
+from longvid.parallel.closings import Closings
 from longvid.parallel.decoding import DecodeAction, HandOut
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodePart, DecodingOwners
 from longvid.parallel.rank_actions import (
@@ -78,10 +79,8 @@ class FirstStage:
         self.due: dict[LatentVersion, Receive] = {}
         self.borders: set[LatentVersion] = set()
         self.tokens: set[GlobalVersion] = set()
-        self.coming: deque[RankAction] = deque()
-        """Latents that finished in this round on other ranks, where several decode, and ..."""
-        self.closing: deque[RankAction] = deque()
-        """... what becomes of all that did."""
+        self.closings = Closings(self.run)
+        """What becomes of the chunks that finished in this round, where several ranks decode."""
 
     def program(self, stream: Iterable[StreamAction]) -> Iterator[RankAction]:  # noqa: C901 - one match over all actions
         for action in stream:
@@ -103,6 +102,7 @@ class FirstStage:
                     self.tokens.remove(tokens)
                     yield action
                 case Encode():
+                    self.closings.free_rounds = 0
                     yield from self.encode(action)
                 case Gate(forward=Forward(chunk=i)) if self.run.has(i):
                     yield from self.prepare(action.forward)
@@ -117,8 +117,10 @@ class FirstStage:
                     yield action
                 case Forecast(chunk=i) if self.run.has(i) and self.is_owner:
                     self.late.append(action)
-                case Fuse(chunk=i) if self.run.has(i):
-                    self.fuse(action)
+                case Fuse(chunk=i):
+                    self.closings.free_rounds = 0
+                    if self.run.has(i):
+                        self.fuse(action)
                 case Step():
                     self.step(action)
                 case Finish():
@@ -144,6 +146,7 @@ class FirstStage:
 
     def admit(self, action: Admit) -> Iterator[RankAction]:
         self.run.see(action)
+        self.closings.free_rounds = 0
         made = LatentVersion(action.chunk, 0)
         if self.run.has(action.chunk):
             self.own.add(made)
@@ -202,8 +205,9 @@ class FirstStage:
     def end(self, end: RoundEnd) -> Iterator[RankAction]:
         """At the end of a round all that was put off in the one before is due, and all messages to and from owners of
         other chunks: the next round's may not overtake them."""
-        meets = self.owners.by_rows and bool(self.closing)
+        meets = self.owners.by_rows and bool(self.closings)
         self.close_round()
+        self.closings.free_rounds += 1
         while meets and self.late:  # who has come to its rows waits for the others, and may not owe them anything
             yield self.pop()
         if self.is_owner:
@@ -215,10 +219,18 @@ class FirstStage:
         yield Boundary(end.round, end.kv)
 
     def close_round(self) -> None:
-        """Take up what finished in the round."""
-        self.late += [*self.coming, *self.closing]
-        self.coming.clear()
-        self.closing.clear()
+        """Take up what finished in the round, as far as that was not done."""
+        self.late += self.closings.end_round()
+
+    def close(self, ready: list[RankAction]) -> None:
+        """Take up what becomes of some chunks that finished."""
+        if not ready:
+            return
+        if self.place.chunk:  # all this was sent before anything that finished
+            self.put_off |= self.due.keys()
+            self.late += map(self.take_border, list(self.due))
+            self.late += self.notices.end()
+        self.late += ready
 
     def decode(self, action: DecodeAction) -> Iterator[RankAction]:
         """The leader's part in decoding. What others send is received in the order in which they send it."""
@@ -296,6 +308,7 @@ class FirstStage:
         n, i, k = action.round, action.chunk, action.step
         made = LatentVersion(i, k + 1)
         if self.run.has(i):
+            self.close(self.closings.before_step(i))
             self.put_off.add(made)
             self.own.add(made)
             if not self.is_owner:
@@ -305,40 +318,63 @@ class FirstStage:
                 self.late += [Send(n, made, peer) for peer in self.peers()]
         if action.is_left:
             self.late += self.lend(n, made)
+        if self.run.has(i):
+            self.close(self.closings.due())
 
     def finish(self, action: Finish) -> None:
         """The leader hands chunks out, those of other owners as they come.
 
-        They also go to the owners that decode with it: at the round's end, when every owner has done its own, so that
-        all decode at once.
+        They also go to the owners that decode with it. By rows all of these decode at once, at the round's end.
         """
         if not self.is_owner:
             return
-        n, latents, place, handed = action.round, action.latents, self.place.chunk, Halfway(action.latents.chunk)
-        owner, size, takers = self.run.owner(latents.chunk), self.owners.size, self.owners.takers
-        coming, closing = (self.coming, self.closing) if size > 1 else (self.late, self.late)
+        n, latents, place, size = action.round, action.latents, self.place.chunk, self.owners.size
+        owner, is_taker = self.run.owner(latents.chunk), place in self.owners.takers
+        closing: list[RankAction] = []
         if owner == place:
-            self.late += [Send(n, latents, self.rank(chunk=taker)) for taker in sorted(takers - {place})]
-        elif place in takers:
+            closing += self.give(n, latents)
+        elif is_taker:
             if latents in self.due:  # the owner sent that before
-                coming.append(self.take_border(latents))
-            coming.append(Receive(n, latents, self.rank(chunk=owner)))
+                closing.append(self.take_border(latents))
+            closing.append(Receive(n, latents, self.rank(chunk=owner)))
+        closing += self.decode_part(n, latents)
+        if place in (0, owner):
+            closing.append(action)
+        if owner != place and is_taker:
+            closing.append(DropLatents(n, latents))
+        if size == 1 or place >= size:
+            self.late += closing
+        else:
+            self.closings.add(latents.chunk, closing, at_end=self.owners.by_rows or self.is_leader)
+            self.close(self.closings.due())
+
+    def give(self, n: int, latents: LatentVersion) -> Iterator[RankAction]:
+        """Finished latents to those that decode: to whoever begins at once, so put off here already; to whoever goes on
+        behind this rank in their turn among what was made of earlier chunks."""
+        place, is_in_turn = self.place.chunk, not self.owners.by_rows and self.place.chunk < self.owners.size
+        for taker in sorted(self.owners.takers - {place}):
+            send = Send(n, latents, self.rank(chunk=taker))
+            if is_in_turn and taker < place:
+                yield send
+            else:
+                self.late.append(send)
+
+    def decode_part(self, n: int, latents: LatentVersion) -> Iterator[RankAction]:
+        """This rank's part in decoding a chunk: of the layers, between those of its neighbours, or of the rows."""
+        place, size, handed = self.place.chunk, self.owners.size, Halfway(latents.chunk)
         by_layers = not self.owners.by_rows
         if by_layers and place + 1 < size:
-            closing.append(Receive(n, handed, self.rank(chunk=place + 1)))
+            yield Receive(n, handed, self.rank(chunk=place + 1))
         if 0 < place < size:
-            closing.append(HandOn(n, latents))
-        if by_layers and 0 < place < size:
-            closing.append(Send(n, handed, self.rank(chunk=place - 1)))
-        if owner == place or place == 0:
-            closing.append(action)
-        if owner != place and place in takers:
-            closing.append(DropLatents(n, latents))
+            yield HandOn(n, latents)
+            if by_layers:
+                yield Send(n, handed, self.rank(chunk=place - 1))
 
     def drop(self, action: DropLatents) -> None:
         if action.latents in self.own:
             self.own.remove(action.latents)
-            (self.closing or self.late).append(action)
+            if not self.closings.append(action):
+                self.late.append(action)
         elif action.latents in self.borders:
             self.borders.remove(action.latents)
             self.late.append(DropBorder(action.round, action.latents))
@@ -361,7 +397,7 @@ class FirstStage:
         match action:
             case Step(chunk=i, step=k):
                 self.put_off.discard(LatentVersion(i, k + 1))
-            case Receive(message=LatentVersion() as made):
+            case Receive(message=LatentVersion() as made) | Receive(message=Border(latents=made)):
                 self.put_off.discard(made)
         return action
 

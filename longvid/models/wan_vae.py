@@ -69,8 +69,8 @@ class WanStreamDecoder:
         part = self._part
         assert part is not None
         made = []
-        for latent in self._normalised(x).split(1, dim=2) if part.is_first else self._by_latents(x, part):
-            y = part(latent, self._state, self._is_first)
+        for some in self._latents_together(x, part):
+            y = part(some, self._state, self._is_first)
             made.append(self._frames(y) if part.is_last else y)
             self._is_first = False
         return torch.cat(made)
@@ -83,10 +83,22 @@ class WanStreamDecoder:
         shape = (num_latents * part.frames, height * part.scale, width * part.scale, part.channels)
         return shape, weight.dtype
 
-    def _by_latents(self, x: Tensor, part: PartDecoder) -> Iterator[Tensor]:
-        first = [1] if self._is_first else []
-        rest = (len(x) - len(first)) // part.frames
-        yield from x.split([*first, *[part.frames] * rest])
+    def _latents_together(self, x: Tensor, part: PartDecoder) -> Iterator[Tensor]:
+        """Latents, or what was made of them, as many at once as `push` takes."""
+        if part.is_first:
+            count, height, width = x.shape[1:]
+            yield from self._normalised(x).split(self._group_sizes(count, height * width), dim=2)
+            return
+        count = self._is_first + (len(x) - self._is_first) // part.frames
+        sizes = self._group_sizes(count, x.shape[1] * x.shape[2] // part.scale**2)
+        of_first = [1] if self._is_first else []
+        yield from x.split([*of_first, *(size * part.frames for size in sizes[len(of_first) :])])
+
+    def _group_sizes(self, count: int, cells: int) -> list[int]:
+        """Into how many latents of so many cells each the next ones are divided; a shot's first comes alone."""
+        first, at_once = int(self._is_first), self._decoder.at_once(cells)
+        rest = count - first
+        return [*[1] * first, *[at_once] * (rest // at_once), *[rest % at_once] * (rest % at_once > 0)]
 
     def reset(self) -> None:
         """Forget the shot: the next latent pushed is a first latent, which holds one frame."""
@@ -111,10 +123,7 @@ class WanStreamDecoder:
 
     def _decode(self, latents: Tensor) -> Tensor:
         frames, (count, height, width) = [], latents.shape[1:]
-        first, at_once = int(self._is_first), self._decoder.at_once(height * width)
-        rest = count - first
-        sizes = [*[1] * first, *[at_once] * (rest // at_once), *[rest % at_once] * (rest % at_once > 0)]
-        for part in self._normalised(latents).split(sizes, dim=2):
+        for part in self._normalised(latents).split(self._group_sizes(count, height * width), dim=2):
             frames.append(self._frames(self._decoder(part, self._state, self._is_first)))
             self._is_first = False
         return torch.cat(frames)
