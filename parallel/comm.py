@@ -456,14 +456,15 @@ class _Ways:
         """Behind all that the calling thread has asked of the device."""
         if self._device.type != "cuda":
             return _Mark()
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return _Mark(event)
 
     def send(self, body: Tensor, to: int) -> _Mark:
         """Give a tensor that is made, and stays, to a rank; it has it at the mark."""
         with self._on_stream("to", to):
-            dist.isend(body, to, group=self._group(self._rank, to)).wait()  # by NCCL the stream waits
+            work: Any = dist.isend(body, to, group=self._group(self._rank, to))
+            work.wait()  # by NCCL the stream waits
             return self.mark()
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> tuple[Tensor, _Mark]:
@@ -471,7 +472,8 @@ class _Ways:
         with self._on_stream("from", source):
             body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
             if body.numel():
-                dist.irecv(body, source, group=self._group(source, self._rank)).wait()
+                work: Any = dist.irecv(body, source, group=self._group(source, self._rank))
+                work.wait()
             return body, self.mark()
 
     def _group(self, source: int, to: int) -> Any:
@@ -482,7 +484,7 @@ class _Ways:
         if self._device.type != "cuda":
             return nullcontext()
         if (way, other) not in self._streams:
-            self._streams[way, other] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._streams[way, other] = torch.cuda.Stream(self._device)
         return torch.cuda.stream(self._streams[way, other])
 
 
@@ -651,8 +653,8 @@ def link_up(timeout: float) -> dict[int, Link]:
 
 
 def connect(device: torch.device, timeout: float) -> None:
-    """Join the process group that the launcher's environment describes; on CUDA with the device that is this rank's, and
-    becomes the current one.
+    """Join the process group that the launcher's environment describes; on CUDA with this rank's device, which becomes
+    the current one.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -672,13 +674,13 @@ def disconnect() -> None:
 
 
 def new_group(
-    ranks: Sequence[int], rank: int, device: torch.device = torch.device("cpu"), timeout: float = 300.0
+    ranks: Sequence[int], rank: int, device: torch.device | None = None, timeout: float = 300.0
 ) -> Group | None:
-    """A group, made by all ranks together; None on the ranks outside it. No wait in it takes longer than `timeout` s."""
+    """A group, made by all ranks together; None on the ranks outside. `timeout` (seconds) bounds every wait in it."""
     handle = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) if len(ranks) > 1 else None
     if rank not in ranks:
         return None
-    if handle is not None and device.type == "cuda":
+    if handle is not None and device is not None and device.type == "cuda":
         # NCCL connects a group at its first exchange, in which all members must take part; in a trade only some do.
         dist.all_reduce(torch.zeros(1, device=device), group=handle)
     return Group(tuple(ranks), ranks.index(rank), handle)

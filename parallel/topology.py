@@ -98,10 +98,8 @@ def _listeners(topology: Topology, rank: int) -> Iterator[int]:
     if place.stage + 1 < topology.stage:
         yield topology.rank(place._replace(stage=place.stage + 1))  # hidden states
     elif place.seq == 0:
-        # Velocities of own chunks, and those of the next one's left context.
-        yield from (
-            topology.rank(owner._replace(chunk=chunk)) for chunk in (place.chunk, place.chunk - 1) if chunk >= 0
-        )
+        owners = (place.chunk, max(place.chunk - 1, 0))  # velocities of own chunks, and of what these see on the left
+        yield from (topology.rank(owner._replace(chunk=chunk)) for chunk in owners)
     if place.stage:
         return
     yield from topology.group(rank, "chunk")  # what global tokens see; between owners finished latents, too
