@@ -6,8 +6,10 @@ Prefixes: p_ pointer, b_ tile of values, o_ offsets, m_ mask, i_ index.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -18,6 +20,19 @@ from longvid.kernels.dense import Partial
 from longvid.kernels.layout import BlockLayout, Blocks
 
 LOG2_E = 1.4426950408889634
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_its_device(launcher: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """Have kernels run where the first tensor is: Triton launches on the current device, whatever it is given."""
+
+    @wraps(launcher)
+    def launch(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.cuda.device_of(x):
+            return launcher(x, *args, **kwargs)
+
+    return launch
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ Loads = Literal["pointers", "descriptors"]
 DESCRIPTOR_CHIPS = ("sm_90", "sm_100")
 
 
+@on_its_device
 def forward(
     q_BLHD: Tensor,
     k_BTHD: Tensor,

@@ -49,6 +49,8 @@ def attend_lse(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
         if _has_flash_attn():
             return _flash_attn(q_BLHD, k_BTHD, v_BTHD)
         return _torch_flash(torch.ops.aten._scaled_dot_product_flash_attention, q_BLHD, k_BTHD, v_BTHD)
+    if _suits_cuda_efficient(q_BLHD):
+        return _torch_efficient(q_BLHD, k_BTHD, v_BTHD)
     return attend_lse_exact(q_BLHD, k_BTHD, v_BTHD)
 
 
@@ -88,6 +90,13 @@ def _torch_flash(kernel: torch._ops.OpOverloadPacket, q_BLHD: Tensor, k_BTHD: Te
     return out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2).float()
 
 
+def _torch_efficient(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
+    """By the kernel that takes fp32; its LSE is padded to a multiple of 32 queries."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
+    out_BHLD, lse_BHL = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    return out_BHLD.transpose(1, 2), lse_BHL[..., : q_BLHD.shape[1]].transpose(1, 2).float()
+
+
 def _flash_attn(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Partial:
     from flash_attn import flash_attn_func
 
@@ -104,3 +113,9 @@ def _has_flash_attn() -> bool:
 def _suits_cuda_flash(q: Tensor) -> bool:
     is_half = q.dtype in (torch.float16, torch.bfloat16)
     return q.device.type == "cuda" and is_half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _suits_cuda_efficient(q: Tensor) -> bool:
+    """Without it fp32 scores of 32,000 tokens would take 100 GB."""
+    is_fp32 = q.dtype == torch.float32
+    return q.device.type == "cuda" and torch.version.hip is None and is_fp32 and q.shape[-1] % 4 == 0

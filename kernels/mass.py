@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longvid.kernels.block_sparse import LOG2_E, load_rows, load_tokens, padded
+from longvid.kernels.block_sparse import LOG2_E, load_rows, load_tokens, on_its_device, padded
 from longvid.kernels.layout import Blocks
 
 
+@on_its_device
 def block_mass(
     q_BLHD: Tensor,
     k_BTHD: Tensor,

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longvid.kernels.block_sparse import group_stride, load_rows, load_tokens, padded
+from longvid.kernels.block_sparse import group_stride, load_rows, load_tokens, on_its_device, padded
 from longvid.kernels.layout import Blocks
 
 
+@on_its_device
 def pool(x_BTHD: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """See `pool.pool`."""
     batch, _, num_heads, head_dim = x_BTHD.shape

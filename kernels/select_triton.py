@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longvid.kernels.block_sparse import on_its_device
 
+
+@on_its_device
 def top_k(scores_XRC: Tensor, count_XR: Tensor) -> Tensor:
     """See `select.top_k`; fp32 scores."""
     mask = torch.empty(scores_XRC.shape, dtype=torch.bool, device=scores_XRC.device)
@@ -24,6 +27,7 @@ def top_k(scores_XRC: Tensor, count_XR: Tensor) -> Tensor:
     return mask
 
 
+@on_its_device
 def top_p(weights_XRC: Tensor, p: float, min_keep: int, max_keep: int) -> Tensor:
     """See `select.top_p`; fp32 weights."""
     mask = torch.empty(weights_XRC.shape, dtype=torch.bool, device=weights_XRC.device)

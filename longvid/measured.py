@@ -123,7 +123,8 @@ def measure_as_rank(order: str, out: str) -> None:
     set_threads(settings)
     device, timeout = pick_device(settings), settings.runtime.timeout_s
     connect(device, timeout)
-    found = _measure(film, environment.world_size, device, DistComm(device, timeout))
+    ring = [(rank, (rank + 1) % environment.world_size) for rank in range(environment.world_size)]
+    found = _measure(film, environment.world_size, device, DistComm(device, timeout, pairs=ring))
     if environment.rank == 0:
         Path(out).write_text(json.dumps(asdict(found)))
     disconnect()
@@ -144,10 +145,10 @@ def _measure(film: Film, num_ranks: int, device: torch.device, comm: Comm | None
     if comm is None:
         return Found(costs, unit_s)
     meet()
-    return Found(costs, unit_s, *_messages(film, num_ranks, comm))
+    return Found(costs, unit_s, *_messages(film, num_ranks, device, comm))
 
 
-def _messages(film: Film, num_ranks: int, comm: Comm) -> tuple[float, float]:
+def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> tuple[float, float]:
     """Seconds of this rank's processor for a message to the next rank and one from that before, all around a ring.
 
     And the rate of large ones, 10^9 bytes a second. What the threads of messages take is lost to the layers, for ranks
@@ -155,8 +156,8 @@ def _messages(film: Film, num_ranks: int, comm: Comm) -> tuple[float, float]:
     """
     settings = film.settings
     own = unit_tokens(settings, film.facts, film.sizes, (film.plan.width, film.plan.height)).own
-    unit = torch.zeros(settings.sampler.num_branches, own, film.facts.hidden_size)
-    large = torch.zeros(LARGE_BYTES, dtype=torch.uint8)
+    unit = torch.zeros(settings.sampler.num_branches, own, film.facts.hidden_size, device=device)
+    large = torch.zeros(LARGE_BYTES, dtype=torch.uint8, device=device)
 
     def exchange(payload: Tensor) -> None:
         incoming = comm.receive((comm.rank - 1) % num_ranks, payload.shape, payload.dtype)

@@ -25,13 +25,19 @@ T = TypeVar("T")
 
 
 def pick_device(settings: Settings) -> torch.device:
-    """The device of the settings. Raises InputError when it is not there."""
+    """The device of the settings: on CUDA this rank's own, by its index, for what is only called `cuda` is the current
+    one of whichever thread, and of other libraries the first. Raises InputError when it is not there.
+    """
     wanted = settings.runtime.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device: cuda was asked for, but torch finds no CUDA device")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    if wanted == "cpu":
+        return torch.device("cpu")
+    environment = rank_of(os.environ)
+    own = torch.cuda.current_device() if environment is None else environment.local_rank % torch.cuda.device_count()
+    return torch.device("cuda", own)
 
 
 def describe_kernels(device: torch.device, *, sparse: bool) -> str:
@@ -74,6 +80,8 @@ def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     """This process's place among the ranks that a launcher started; a lone one without a launcher."""
     environment = rank_of(os.environ)
     num_ranks, device = environment.world_size if environment else 1, pick_device(settings)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is on the first one
     try:
         chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else CPU
         topology = choose_mesh(num_ranks, settings, facts, known_sizes(configs) if num_ranks > 1 else None, chip)
@@ -87,8 +95,6 @@ def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     if environment.rendezvous is None:
         raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
     timeout = settings.runtime.timeout_s
-    if device.type == "cuda":
-        torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
     connect(device, timeout)
     topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
     return make_mesh(topology, environment.rank, device, timeout, shares_memory=settings.mesh.shares_memory)

@@ -15,8 +15,8 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -121,10 +121,12 @@ class DistComm:
 
     On a CPU messages between ranks of one machine go through memory that they share (`longvid.parallel.link`), unless
     `shares_memory` is False. Between others header and tensor travel as one buffer, or one after the other
-    where the message is sized. On CUDA the header goes through gloo beside the tensor, so that it can be read without
-    waiting for the device. `timeout` (seconds) bounds every wait. `name` says which rank is meant in errors.
+    where the message is sized. On CUDA the header goes through gloo ahead of the tensor (`_Ways`), so that it can be
+    read without waiting for the device, and what lies in the host's memory goes as on a CPU. `timeout` (seconds) bounds
+    every wait. `name` says which rank is meant in errors.
 
-    All ranks make one together.
+    All ranks make one together. `pairs` are those (from, to) that exchange tensors on CUDA. `by_device` sends all
+    tensors as those on CUDA go; None: those on CUDA alone.
     """
 
     def __init__(
@@ -134,9 +136,13 @@ class DistComm:
         name: Callable[[int], str] = lambda rank: f"rank {rank}",
         *,
         shares_memory: bool = True,
+        pairs: Sequence[tuple[int, int]] = (),
+        by_device: bool | None = None,
     ) -> None:
         self.rank = dist.get_rank()
-        self._links = link_up(timeout) if device.type == "cpu" and shares_memory else {}
+        by_device = device.type == "cuda" if by_device is None else by_device
+        self._links = link_up(timeout) if not by_device and shares_memory else {}
+        self._ways = _Ways(device, timeout, pairs) if by_device else None
         self._device, self._timeout, self._name = device, timeout, name
         self._outgoing: dict[int, deque[_Handle]] = defaultdict(deque)
         self._sent: dict[int, int] = defaultdict(int)
@@ -154,14 +160,14 @@ class DistComm:
         while under_way and (under_way[0].is_done() or (window and len(under_way) >= window)):
             self._wait(under_way.popleft(), f"{self._name(to)} did not take a message")
         tag = self._next_tag(self._sent, to)
+        header = replace(header, rows=len(payload)) if is_sized else header
+        if self._ways and (payload.device == self._device or not payload.numel()):
+            under_way.append(self._send_by_device(self._ways, header, payload, to, tag))
+            return
         if is_sized:
-            under_way.append(self._send_sized(replace(header, rows=len(payload)), payload, to, tag))
+            under_way.append(self._send_sized(header, payload, to, tag))
             return
-        if self._device.type == "cuda":
-            packed, body = header.pack(), payload.contiguous()
-            works = self._start(to, lambda: [dist.isend(packed, to, tag=tag), dist.isend(body, to)])
-            under_way.append(self._handle("to", to, works[:1], (packed, body), works[1:]))
-            return
+        assert not self._ways, f"a tensor on {payload.device} for a rank that expects it on {self._device}"
         buffer = torch.empty(HEADER_BYTES + payload.numel() * payload.element_size(), dtype=torch.uint8)
         buffer[:HEADER_BYTES] = header.pack()
         buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
@@ -199,9 +205,17 @@ class DistComm:
             body_works = [dist.isend(body, to, tag=tag + _TAGS)] if header.rows else []
             return [dist.isend(packed, to, tag=tag), *body_works]
 
-        works = self._start(to, begin)
-        waited = 1 if body.device.type == "cuda" else len(works)
-        return self._handle("to", to, works[:waited], (packed, body), works[waited:])
+        return self._handle("to", to, self._start(to, begin), (packed, body))
+
+    def _send_by_device(self, ways: _Ways, header: Header, payload: Tensor, to: int, tag: int) -> _Handle:
+        """Header and tensor leave when the device has made the tensor."""
+        packed, body = header.pack(), payload.contiguous()
+
+        def begin() -> list[Any]:
+            said = dist.isend(packed, to, tag=tag)
+            return [said, ways.send(body, to)] if body.numel() else [said]
+
+        return self._handle("to", to, [ways.mark()], (packed, body), then=begin)
 
     def receive(
         self, source: int, shape: Sequence[int], dtype: torch.dtype, *, is_sized: bool = False, on_host: bool = False
@@ -210,32 +224,23 @@ class DistComm:
             number = self._received[source] = self._received[source] + 1
             return _Near(self, number, source, tuple(shape), dtype, is_sized)
         tag = self._next_tag(self._received, source)
+        if self._ways and not on_host:
+            return self._receive_after_header(_OnDevice(self, source, tag, tuple(shape), dtype, is_sized))
         if is_sized:
-            device = torch.device("cpu") if on_host else self._device
-            return self._receive_sized(source, shape, dtype, tag, device)
-        if self._device.type == "cuda":
-            packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-            body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-            works = self._start(source, lambda: [dist.irecv(packed, source, tag=tag), dist.irecv(body, source)])
-            handle = self._handle("from", source, works[:1], (packed, body), works[1:])
-        else:
-            size = math.prod(shape) * dtype.itemsize
-            buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
-            packed, body = buffer[:HEADER_BYTES], buffer[HEADER_BYTES:].view(dtype).view(tuple(shape))
-            handle = self._handle(
-                "from", source, self._start(source, lambda: [dist.irecv(buffer, source, tag=tag)]), (buffer,)
-            )
+            return self._receive_after_header(_Sized(self, source, tag, tuple(shape), dtype, is_sized))
+        size = math.prod(shape) * dtype.itemsize
+        buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
+        packed, body = buffer[:HEADER_BYTES], buffer[HEADER_BYTES:].view(dtype).view(tuple(shape))
+        handle = self._handle(
+            "from", source, self._start(source, lambda: [dist.irecv(buffer, source, tag=tag)]), (buffer,)
+        )
         return _Posted(self, handle, source, packed, body)
 
-    def _receive_sized(
-        self, source: int, shape: Sequence[int], dtype: torch.dtype, tag: int, device: torch.device
-    ) -> Incoming:
-        packed = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        message = _Sized(self, source, tag, tuple(shape[1:]), dtype, device, packed)
+    def _receive_after_header(self, message: _Sized) -> Incoming:
+        """The thread that waits for the header goes on with the body."""
+        packed, source, tag = message.packed, message.source, message.tag
         works = self._start(source, lambda: [dist.irecv(packed, source, tag=tag)])
-        # On a CPU the thread that waits for the header goes on with the body; on CUDA that is the main thread's work.
-        then = None if device.type == "cuda" else message.begin_body
-        message.handle = self._handle("from", source, works, (packed,), then=then)
+        message.handle = self._handle("from", source, works, (packed,), then=message.begin_body)
         return message
 
     def flush(self) -> None:
@@ -269,13 +274,9 @@ class DistComm:
         other: int,
         works: list[Any],
         keep: tuple[Tensor, ...],
-        streams: Any = (),
         then: Callable[[], list[Any]] | None = None,
     ) -> _Handle:
-        """Have works waited for by the thread of their channel, and those that come of them by `then`.
-
-        `streams` are those that wait on the device alone.
-        """
+        """Have works waited for by the thread of their channel, and those that come of them by `then`."""
         if (way, other) not in self._waiters:
             self._waiters[way, other] = _Waiter(f"{way} rank {other}")
         future: Future[None] = Future()
@@ -285,7 +286,7 @@ class DistComm:
                 _settle(future, self._failure)
         future.add_done_callback(self._close)
         self._waiters[way, other].put(works, future, then)
-        return _Handle(future, keep, tuple(streams))
+        return _Handle(future, keep)
 
     def _close(self, future: Future[None]) -> None:
         with self._lock:
@@ -300,8 +301,6 @@ class DistComm:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
             raise RuntimeFailure(f"{complaint}: the connection is gone ({_first_line(error)})") from error
-        for work in handle.streams:
-            work.wait()
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,6 @@ class _Handle:
 
     future: Future[None]
     keep: tuple[Tensor, ...]
-    streams: tuple[Any, ...] = ()
 
     def is_done(self) -> bool:
         return self.future.done()
@@ -365,32 +363,129 @@ def as_bytes(x: Tensor) -> Tensor:
 
 @dataclass
 class _Sized:
-    """A receive of which the header says whether a body follows, and of how many rows."""
+    """A receive whose header comes first, and says whether a body follows, and of how many rows."""
 
     comm: DistComm
     source: int
     tag: int
-    row: tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device
-    packed: Tensor
+    is_sized: bool
+    packed: Tensor = field(default_factory=lambda: torch.empty(HEADER_BYTES, dtype=torch.uint8))
     handle: _Handle | None = None
     body: Tensor | None = None
 
     def begin_body(self) -> list[Any]:
         """Post the receive of the body, now that the header is here."""
-        rows = Header.unpack(self.packed).rows
-        self.body = torch.empty((rows, *self.row), dtype=self.dtype, device=self.device)
-        return [dist.irecv(self.body, self.source, tag=self.tag + _TAGS)] if rows else []
+        self.body = torch.empty(self.told_shape(), dtype=self.dtype)
+        return [dist.irecv(self.body, self.source, tag=self.tag + _TAGS)] if self.body.numel() else []
+
+    def told_shape(self) -> tuple[int, ...]:
+        return (Header.unpack(self.packed).rows, *self.shape[1:]) if self.is_sized else self.shape
 
     def wait(self) -> tuple[Header, Tensor]:
         assert self.handle is not None
         self.comm._wait(self.handle, f"{self.comm._name(self.source)} sent nothing")
-        if self.body is None:
-            for work in self.comm._start(self.source, self.begin_body):
-                work.wait()
         assert self.body is not None
         return Header.unpack(self.packed), self.body
+
+
+@dataclass
+class _OnDevice(_Sized):
+    """One whose body comes on a device. Whoever computes with it waits there."""
+
+    arrived: _Mark | None = None
+
+    def begin_body(self) -> list[Any]:
+        assert self.comm._ways
+        self.body, self.arrived = self.comm._ways.receive(self.told_shape(), self.dtype, self.source)
+        return []
+
+    def wait(self) -> tuple[Header, Tensor]:
+        header, body = super().wait()
+        assert self.arrived
+        self.arrived.before_use_of(body)
+        return header, body
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A place in the work of a CUDA stream; `event` None: on a CPU, where all is done that was asked for."""
+
+    event: Any = None
+
+    def wait(self) -> None:
+        """Until the device has come there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def before_use_of(self, tensor: Tensor) -> None:
+        """What the caller asks of the device from here on waits for it there. The tensor is of that stream's memory."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream(tensor.device)
+            stream.wait_event(self.event)
+            tensor.record_stream(stream)
+
+
+class _Ways:
+    """Tensors on a device on their way to and from other ranks, each way with a stream and a communicator of its own.
+
+    A send of NCCL runs on the device until the receive does, and the other way round. Those of a pair of ranks share a
+    stream, in which a receive that is posted ahead would hold up sends for ever. So each direction has a process group,
+    and nobody waits on the device for long: a send begins when its tensor is made, and a receive when a header told of
+    that. A thread a way does both, so that the program goes on.
+
+    For the same reason the world's group must not be bound to a device (`device_id`): all messages would share a
+    stream. Instead a pair's first message connects it, while both ranks wait, and two threads may not do that at once:
+    `pairs` are connected here, in their order on all ranks.
+    """
+
+    def __init__(self, device: torch.device, timeout: float, pairs: Sequence[tuple[int, int]]) -> None:
+        self._device, self._rank = device, dist.get_rank()
+        backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+        self._to_higher = dist.new_group(backend=backend, timeout=limit)
+        self._to_lower = dist.new_group(backend=backend, timeout=limit)
+        self._streams: dict[tuple[str, int], Any] = {}
+        for source, to in pairs:
+            if self._rank == source:
+                self.send(torch.zeros(1, device=device), to).wait()
+            elif self._rank == to:
+                self.receive((1,), torch.float32, source)[1].wait()
+
+    def mark(self) -> _Mark:
+        """Behind all that the calling thread has asked of the device."""
+        if self._device.type != "cuda":
+            return _Mark()
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return _Mark(event)
+
+    def send(self, body: Tensor, to: int) -> _Mark:
+        """Give a tensor that is made, and stays, to a rank; it has it at the mark."""
+        with self._on_stream("to", to):
+            work: Any = dist.isend(body, to, group=self._group(self._rank, to))
+            work.wait()  # by NCCL the stream waits
+            return self.mark()
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> tuple[Tensor, _Mark]:
+        """A tensor of a rank that gives it now; it is there at the mark."""
+        with self._on_stream("from", source):
+            body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+            if body.numel():
+                work: Any = dist.irecv(body, source, group=self._group(source, self._rank))
+                work.wait()
+            return body, self.mark()
+
+    def _group(self, source: int, to: int) -> Any:
+        return self._to_higher if source < to else self._to_lower
+
+    def _on_stream(self, way: str, other: int) -> AbstractContextManager[Any]:
+        """What the thread asks of the device, on the stream of a way."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        if (way, other) not in self._streams:
+            self._streams[way, other] = torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._streams[way, other])
 
 
 class _Waiter:
@@ -558,7 +653,11 @@ def link_up(timeout: float) -> dict[int, Link]:
 
 
 def connect(device: torch.device, timeout: float) -> None:
-    """Join the process group that the launcher's environment describes."""
+    """Join the process group that the launcher's environment describes; on CUDA with this rank's device, which becomes
+    the current one.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
@@ -574,10 +673,17 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def new_group(ranks: Sequence[int], rank: int) -> Group | None:
-    """A group, made by all ranks together; None on the ranks outside it."""
-    handle = dist.new_group(list(ranks)) if len(ranks) > 1 else None
-    return Group(tuple(ranks), ranks.index(rank), handle) if rank in ranks else None
+def new_group(
+    ranks: Sequence[int], rank: int, device: torch.device | None = None, timeout: float = 300.0
+) -> Group | None:
+    """A group, made by all ranks together; None on the ranks outside. `timeout` (seconds) bounds every wait in it."""
+    handle = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) if len(ranks) > 1 else None
+    if rank not in ranks:
+        return None
+    if handle is not None and device is not None and device.type == "cuda":
+        # NCCL connects a group at its first exchange, in which all members must take part; in a trade only some do.
+        dist.all_reduce(torch.zeros(1, device=device), group=handle)
+    return Group(tuple(ranks), ranks.index(rank), handle)
 
 
 def broadcast(value: Any, source: int = 0) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from longvid.parallel.comm import Comm, DistComm, Group, LoneComm, new_group
-from longvid.parallel.topology import Coordinate, Topology
+from longvid.parallel.topology import Coordinate, Topology, talking_pairs
 
 _ALONE = Group((0,), 0)
 
@@ -61,18 +62,23 @@ def make_mesh(
     """Build groups and channels; all ranks call it together, after `connect`. See `DistComm`."""
     if topology.num_ranks == 1:
         return lone_mesh()
-    comm = DistComm(device, timeout, lambda other: describe(topology, other), shares_memory=shares_memory)
+    pairs = talking_pairs(topology)
+    comm = DistComm(device, timeout, lambda other: describe(topology, other), shares_memory=shares_memory, pairs=pairs)
+
+    def group(members: Sequence[int]) -> Group | None:
+        return new_group(members, rank, device, timeout)
+
     seq = ulysses = ring = Group((rank,), 0)
     # Every rank must take part in making every group, in one order.
     for first in range(0, topology.num_ranks, topology.seq):
         members = range(first, first + topology.seq)
-        seq = new_group(members, rank) or seq
+        seq = group(members) or seq
         # Neighbours exchange heads; rings go over them in strides.
         for start in range(first, first + topology.seq, topology.ulysses):
-            ulysses = new_group(range(start, start + topology.ulysses), rank) or ulysses
+            ulysses = group(range(start, start + topology.ulysses)) or ulysses
         for offset in range(topology.ulysses):
-            ring = new_group(range(first + offset, first + topology.seq, topology.ulysses), rank) or ring
-    owners = new_group(topology.group(0, "chunk"), rank) or Group((rank,), 0)
+            ring = group(range(first + offset, first + topology.seq, topology.ulysses)) or ring
+    owners = group(topology.group(0, "chunk")) or Group((rank,), 0)
     return Mesh(topology, rank, comm, seq, ulysses, ring, owners)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import NamedTuple
 
 from longvid.errors import InputError
@@ -83,6 +84,30 @@ class Topology:
     def __str__(self) -> str:
         parts = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True))
         return f"{parts} = {self.num_ranks} ranks"
+
+
+def talking_pairs(topology: Topology) -> list[tuple[int, int]]:
+    """The pairs of ranks (from, to) of which one may send the other a tensor that is on its device, in order."""
+    return sorted({(rank, to) for rank in range(topology.num_ranks) for to in _listeners(topology, rank) if to != rank})
+
+
+def _listeners(topology: Topology, rank: int) -> Iterator[int]:
+    """Those that a rank may send tensors to."""
+    place = topology.coordinate(rank)
+    owner = place._replace(stage=0, guidance=0, seq=0)
+    if place.stage + 1 < topology.stage:
+        yield topology.rank(place._replace(stage=place.stage + 1))  # hidden states
+    elif place.seq == 0:
+        owners = (place.chunk, max(place.chunk - 1, 0))  # velocities of own chunks, and of what these see on the left
+        yield from (topology.rank(owner._replace(chunk=chunk)) for chunk in owners)
+    if place.stage:
+        return
+    yield from topology.group(rank, "chunk")  # what global tokens see; between owners finished latents, too
+    if place == owner:  # latents; a group's first chunk may be seen by the places of any other
+        axes = (range(topology.chunk), range(topology.guidance), range(topology.seq))
+        yield from (topology.rank(Coordinate(place.replica, 0, *others)) for others in product(*axes))
+    if rank == 0:
+        yield from topology.group(rank, "stage")  # latents to decode
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class CacheRuntime:
         """Sums over this rank's tokens for the decision, fp64 [3]: |forecast - found|, |found| and |forecast|."""
         series = self._gate(chunk)
         if series.is_empty:
-            return torch.full((3,), torch.inf, dtype=torch.float64)
+            return probe.new_full((3,), torch.inf, dtype=torch.float64)
         forecast = series.forecast(step)
         return torch.stack([x.abs().sum(dtype=torch.float64) for x in (forecast - probe, probe, forecast)])
 

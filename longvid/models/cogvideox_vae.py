@@ -72,8 +72,8 @@ class CogVideoXStreamDecoder:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
         self.reset()
-        self._waiting = state.get("waiting")
         device = self.vae.decoder.conv_in.conv.weight.device
+        self._waiting = state["waiting"].to(device) if "waiting" in state else None
         for path, value in state.items():
             kind, *inner = path.split("/")
             if kind == "cache":

@@ -78,6 +78,7 @@ class FramewiseDecoder(ABC):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on, to the last bit, where a decoder of the same VAE was when it gave this state."""
-        self._waiting, self._previous = state.get("waiting"), state.get("previous")
-        if self._previous is not None:
-            self._previous = self._previous.to(next(self.vae.parameters()).device)
+        device = next(self.vae.parameters()).device  # a state may come from another rank, through the host
+        self._waiting, self._previous = (
+            state[name].to(device) if name in state else None for name in ("waiting", "previous")
+        )
