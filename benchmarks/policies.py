@@ -1,10 +1,12 @@
 """Policies of sparse attention, or of caches, beside the whole computation, on the same films of the embedded model.
 
-python benchmarks/policies.py attention --films 4 --out benchmarks/results/attention-policies-cpu.json
+python benchmarks/policies.py attention --films 2 --out benchmarks/results/attention-policies-cpu.json
 python benchmarks/policies.py cache --films 8 --out benchmarks/results/cache-policies-cpu.json
 python benchmarks/policies.py preset --films 8 --out benchmarks/results/presets-cpu.json
 
-Attention is looked at in whole clips, where it is most of the work; caches in the queue.
+Attention is looked at in whole clips, where it is most of the work, each policy in turn with dense attention; caches in
+the queue, all in turn. `--out` is written after each policy (or group of `--together`), and with `--resume` what it has
+is not measured again. `--table` prints it as the README has it, and measures nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from longvid.bench.policies import DENSE, Case, as_text, measure_policies
+from longvid.bench.policies import DENSE, Case, as_markdown, as_text, measure_policies
 from longvid.doctor import cpu_facts, package_version
 
 
@@ -46,14 +49,31 @@ EXACT, *PRESETS = (Case(name, (), preset=name) for name in ("exact", "balanced",
 POLICIES = (
     Case("adaspa", ("attention.policy=adaspa",), "HunyuanVideo 1.78x, 29.07 dB"),
     Case("tile", ("attention.policy=tile",), "1.5-2.25x of 7.4-7.8x"),
-    Case("sta", ("attention.policy=sta", "attention.tile=[6,4,4]"), "HunyuanVideo 1.89x"),
-    Case("sta 3 of 6x2x2", ("attention.policy=sta", "attention.tile=[6,2,2]", "attention.window=[3,2,2]"), ""),
-    Case("tile 16", ("attention.policy=tile", "attention.global_latents=16"), ""),
-    Case("radial", ("attention.policy=radial", "attention.tile=64"), ""),
-    Case("grat", ("attention.policy=grat", "attention.group=[4,2,2]", "attention.pattern=neighbours"), ""),
+    Case(
+        "sta",
+        ("attention.policy=sta", "attention.tile=[6,4,4]"),
+        "HunyuanVideo 1.89x",
+        title="`sta`, cuboids of 6 × 4 × 4",
+    ),
+    Case(
+        "sta 3 of 6x2x2",
+        ("attention.policy=sta", "attention.tile=[6,2,2]", "attention.window=[3,2,2]"),
+        title="`sta`, 3 × 2 × 2 cuboids of 6 × 2 × 2",
+    ),
+    Case("tile 16", ("attention.policy=tile", "attention.global_latents=16"), title="`tile`, 16 global latents"),
+    Case("radial", ("attention.policy=radial", "attention.tile=64"), title="`radial`, tile 64"),
+    Case(
+        "grat",
+        ("attention.policy=grat", "attention.group=[4,2,2]", "attention.pattern=neighbours"),
+        title="`grat`, neighbours of 4 × 2 × 2",
+    ),
     Case("svg2", ("attention.policy=svg2",), "HunyuanVideo 2.30x, 30.45 dB at density 0.25"),
     Case("svg_ear", ("attention.policy=svg_ear",), "HunyuanVideo 1.93x, 31.04 dB at density 0.22"),
-    Case("window", ("attention.policy=rettention", "attention.refresh_every=1000", "attention.growth=0"), ""),
+    Case(
+        "window",
+        ("attention.policy=rettention", "attention.refresh_every=1000", "attention.growth=0"),
+        title="`rettention` without its correction (a plain window)",
+    ),
     Case("rettention", ("attention.policy=rettention",), "45 % of the latency, 3.1 % of the tokens"),
     Case("asa", ("attention.policy=asa",), "1.50x without distillation"),
 )
@@ -64,7 +84,7 @@ def tuned(profile: str) -> Case:
     policy = json.loads(Path(profile).read_text()).get("policy", "sparse_vdit")
     published = "Wan2.1 1.58x, 22.59 dB" if policy == "sparse_vdit" else ""
     overrides = (f"attention.policy={policy}", f"attention.profile={profile}")
-    return Case(f"{policy} {Path(profile).stem}", overrides, published)
+    return Case(f"{policy} {Path(profile).stem}", overrides, published, title=f"`{policy}`, {Path(profile).stem}")
 
 
 def main() -> None:
@@ -76,8 +96,16 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=961)
     parser.add_argument("--only", nargs="*", help="names of policies")
     parser.add_argument("--profile", nargs="*", default=[], help="profiles by `longvid tune`")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON, written after each group")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out has")
+    parser.add_argument("--together", type=int, help="policies that take turns; of attention: 1, of others: all")
+    parser.add_argument("--table", action="store_true", help="print what --out has, for the README")
     args = parser.parse_args()
+    if (args.resume or args.table) and not (args.out and (args.resume or args.out.is_file())):
+        parser.error("--resume and --table need the file of --out")
+    if args.table:
+        print(as_markdown(json.loads(args.out.read_text())))
+        return
     cases = list({"attention": POLICIES, "cache": CACHES, "preset": PRESETS}[args.what])
     cases += [Case(f"static {Path(preset).stem}", (), preset=preset) for preset in args.static]
     cases += [tuned(profile) for profile in args.profile]
@@ -87,17 +115,26 @@ def main() -> None:
         "cache": [f"sampler.steps={args.steps or 24}"],
         "preset": [],
     }[args.what]
+    machine = {"cpu": cpu_facts()["name"], "torch": package_version("torch")}
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:
+            beside = args.out.with_suffix(".tmp")  # whatever ends this, the file is whole
+            beside.write_text(json.dumps({**result, "machine": machine}, indent=1) + "\n")
+            beside.replace(args.out)
+
     result = measure_policies(
         cases,
         common,
         films=args.films,
         frames=args.frames,
         reference=EXACT if args.what == "preset" else DENSE,
+        together=args.together or (1 if args.what == "attention" else None),
+        before=json.loads(args.out.read_text()) if args.resume and args.out.is_file() else None,
+        keep=keep,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    result["machine"] = {"cpu": cpu_facts()["name"], "torch": package_version("torch")}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result)
     print(as_text(result))
 
 

@@ -45,14 +45,15 @@ class _Errors(ctypes.Structure):
     _fields_ = [
         *((name, TensorArgument) for name in ("k", "v")),
         *((name, ctypes.c_void_p) for name in ("offsets", "order", "queries", "k_mean", "v_mean", "sums")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "clusters", "rows", "dim", "threads", "isa")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "clusters", "rows", "dim")),
+        *((name, ctypes.c_int32) for name in ("sample_every", "threads", "isa")),
         ("limit", ctypes.c_float),
     ]
 
 
 class _Skipped(ctypes.Structure):
     _fields_ = [
-        *((name, TensorArgument) for name in ("q", "out", "lse", "to")),
+        *((name, TensorArgument) for name in ("q", "out", "lse")),
         *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean")),
         *((name, BlocksArgument) for name in ("q_blocks", "k_blocks")),
         *((name, ctypes.c_void_p) for name in ("row_ptr", "col", "group")),
@@ -118,21 +119,23 @@ def errors(
     k_BTHD: Tensor,
     v_BTHD: Tensor,
     blocks: Blocks,
+    means: tuple[Tensor, Tensor],
     queries_BHRD: Tensor,
     *,
     limit: float,
+    sample_every: int = 1,
     isa: Isa | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the error of means is made of (SVG-EAR), and the means of keys and values.
+) -> Tensor:
+    """What the error of means is made of (SVG-EAR), [B, H, N, R]. `means` of keys and values are [B, H, N, D].
 
     For each block j and query c the sum over its tokens of e^d (e^d |v|² - 2 v · v̄_j), with
-    d = min(c · (k - k̄_j), limit): [B, H, N, R], and the means, [B, H, N, D]. Every head has its own blocks.
+    d = min(c · (k - k̄_j), limit). Of every block the first token and each `sample_every`-th after it stand for all of
+    them. Every head has its own blocks.
     """
     k, v, blocks = dense_heads(k_BTHD), dense_heads(v_BTHD), as_int32(blocks)
-    queries = queries_BHRD.float().contiguous()
+    k_mean, v_mean, queries = (x.float().contiguous() for x in (*means, queries_BHRD))
     assert blocks.order is not None
     batch, num_tokens, num_heads, dim = k.shape
-    k_mean, v_mean = (torch.empty(batch, num_heads, blocks.num_blocks, dim) for _ in range(2))
     sums = torch.empty(batch, num_heads, blocks.num_blocks, queries.shape[2])
     args = _Errors(
         *(TensorArgument.of(x) for x in (k, v)),
@@ -143,12 +146,13 @@ def errors(
         clusters=blocks.num_blocks,
         rows=queries.shape[2],
         dim=dim,
+        sample_every=sample_every,
         threads=threads(),
         isa=isa_index(isa),
         limit=limit,
     )
     _check(library().longvid_errors(ctypes.byref(args)))
-    return sums, k_mean, v_mean
+    return sums
 
 
 def attend_skipped(
@@ -160,18 +164,18 @@ def attend_skipped(
     scale: float,
     isa: Isa | None = None,
 ) -> Tensor:
-    """`partial` merged with attention to the means of the key blocks that each query's row skips: [B, L, H, D].
+    """`partial` merged with attention to the means of the key blocks that each query's row skips: fp32 [B, L, H, D].
 
-    See `sparsity.skipped`. Raises ValueError where the layout's indices point outside of what they index.
+    In place, where the output of `partial` is fp32. With `amx` products are of 16 bits. See `sparsity.skipped`. Raises
+    ValueError where the layout's indices point outside of what they index.
     """
     q, out, lse = dense_heads(q_BLHD), dense_heads(partial[0]), partial[1].float()
     means = [x.float().contiguous() for x in (k_mean_BHCD, v_mean_BHCD)]
     batch, num_queries, num_heads, dim = q.shape
-    to = torch.empty(batch, num_queries, num_heads, dim)
     q_blocks, k_blocks = as_int32(layout.q), as_int32(layout.k)
     row_ptr, col, group = (x.int().contiguous() for x in (layout.row_ptr, layout.col, layout.group))
     args = _Skipped(
-        *(TensorArgument.of(x) for x in (q, out, lse, to)),
+        *(TensorArgument.of(x) for x in (q, out, lse)),
         *(x.data_ptr() for x in means),
         q_blocks=BlocksArgument.of(q_blocks, num_queries),
         k_blocks=BlocksArgument.of(k_blocks, int(k_blocks.offsets[0, -1])),
@@ -189,7 +193,7 @@ def attend_skipped(
         scale=scale,
     )
     _check(library().longvid_attend_skipped(ctypes.byref(args)))
-    return to
+    return out
 
 
 def _check(status: int) -> None:

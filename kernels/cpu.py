@@ -120,10 +120,13 @@ def block_mass(
     *,
     scale: float,
     sample_every: int = 1,
+    exact: bool = True,
     isa: Isa | None = None,
 ) -> Tensor:
     """See `score.block_mass`. `isa`: a variant that this processor has; None: the fastest."""
     isa_number = isa_index(isa)
+    if isa_number == AMX and not exact:
+        q_BLHD, k_BTHD = q_BLHD.bfloat16(), k_BTHD.bfloat16()
     q, k = (dense_heads(x, takes_bf16=isa_number == AMX) for x in (q_BLHD, k_BTHD))
     lse = lse_BLH.float()
     batch, num_queries, num_heads, dim = q.shape

@@ -43,6 +43,12 @@ class Blocks:
         order = self.order.long().expand(rows, -1)
         return torch.empty_like(order).scatter_(1, order, block.expand(rows, -1))
 
+    def of_group(self, group: int) -> Blocks:
+        """The blocks of one group."""
+        offsets, order = (x if x is None or len(x) == 1 else x[group : group + 1] for x in (self.offsets, self.order))
+        assert offsets is not None
+        return Blocks(offsets, order, self.size)
+
     def to(self, device: torch.device | str) -> Blocks:
         return Blocks(self.offsets.to(device), None if self.order is None else self.order.to(device), self.size)
 

@@ -15,13 +15,20 @@ CPU_SLAB, GPU_SLAB = 1 << 20, 1 << 28
 """Distances that are in memory at once; on a CPU they are to stay in its cache."""
 
 
-def kmeans(x_BTHD: Tensor, centroids_BHND: Tensor | None, num_clusters: int, iterations: int) -> tuple[Tensor, Tensor]:
+def kmeans(
+    x_BTHD: Tensor, centroids_BHND: Tensor | None, num_clusters: int, iterations: int, *, sample_every: int = 1
+) -> tuple[Tensor, Tensor]:
     """Each token's cluster, int64 [B, H, T], and the centroids, fp32 [B, H, N, D]; every head on its own.
 
     From the centroids of before, or from evenly spaced tokens (None). Nothing is drawn, so that equal inputs give equal
-    clusters. With an iteration or more, centroids are the means of their tokens. Needs a token at least.
+    clusters. With an iteration or more, centroids are the means of their tokens; an empty cluster's stays. All
+    iterations but the last look at every `sample_every`-th token alone. Needs a token at least.
     """
     centroids = spaced_tokens(x_BTHD, num_clusters) if centroids_BHND is None else centroids_BHND
+    if sample_every > 1 and iterations > 1:
+        some = x_BTHD[:, sample_every // 2 :: sample_every]
+        if some.shape[1]:
+            centroids, iterations = kmeans(some, centroids, num_clusters, iterations - 1)[1], 1
     if x_BTHD.device.type == "cpu" and native.is_available():
         labels, moved = cluster_cpu.kmeans(x_BTHD, centroids, iterations)
         return labels, moved if iterations else centroids

@@ -27,6 +27,7 @@ def block_mass(
     *,
     scale: float | None = None,
     sample_every: int = 1,
+    exact: bool = True,
 ) -> Tensor:
     """W[p, q] = sum over i in p, j in q of exp(q_i · k_j · scale - LSE_i), fp32 [B, H, R, C] (AdaSpa).
 
@@ -34,7 +35,8 @@ def block_mass(
     and pays nothing. Blocks are the same for all heads:
     offsets and orders of one row. With `sample_every` = n, the queries at the places offset, offset + n, ... of each
     block stand for it, and their sums are multiplied by the block's length over their number. `scale` is 1 / sqrt(D)
-    unless given. Raises ValueError where blocks or shapes do not fit.
+    unless given. Without `exact` products may be of bf16, where that is faster. Raises ValueError where blocks or
+    shapes do not fit.
     """
     _check(q_BLHD, k_BTHD, lse_BLH, q_blocks, k_blocks, sample_every)
     scale = scale if scale is not None else 1 / math.sqrt(q_BLHD.shape[-1])
@@ -44,7 +46,7 @@ def block_mass(
         )
     args = q_BLHD, k_BTHD, lse_BLH, q_blocks, k_blocks
     if q_BLHD.device.type == "cpu" and native.is_available():
-        return cpu.block_mass(*args, scale=scale, sample_every=sample_every)
+        return cpu.block_mass(*args, scale=scale, sample_every=sample_every, exact=exact)
     if q_BLHD.device.type == "cuda" and find_spec("triton") is not None:
         from longvid.kernels import mass
 
@@ -64,7 +66,7 @@ def block_mass_torch(
 ) -> Tensor:
     """`block_mass` in plain torch, some rows of queries at a time, so that memory does not grow with L x T."""
     batch, num_queries, num_heads, _ = q_BLHD.shape
-    tokens, row, weight = _sampled(q_blocks, num_queries, sample_every)
+    tokens, row, weight = sampled(q_blocks, num_queries, sample_every)
     col = k_blocks.block_of(k_BTHD.shape[1])[0]
     k_BHTD = k_BTHD.transpose(1, 2).float()
     mass = k_BHTD.new_zeros(batch, num_heads, q_blocks.num_blocks, k_blocks.num_blocks)
@@ -79,7 +81,7 @@ def block_mass_torch(
     return mass
 
 
-def _sampled(blocks: Blocks, num_tokens: int, every: int) -> tuple[Tensor, Tensor, Tensor]:
+def sampled(blocks: Blocks, num_tokens: int, every: int) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens that stand for their blocks: their indices, their blocks, and how many each stands for."""
     places = torch.arange(num_tokens, device=blocks.offsets.device)
     block = Blocks(blocks.offsets).block_of(num_tokens)[0]

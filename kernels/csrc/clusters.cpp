@@ -33,8 +33,8 @@ const ClusterVariant *find(int isa) {
 
 constexpr float LOG2_E = 1.44269504088896340736f;
 
-// Tokens of one head that a thread takes at a time.
-constexpr int SPAN = 256;
+// Tokens of one head that a thread takes at a time, at least, and for each cluster.
+constexpr int SPAN = 256, PART_TOKENS = 8;
 
 // Tokens from the one that is at work to the one that is asked for.
 constexpr int AHEAD = 16;
@@ -141,14 +141,14 @@ struct ErrorArgs {
     TokensArgs k, v;
     const int32_t *offsets, *order;  // [batch][heads][clusters + 1], [batch][heads][tokens]
     const float *queries;            // [batch][heads][rows][dim]
-    float *k_mean, *v_mean;          // [batch][heads][clusters][dim]
+    const float *k_mean, *v_mean;    // [batch][heads][clusters][dim]
     float *sums;                     // [batch][heads][clusters][rows]
-    int32_t batch, heads, tokens, clusters, rows, dim, threads, isa;
+    int32_t batch, heads, tokens, clusters, rows, dim, sample_every, threads, isa;
     float limit;
 };
 
 struct SkippedArgs {
-    TokensArgs q, out, lse, to;
+    TokensArgs q, out, lse;  // out is merged with attention to means
     const float *k_mean, *v_mean;  // [batch][heads][blocks of keys][dim]
     GroupsArgs q_blocks, k_blocks;
     const int32_t *row_ptr, *col, *group;
@@ -199,54 +199,85 @@ bool is_valid(const SkippedArgs &args) {
     return std::all_of(args.group, args.group + groups, [&](int g) { return g >= -1 && g < args.num_groups; });
 }
 
+// Tokens of one head whose sums one thread keeps: many beside the clusters, so that adding the sums up is little work.
+int tokens_of_part(const KmeansArgs &args) {
+    return (std::max(SPAN, PART_TOKENS * args.clusters) + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+}
+
+// What the tokens of a part add up to, by cluster.
+struct Sums {
+    float *sums;  // [clusters][dim]
+    float *sizes;  // [clusters]
+};
+
+// Labels of the tokens from `begin` on, and their sums while they are near.
+void label_part(const KmeansArgs &args, const ClusterVariant &variant, int64_t head, int begin, const Columns &columns,
+                const float *bias, const Sums &sums, float *scratch) {
+    const float *x = at(args.x, head, args.heads);
+    int64_t *labels = args.labels + head * args.tokens;
+    const int stop = std::min(begin + tokens_of_part(args), args.tokens);
+    std::fill_n(sums.sums, size_t(args.clusters) * args.dim, 0.0f);
+    std::fill_n(sums.sizes, args.clusters, 0.0f);
+    for (int first = begin; first < stop; first += MAX_ROWS) {
+        const float *tokens[MAX_ROWS];
+        const int count = std::min(MAX_ROWS, stop - first);
+        for (int row = 0; row < count; row++) {
+            tokens[row] = x + (first + row) * args.x.token;
+            if (first + row + MAX_ROWS < stop) ask(tokens[row] + MAX_ROWS * args.x.token, args.dim);
+        }
+        variant.nearest(tokens, count, columns, bias, labels + first, scratch);
+        for (int row = 0; row < count && args.iterations; row++) {
+            const int64_t label = labels[first + row];
+            sums.sizes[label]++;
+            variant.add(tokens[row], args.dim, sums.sums + label * args.dim);
+        }
+    }
+}
+
 // Tokens to their nearest centroids, and centroids to the means of their tokens, again and again; empty ones stay. Without
 // iterations tokens go to the centroids as they are.
 void cluster(const KmeansArgs &args, const ClusterVariant &variant) {
-    const int64_t num_heads = int64_t(args.batch) * args.heads, spans = (args.tokens + SPAN - 1) / SPAN;
-    const int stride = variant.stride(args.clusters);
+    const int64_t num_heads = int64_t(args.batch) * args.heads;
+    const int stride = variant.stride(args.clusters), part = tokens_of_part(args), parts = (args.tokens + part - 1) / part;
     const size_t packed_size = aligned(variant.packed_size(args.clusters, args.dim)), bias_size = aligned(stride);
-    const size_t scratch_size = aligned(variant.scratch(args.dim, args.clusters)), per_head = size_t(args.clusters) * args.dim;
-    Workspace workspace((packed_size + bias_size) * num_heads + scratch_size * args.threads);
+    const size_t per_head = size_t(args.clusters) * args.dim, sums_size = aligned(per_head), sizes_size = aligned(args.clusters);
+    const size_t scratch_size = aligned(variant.scratch(args.dim, args.clusters));
+    Workspace workspace((packed_size + bias_size + parts * (sums_size + sizes_size)) * num_heads + scratch_size * args.threads);
     float *const packed = workspace.take(packed_size * num_heads), *const bias = workspace.take(bias_size * num_heads);
+    float *const sums = workspace.take(sums_size * num_heads * parts), *const sizes = workspace.take(sizes_size * num_heads * parts);
     float *const scratch = workspace.take(scratch_size * args.threads);
+    const auto sums_of = [&](int64_t head, int i) {
+        return Sums{sums + (head * parts + i) * sums_size, sizes + (head * parts + i) * sizes_size};
+    };
+    const auto move = [&](int64_t head) {
+        const Sums all = sums_of(head, 0);
+        for (int i = 1; i < parts; i++) {
+            variant.add(sums_of(head, i).sums, int(per_head), all.sums);
+            variant.add(sums_of(head, i).sizes, args.clusters, all.sizes);
+        }
+        for (int c = 0; c < args.clusters; c++)
+            for (int d = 0; d < args.dim && all.sizes[c] > 0; d++)
+                args.centroids[head * per_head + c * args.dim + d] = all.sums[c * args.dim + d] / all.sizes[c];
+    };
+    const auto pack = [&](int64_t head) {
+        const float *centroids = args.centroids + head * per_head;
+        variant.pack_columns(centroids, 1, args.clusters, args.dim, packed + head * packed_size);
+        // The nearest centroid has the largest x c - |c|^2 / 2.
+        variant.half_squares(centroids, args.clusters, args.dim, stride, bias + head * bias_size);
+    };
 
+    deal(num_heads, args.threads, [&](int64_t head, int) { pack(head); });
     for (int iteration = 0; iteration < std::max(1, args.iterations); iteration++) {
-        deal(num_heads, args.threads, [&](int64_t head, int) {
-            const float *centroids = args.centroids + head * per_head;
-            variant.pack_columns(centroids, 1, args.clusters, args.dim, packed + head * packed_size);
-            // The nearest centroid has the largest x c - |c|^2 / 2.
-            variant.half_squares(centroids, args.clusters, args.dim, stride, bias + head * bias_size);
-        });
-        deal(num_heads * spans, args.threads, [&](int64_t i, int thread) {
+        deal(num_heads * parts, args.threads, [&](int64_t i, int thread) {
             const int64_t head = i % num_heads;  // heads of the same tokens behind each other: they share pages
-            const float *x = at(args.x, head, args.heads);
             const Columns columns{packed + head * packed_size, args.clusters, args.dim};
-            const int begin = int(i / num_heads) * SPAN, stop = std::min(begin + SPAN, args.tokens);
-            for (int first = begin; first < stop; first += MAX_ROWS) {
-                const float *tokens[MAX_ROWS];
-                const int count = std::min(MAX_ROWS, stop - first);
-                for (int row = 0; row < count; row++) {
-                    tokens[row] = x + (first + row) * args.x.token;
-                    if (first + row + MAX_ROWS < stop) ask(tokens[row] + MAX_ROWS * args.x.token, args.dim);
-                }
-                variant.nearest(tokens, count, columns, bias + head * bias_size, args.labels + head * args.tokens + first,
-                                scratch + thread * scratch_size);
-            }
+            label_part(args, variant, head, int(i / num_heads) * part, columns, bias + head * bias_size,
+                       sums_of(head, int(i / num_heads)), scratch + thread * scratch_size);
         });
         if (!args.iterations) return;
         deal(num_heads, args.threads, [&](int64_t head, int) {
-            const float *x = at(args.x, head, args.heads);
-            const int64_t *labels = args.labels + head * args.tokens;
-            std::vector<float> sums(per_head);
-            std::vector<int> sizes(args.clusters);
-            for (int i = 0; i < args.tokens; i++) {
-                if (i + AHEAD < args.tokens) ask(x + (i + AHEAD) * args.x.token, args.dim);
-                sizes[labels[i]]++;
-                variant.add(x + i * args.x.token, args.dim, sums.data() + labels[i] * args.dim);
-            }
-            for (int c = 0; c < args.clusters; c++)
-                for (int d = 0; d < args.dim && sizes[c]; d++)
-                    args.centroids[head * per_head + c * args.dim + d] = sums[c * args.dim + d] / float(sizes[c]);
+            move(head);
+            if (iteration + 1 < args.iterations) pack(head);
         });
     }
 }
@@ -302,23 +333,27 @@ void sum_errors(const ErrorArgs &args, const ClusterVariant &variant) {
     deal(num_heads * args.clusters, args.threads, [&](int64_t i, int thread) {
         const int64_t head = i / args.clusters;
         const Group group{args.offsets + head * (args.clusters + 1), args.order + head * args.tokens};
-        const int cluster = int(i % args.clusters), stop = group.offsets[cluster + 1];
+        const int cluster = int(i % args.clusters), begin = group.offsets[cluster], size = group.offsets[cluster + 1] - begin;
+        const int sampled = (size + args.sample_every - 1) / args.sample_every;
         const float *k = at(args.k, head, args.heads), *v = at(args.v, head, args.heads);
-        float *k_mean = args.k_mean + i * args.dim, *v_mean = args.v_mean + i * args.dim;
-        mean(variant, k, args.k.token, group, cluster, args.dim, k_mean);
-        mean(variant, v, args.v.token, group, cluster, args.dim, v_mean);
+        const Columns columns{packed + head * packed_size, args.rows, args.dim};
         float *sums = scratch + thread * scratch_size, *memory = sums + sums_size;
         std::fill_n(sums, stride, 0.0f);
-        for (int first = group.offsets[cluster]; first < stop; first += MAX_ROWS) {
+        for (int first = 0; first < sampled; first += MAX_ROWS) {
             const float *keys[MAX_ROWS], *values[MAX_ROWS];
-            const int count = std::min(MAX_ROWS, stop - first);
+            const int count = std::min(MAX_ROWS, sampled - first);
             for (int row = 0; row < count; row++) {
-                keys[row] = k + group.token(first + row) * args.k.token;
-                values[row] = v + group.token(first + row) * args.v.token;
+                const int64_t token = group.token(begin + (first + row) * args.sample_every);
+                keys[row] = k + token * args.k.token;
+                values[row] = v + token * args.v.token;
+                ask(keys[row], args.dim);
+                ask(values[row], args.dim);
             }
-            const Columns columns{packed + head * packed_size, args.rows, args.dim};
-            variant.add_errors(keys, values, count, k_mean, v_mean, columns, args.limit * LOG2_E, sums, memory);
+            variant.add_errors(keys, values, count, args.k_mean + i * args.dim, args.v_mean + i * args.dim, columns,
+                               args.limit * LOG2_E, sums, memory);
         }
+        const float factor = sampled ? float(size) / float(sampled) : 0;
+        for (int row = 0; row < args.rows; row++) sums[row] *= factor;
         std::copy_n(sums, args.rows, args.sums + i * args.rows);
     });
 }
@@ -371,13 +406,14 @@ void attend_skipped(const SkippedArgs &args, const ClusterVariant &variant) {
         float *bias = scratch + thread * scratch_size, *memory = bias + bias_size;
         std::copy_n(logs + g * bias_size, bias_size, bias);
         for (int tile = tiles[0]; tile < tiles[1]; tile++) bias[args.col[tile]] = -std::numeric_limits<float>::infinity();
-        const float *q = at(args.q, head, args.heads), *out = at(args.out, head, args.heads), *lse = at(args.lse, head, args.heads);
+        const float *q = at(args.q, head, args.heads), *lse = at(args.lse, head, args.heads);
+        float *out = at(args.out, head, args.heads);
         const Columns keys{packed.keys + head * packed.keys_size, used, args.dim};
         const Columns values{packed.values + head * packed.values_size, args.dim, used};
         for (int first = group.offsets[row]; first < group.offsets[row + 1]; first += MAX_ROWS) {
             const int count = std::min(MAX_ROWS, group.offsets[row + 1] - first);
             const float *queries[MAX_ROWS];
-            Merge merge;
+            Merge merge = {};
             for (int j = 0; j < count; j++) {
                 const int64_t token = group.token(first + j);
                 if (first + j + MAX_ROWS < group.offsets[row + 1]) {
@@ -388,7 +424,6 @@ void attend_skipped(const SkippedArgs &args, const ClusterVariant &variant) {
                 queries[j] = q + token * args.q.token;
                 merge.out[j] = out + token * args.out.token;
                 merge.lse[j] = lse[token * args.lse.token];
-                merge.to[j] = at(args.to, head, args.heads) + token * args.to.token;
             }
             variant.attend(queries, count, keys, values, bias, merge, memory);
         }

@@ -14,11 +14,10 @@ struct Columns {
     int count, depth;
 };
 
-// Attention that some queries have paid already, and where it goes together with that to the means.
+// Attention that some queries have paid already. Its output becomes that of attention to the means, too.
 struct Merge {
-    const float *out[MAX_ROWS];
+    float *out[MAX_ROWS];
     float lse[MAX_ROWS];
-    float *to[MAX_ROWS];
 };
 
 // The kernels for one instruction set. Memory is in floats and aligned to 64 bytes.
@@ -41,7 +40,8 @@ struct ClusterVariant {
     // sums[column] += e^d (e^d |v|^2 - 2 v v_mean) over some tokens, with d = min(column (k - k_mean), limit) in units of log2.
     void (*add_errors)(const float *const *k, const float *const *v, int count, const float *k_mean, const float *v_mean,
                        const Columns &columns, float limit, float *sums, float *scratch);
-    // Attention of some queries to the columns, as far as their bias is above -inf, merged with what they have.
+    // Attention of some queries to the columns, as far as their bias is above -inf, merged with what they have. Products may be
+    // of 16 bits.
     void (*attend)(const float *const *q, int count, const Columns &keys, const Columns &values, const float *bias,
                    const Merge &merge, float *scratch);
 };

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longvid.engine import Engine
+from longvid.errors import InputError
 from longvid.kernels.layout import BlockLayout
 from longvid.metrics.adherence import read_clip, score
 from longvid.metrics.fidelity import Fidelity
@@ -25,12 +26,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A policy and its settings. `published` is what its paper reports, for the table."""
+    """A policy and its settings. `published` is what its paper reports, and `title` what it is called, in the table."""
 
     name: str
     overrides: tuple[str, ...]
     published: str = ""
     preset: str | None = None
+    title: str = ""
 
 
 @dataclass
@@ -74,6 +76,10 @@ class _Side:
 
         runtime.note = listen  # type: ignore[method-assign]
 
+    def forget(self) -> None:
+        """Films from now on count alone."""
+        self.denoise_s, self.total_s, self.scores = [], [], []
+
     @property
     def compute(self) -> float:
         """The share of layers that were computed."""
@@ -102,16 +108,47 @@ def measure_policies(
     frames: int,
     reference: Case = DENSE,
     model: str = "mini",
+    together: int | None = None,
+    before: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
     say: Say,
 ) -> dict[str, Any]:
     """Times as medians of ratios to the reference on the same film, PSNR (dB) and SSIM to its frames, adherence.
 
     `density` is the mean over all attentions, the dense ones of warm-up included; it is counted in a film that is not
-    timed. `compute` is the share of layers that ran. Every case renders a film before the next film begins, so that all
-    see the same machine.
+    timed. `compute` is the share of layers that ran. `together` cases (None: all) and the reference render a film
+    before the next film begins, so that they see the same machine; `keep` is given the result after each of these
+    groups. What `before`, such a result, has of these cases is not measured again. Raises InputError where it is of
+    other films or settings.
     """
     dense = _Side(reference, _load(model, common, reference))
-    sides = [_Side(case, _load(model, common, case)) for case in cases]
+    plan = dense.engine.plan(Script((Scene("a red circle", Duration(frames, "f")),)))
+    tokens = largest_tokens(plan, dense.engine.settings, dense.engine.facts)
+    head = {
+        "films": films,
+        "frames": frames,
+        "settings": list(common),
+        "queries": tokens.num_queries,
+        "keys": tokens.num_keys,
+    }
+    if before and (changed := [name for name, value in head.items() if before.get(name) != value]):
+        raise InputError(f"the results to go on with have other {', '.join(changed)}: name another file, or start anew")
+    rows = {row["name"]: row for row in before["policies"]} if before else {}
+    first = before["dense"] if before else None
+    missing = [case for case in cases if rows.get(case.name, {}).get("overrides") != list(case.overrides)]
+    size = together or max(1, len(missing))
+    for start in range(0, len(missing), size):
+        sides = [_Side(case, _load(model, common, case)) for case in missing[start : start + size]]
+        _render_in_turns(dense, sides, films, frames, say)
+        rows |= {side.case.name: _result(side, dense) for side in sides}
+        first = first or _result(dense, dense)
+        keep({**head, "dense": first, "policies": [rows[case.name] for case in cases if case.name in rows]})
+    return {**head, "dense": first or {}, "policies": [rows[case.name] for case in cases]}
+
+
+def _render_in_turns(dense: _Side, sides: Sequence[_Side], films: int, frames: int, say: Say) -> None:
+    """The same films by each side, one film of all behind the other."""
+    names = ", ".join(side.case.name for side in sides)
     rng = np.random.default_rng(7)
     for seed in range(films + 1):
         look = world.sample_look(rng)
@@ -122,18 +159,7 @@ def measure_policies(
         for side in sides:
             for image, original in zip(side.render(look, seed, frames), originals, strict=True):
                 side.fidelity.push(image, original)
-        say(f"film {seed} of {films}")
-    plan = dense.engine.plan(Script((Scene("a red circle", Duration(frames, "f")),)))
-    tokens = largest_tokens(plan, dense.engine.settings, dense.engine.facts)
-    return {
-        "films": films,
-        "frames": frames,
-        "settings": list(common),
-        "queries": tokens.num_queries,
-        "keys": tokens.num_keys,
-        "dense": _result(dense, dense),
-        "policies": [_result(side, dense) for side in sides],
-    }
+        say(f"{names}: film {seed} of {films}")
 
 
 def _load(model: str, common: Sequence[str], case: Case) -> Engine:
@@ -149,7 +175,7 @@ def _warm_up(dense: _Side, sides: Sequence[_Side], look: world.Look, frames: int
         if runtime:
             runtime.on_layout = side.count
         side.render(look, 0, frames)
-        side.denoise_s, side.total_s, side.scores = [], [], []
+        side.forget()
         if runtime:
             runtime.on_layout = None
         side.count_verdicts()
@@ -162,7 +188,9 @@ def _result(side: _Side, dense: _Side) -> dict[str, Any]:
         "name": side.case.name,
         "overrides": list(side.case.overrides),
         "published": side.case.published,
+        "title": side.case.title or f"`{side.case.name}`",
         "denoise_s": statistics.median(side.denoise_s),
+        "dense_denoise_s": statistics.median(dense.denoise_s),
         "denoise_speedup": _ratio(dense.denoise_s, side.denoise_s),
         "speedup": _ratio(dense.total_s, side.total_s),
         "compute": side.compute,
@@ -189,4 +217,17 @@ def as_text(result: dict[str, Any]) -> str:
         fidelity = f"{row['psnr']:8.2f}{row['ssim']:8.4f}" if row["psnr"] is not None else " " * 16
         times = f"{row['denoise_speedup']:8.2f}x{row['speedup']:7.2f}x{row['compute']:9.3f}{row['density']:9.3f}"
         lines.append(f"{row['name']:24}{times}{fidelity}{row['joint_adherence']:7.0%}")
+    return "\n".join(lines)
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table of sparse attention as the README has it."""
+    lines = [
+        "| policy | density | denoising | film | PSNR | SSIM | prompts obeyed | its paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["policies"]:
+        times = f"{row['density']:.2f} | {row['denoise_speedup']:.2f}x | {row['speedup']:.2f}x"
+        fidelity = f"{row['psnr']:.1f} dB | {row['ssim']:.3f} | {row['joint_adherence']:.0%}"
+        lines.append(f"| {row['title']} | {times} | {fidelity} | {row['published'] or '-'} |")
     return "\n".join(lines)

@@ -93,7 +93,8 @@ class AdaSpaPolicy:
         settings, memory = self.settings, call.memory
         tiles = tiling(call.tokens, settings.tile, q_BLHD.device)
         lse_BLH = memory["lse"].transpose(1, 2)
-        mass_BHRC = block_mass(q_BLHD, k_BTHD, lse_BLH, tiles.q, tiles.k, sample_every=settings.sample_every)
+        args = q_BLHD, k_BTHD, lse_BLH, tiles.q, tiles.k
+        mass_BHRC = block_mass(*args, sample_every=settings.sample_every, exact=settings.sample_every == 1)
         even = mass_BHRC.new_full((call.heads.count,), settings.sparsity)
         found = mass_BHRC * choose(mass_BHRC, even, tiles)
         recall = call.heads.gather(found.sum((0, 2, 3)) / mass_BHRC.sum((0, 2, 3)))

@@ -6,6 +6,7 @@ G = B · H.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -82,15 +83,24 @@ def sampled_scores(q_BLHD: Tensor, k_BTHD: Tensor, q: Blocks, k: Blocks, sample:
     """The highest q · k / sqrt(D) between samples of each query tile and of each key tile, fp32 [G, R, C]."""
     batch, _, num_heads, head_dim = q_BLHD.shape
     groups, num_cols = batch * num_heads, k.num_blocks
-    q_GND = q_BLHD[:, sampled_tokens(q, sample)].transpose(1, 2).reshape(groups, -1, head_dim) / math.sqrt(head_dim)
-    k_GND = k_BTHD[:, sampled_tokens(k, sample)].transpose(1, 2).reshape(groups, -1, head_dim)
+    q_GSRD = _samples(q_BLHD, q, sample) / math.sqrt(head_dim)
+    k_SGCD = _samples(k_BTHD, k, sample).unbind(1)
     limit = CPU_SLAB if q_BLHD.device.type == "cpu" else GPU_SLAB
-    rows = max(1, limit // (groups * sample * sample * num_cols))
+    rows = max(1, limit // (groups * sample * num_cols))
     scores = []
-    for q_GnD in q_GND.split(rows * sample, 1):
-        each = q_GnD @ k_GND.mT
-        scores.append(each.view(groups, -1, sample, num_cols, sample).amax(-1).amax(2))
+    for q_GSrD in q_GSRD.split(rows, 2):
+        some = q_GSrD.flatten(1, 2)
+        # One sample of every key tile at a time: maxima of whole matrices are faster than those of few neighbours.
+        highest = functools.reduce(torch.maximum, (some @ k_GCD.mT for k_GCD in k_SGCD))
+        scores.append(highest.view(groups, sample, -1, num_cols).amax(1))
     return torch.cat(scores, 1).float()
+
+
+def _samples(x_BTHD: Tensor, blocks: Blocks, sample: int) -> Tensor:
+    """The sampled tokens of each block, [G, S, N, D]."""
+    batch, _, num_heads, head_dim = x_BTHD.shape
+    places = sampled_tokens(blocks, sample).view(-1, sample).T.flatten()
+    return x_BTHD[:, places].transpose(1, 2).reshape(batch * num_heads, sample, -1, head_dim)
 
 
 def sampled_tokens(blocks: Blocks, sample: int) -> Tensor:

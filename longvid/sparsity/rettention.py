@@ -72,8 +72,12 @@ class RettentionPolicy:
         return window_layout(at_origin(tokens), settings.tile, settings.keep, 1, torch.device("cpu")).density()
 
     def choosing(self, tokens: TokenMap) -> float:
-        """The tiles are fixed."""
-        return 0.0
+        """The window that a dense step computes, too, for each sparse one behind it; no end of it where there is none.
+
+        A window of nothing still reads every token: the tenth of dense attention.
+        """
+        sparse_steps = self.settings.refresh_every - 1
+        return (self.density(tokens) + 0.1) / sparse_steps if sparse_steps else math.inf
 
     def _correct(self, out_BLHD: Tensor, call: Call) -> Tensor:
         rho = (call.memory["rho"] + self.settings.growth).clamp(max=1.0)

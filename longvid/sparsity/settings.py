@@ -111,6 +111,12 @@ class Svg2(Sparse):
     min_keep: Share = 0.1
     first_iterations: Annotated[int, Field(ge=1, le=1000)] = 50
     iterations: Annotated[int, Field(ge=0, le=1000)] = 2
+    sample_every: Annotated[int, Field(ge=1, le=64)] = 3
+    """All iterations of a step but the last look at every n-th token; 1: at all, as in the paper. So does SVG-EAR for
+    the error of a centroid, at every n-th key of its cluster.
+
+    Better no divisor or multiple of a latent's row: see `AdaSpa.sample_every`.
+    """
 
 
 class SvgEar(Svg2):

@@ -6,6 +6,7 @@ Shapes: B batch, L queries, T keys, H heads, D of a head, G groups, R query bloc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +24,22 @@ CPU_SLAB, GPU_SLAB = 1 << 21, 1 << 28
 LOWEST = torch.finfo(torch.float32).min
 
 
-def with_skipped(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, partial: Partial, layout: BlockLayout) -> Tensor:
+def with_skipped(
+    q_BLHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    partial: Partial,
+    layout: BlockLayout,
+    means: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Attention to a layout's tiles, and in the same softmax to the means of those that each row skips: [B, L, H, D].
 
-    `partial` is attention to the tiles. A mean of n keys has the bias log n (SVG-EAR, ASA_G). Layouts with heads that
-    are skipped altogether have no rows to correct and are not supported.
+    `partial` is attention to the tiles; its output may be written to. `means` are of each block's keys and values, fp32
+    [B, H, C, D] (None: they are computed); of blocks that no row skips they may be anything finite. A mean of n keys
+    has the bias log n (SVG-EAR, ASA_G). Layouts with heads that are skipped altogether have no rows to correct and are
+    not supported.
     """
-    k_mean, v_mean = block_means(k_BTHD, layout.k), block_means(v_BTHD, layout.k)
+    k_mean, v_mean = means or (block_means(k_BTHD, layout.k), block_means(v_BTHD, layout.k))
     if _is_native(q_BLHD):
         scale = 1 / math.sqrt(q_BLHD.shape[3])
         return cluster_cpu.attend_skipped(q_BLHD, k_mean, v_mean, partial, layout, scale).type_as(q_BLHD)

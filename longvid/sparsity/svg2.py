@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longvid.kernels.dense import Partial
-from longvid.kernels.layout import BlockLayout, make_layout, own_groups
-from longvid.kernels.permute import cluster_blocks, cluster_sizes, kmeans
+from longvid.kernels.layout import BlockLayout, Blocks, make_layout, own_groups
+from longvid.kernels.permute import cluster_blocks, kmeans
 from longvid.kernels.select import top_p
 from longvid.sparsity.policy import Call, Memory, is_left_dense
 from longvid.sparsity.settings import Svg2
@@ -28,7 +28,7 @@ QUERIES_A_CLUSTER, KEYS_A_CLUSTER = 128, 64
 Smaller clusters need fewer scores for the same mass, but finding them takes longer than that saves.
 """
 
-TOKEN_SCORES = 200
+TOKEN_SCORES = 60
 """Scores of attention that take as long as reading, ordering and choosing for one token, as measured on a CPU."""
 
 
@@ -41,7 +41,9 @@ class Clusters:
     centroids_BHND: Tensor
     """fp32"""
     sizes_BHN: Tensor
-    """Tokens of each, int64."""
+    """Tokens of each, int32."""
+    blocks: Blocks
+    """The same tokens in the order of their clusters, of every head."""
 
 
 class Svg2Policy:
@@ -58,20 +60,10 @@ class Svg2Policy:
 
     def layout(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> BlockLayout | None:
         """The pairs of clusters that this step's q and k choose."""
-        settings, tokens = self.settings, call.tokens
-        if is_left_dense(call, settings):
+        if is_left_dense(call, self.settings):
             return None
-        in_clusters, skippable = latent_queries(tokens), own_keys(tokens)
-        num_q, num_k = self.num_clusters(tokens)
-        queries = self._cluster("q_centroids", q_BLHD[:, in_clusters], num_q, call.memory)
-        keys = self._cluster("k_centroids", k_BTHD[:, skippable], num_k, call.memory)
-        chosen_GRC = self.choose(queries, keys, v_BTHD[:, skippable])
-        return make_layout(
-            cluster_blocks(with_rest(queries.labels_BHT, in_clusters, tokens.num_queries, num_q), num_q + 1),
-            cluster_blocks(with_rest(keys.labels_BHT, skippable, tokens.num_keys, num_k), num_k + 1),
-            F.pad(chosen_GRC, (0, 1, 0, 1), value=True),
-            own_groups(q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.device),
-        )
+        queries, keys = self.cluster(q_BLHD, k_BTHD, call)
+        return lay_out(queries, keys, self.choose(queries, keys), call.tokens)
 
     def finish(
         self,
@@ -96,8 +88,9 @@ class Svg2Policy:
     def choosing(self, tokens: TokenMap) -> float:
         """k-means, in which a token's product with a centroid is half a score, and what is done to tokens besides."""
         num_q, num_k = self.num_clusters(tokens)
+        passes = 1 + max(0, self.settings.iterations - 1) / self.settings.sample_every
         products = num_q / tokens.num_keys + num_k / tokens.num_queries
-        return max(1, self.settings.iterations) * products / 2 + share_of_tokens(tokens, TOKEN_SCORES)
+        return passes * products / 2 + share_of_tokens(tokens, TOKEN_SCORES)
 
     def num_clusters(self, tokens: TokenMap) -> tuple[int, int]:
         """Of queries and of keys."""
@@ -105,8 +98,14 @@ class Svg2Policy:
         num_q = cluster_count(settings.query_clusters, len(tokens.queries) * tokens.per_latent, QUERIES_A_CLUSTER)
         return num_q, cluster_count(settings.key_clusters, len(tokens.own) * tokens.per_latent, KEYS_A_CLUSTER)
 
-    def choose(self, queries: Clusters, keys: Clusters, v_BTHD: Tensor) -> Tensor:
-        """The key clusters that each query cluster sees, bool [G, R, C]. `v_BTHD` are the own keys' values."""
+    def cluster(self, q_BLHD: Tensor, k_BTHD: Tensor, call: Call) -> tuple[Clusters, Clusters]:
+        """The queries of latents and the own keys."""
+        num_q, num_k = self.num_clusters(call.tokens)
+        queries = self._cluster("q_centroids", q_BLHD[:, latent_queries(call.tokens)], num_q, call.memory)
+        return queries, self._cluster("k_centroids", k_BTHD[:, own_keys(call.tokens)], num_k, call.memory)
+
+    def choose(self, queries: Clusters, keys: Clusters) -> Tensor:
+        """The key clusters that each query cluster sees, bool [G, R, C]."""
         return top_p(cluster_mass(queries, keys), self.settings.top_p, min_keep=self.min_clusters(keys))
 
     def min_clusters(self, keys: Clusters) -> int:
@@ -117,9 +116,11 @@ class Svg2Policy:
     def _cluster(self, name: str, x_BTHD: Tensor, num_clusters: int, memory: Memory) -> Clusters:
         known = memory.get(name)
         iterations = self.settings.first_iterations if known is None else self.settings.iterations
-        labels, centroids = kmeans(x_BTHD, known, num_clusters, iterations)
+        labels, centroids = kmeans(x_BTHD, known, num_clusters, iterations, sample_every=self.settings.sample_every)
         memory[name] = centroids
-        return Clusters(x_BTHD, labels, centroids, cluster_sizes(labels, num_clusters))
+        blocks = cluster_blocks(labels, num_clusters)
+        sizes = blocks.lengths().view(*labels.shape[:2], -1)
+        return Clusters(x_BTHD, labels, centroids, sizes, blocks)
 
 
 def cluster_count(wanted: int, num_tokens: int, tokens_a_cluster: int) -> int:
@@ -127,11 +128,26 @@ def cluster_count(wanted: int, num_tokens: int, tokens_a_cluster: int) -> int:
     return max(1, min(wanted, num_tokens // tokens_a_cluster))
 
 
-def with_rest(labels_BHT: Tensor, place: slice, num_tokens: int, num_clusters: int) -> Tensor:
+def lay_out(queries: Clusters, keys: Clusters, chosen_GRC: Tensor, tokens: TokenMap) -> BlockLayout:
+    """The chosen pairs of clusters, and whatever is in none, which sees all and which all see."""
+    batch, num_heads, _ = queries.labels_BHT.shape
+    return make_layout(
+        with_rest(queries.blocks, latent_queries(tokens), tokens.num_queries),
+        with_rest(keys.blocks, own_keys(tokens), tokens.num_keys),
+        F.pad(chosen_GRC, (0, 1, 0, 1), value=True),
+        own_groups(batch, num_heads, chosen_GRC.device),
+    )
+
+
+def with_rest(clusters: Blocks, place: slice, num_tokens: int) -> Blocks:
     """The clusters of all tokens: those outside `place` are in a cluster of their own, the last."""
-    labels = labels_BHT.new_full((*labels_BHT.shape[:2], num_tokens), num_clusters)
-    labels[:, :, place] = labels_BHT
-    return labels
+    assert clusters.order is not None
+    offsets = F.pad(clusters.offsets, (0, 1), value=num_tokens)
+    if clusters.order.shape[1] == num_tokens:
+        return Blocks(offsets, clusters.order)
+    every = torch.arange(num_tokens, dtype=torch.int32, device=offsets.device)
+    rest = torch.cat([every[: place.start], every[place.stop :]])
+    return Blocks(offsets, torch.cat([clusters.order + place.start, rest.expand(len(offsets), -1)], 1))
 
 
 def cluster_mass(queries: Clusters, keys: Clusters) -> Tensor:

@@ -114,6 +114,13 @@ def test_slabs_bound_the_memory_of_the_fallback(monkeypatch):
     torch.testing.assert_close(score.block_mass_torch(q, k, lse, *blocks, scale=0.25), whole)
 
 
+def test_mass_that_need_not_be_exact_is_near():
+    q, k, lse = case(3, 1, 200, 300, 2, 64)
+    blocks = even_blocks(200, 32), even_blocks(300, 32)
+    exact = score.block_mass(q, k, lse, *blocks)
+    torch.testing.assert_close(score.block_mass(q, k, lse, *blocks, exact=False), exact, rtol=0.02, atol=0)
+
+
 def test_no_tokens_have_no_mass():
     q, k, lse = torch.zeros(1, 0, 2, 8), torch.zeros(1, 16, 2, 8), torch.zeros(1, 0, 2)
     empty = Blocks(torch.zeros(1, 2, dtype=torch.int32))

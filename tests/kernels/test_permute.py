@@ -119,6 +119,39 @@ def test_iterations_from_the_centroids_of_before_go_on_where_those_ended():
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("is_built", [True, False])
+def test_iterations_on_samples_end_with_one_on_all_tokens(monkeypatch, is_built):
+    is_available = is_built and native.is_available()
+    monkeypatch.setattr(native, "is_available", lambda: is_available)
+    x = random(0, 2, 601, 2, 8)
+    found = kmeans(x, None, 6, 4, sample_every=3)
+    sampled = kmeans(x[:, 1::3], spaced_tokens(x, 6), 6, 3)[1]
+    for result, expected in zip(found, kmeans(x, sampled, 6, 1), strict=True):
+        assert torch.equal(result, expected)
+    alone = kmeans(x[:, :1], None, 1, 4, sample_every=3)  # there is nothing to sample
+    assert (alone[0] == 0).all() and torch.equal(alone[1], x[:, :1].transpose(1, 2))
+
+
+@built
+def test_parts_of_the_tokens_add_up_and_threads_change_nothing():
+    """More tokens than one thread takes at a time: their sums are added up in one order."""
+    x = random(7, 1, 2000, 3, 16)
+    centroids = spaced_tokens(x, 9)
+    labels, means = lloyd_step(x, centroids)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(cluster_cpu.kmeans(x, centroids, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    found, moved = cluster_cpu.kmeans(x, centroids, 1)
+    assert torch.equal(found, labels)
+    torch.testing.assert_close(moved, means)
+
+
 def test_without_iterations_tokens_go_to_the_centroids_as_they_are():
     x, centroids = random(0, 1, 20, 2, 8), random(1, 1, 2, 4, 8)
     labels, same = kmeans(x, centroids, 4, 0)

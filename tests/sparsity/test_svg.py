@@ -1,6 +1,8 @@
 """Sparse VideoGen 2 keeps the heavy pairs of clusters; SVG-EAR sees the others by their centroids."""
 
+import gc
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from longvid.kernels.dense import attend
 from longvid.kernels.dispatch import sparse_attention
 from longvid.kernels.layout import even_blocks, make_layout, one_group
 from longvid.kernels.merge import merge_partials
-from longvid.kernels.permute import cluster_sizes
+from longvid.kernels.permute import cluster_blocks, cluster_sizes, cluster_sums
 from longvid.sparsity.settings import Svg2, SvgEar
 from longvid.sparsity.skipped import attend_skipped, block_means, with_skipped
 from longvid.sparsity.svg2 import Clusters, Svg2Policy, cluster_count
@@ -26,12 +28,18 @@ pytestmark = pytest.mark.usefixtures("_small_clusters")
 def make(policy=Svg2Policy, **changes):
     settings = {Svg2Policy: Svg2, SvgEarPolicy: SvgEar}[policy]
     name = {Svg2Policy: "svg2", SvgEarPolicy: "svg_ear"}[policy]
-    return policy(settings(policy=name, **{"first_iterations": 5, **changes}))
+    return policy(settings(policy=name, **{"first_iterations": 5, "sample_every": 1, **changes}))
 
 
 def tokens_of(blocks, num_tokens, group):
     block = blocks.block_of(num_tokens)
     return [(block[group] == n).nonzero()[:, 0] for n in range(blocks.num_blocks)]
+
+
+def clusters(x, labels, num_clusters):
+    blocks = cluster_blocks(labels, num_clusters)
+    sizes = cluster_sizes(labels, num_clusters)
+    return Clusters(x, labels, block_means(x, blocks), sizes, blocks)
 
 
 def test_pairs_are_kept_by_the_mass_of_their_centroids(film, attend_by):
@@ -138,17 +146,21 @@ def test_every_variant_sees_the_same_errors_and_means(film, attend_by):
     partial = sparse_attention(q, k, v, layout)
     k_mean, v_mean = block_means(k, layout.k), block_means(v, layout.k)
     expected, _ = merge_partials(*partial, *attend_skipped(q, k_mean, v_mean, layout))
-    labels = layout.k.block_of(k.shape[1]).view(2, 4, -1)
-    keys = Clusters(k, labels, k_mean, cluster_sizes(labels, layout.k.num_blocks))
+    keys = clusters(k, layout.k.block_of(k.shape[1]).view(2, 4, -1), layout.k.num_blocks)
     centroids = 0.5 * torch.randn(2, 4, 45, 16, generator=torch.Generator().manual_seed(0))
-    sums, *means = errors(keys, v, centroids)
+    means = tuple(
+        cluster_sums(x, keys.labels_BHT, layout.k.num_blocks) / keys.sizes_BHN.clamp(min=1)[..., None] for x in (k, v)
+    )
     for isa in native.ISAS[: native.ISAS.index(native.isa()) + 1]:
         for x, mean in zip((k, v), means, strict=True):
             torch.testing.assert_close(cluster_cpu.block_means(x, layout.k, isa), mean)
-        found, *found_means = cluster_cpu.errors(k, v, layout.k, centroids, limit=MAX_EXPONENT, isa=isa)
-        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found_means, means)
-        out = cluster_cpu.attend_skipped(q, k_mean, v_mean, partial, layout, 1 / math.sqrt(16), isa)
+        for every in (1, 3):
+            sums = errors(keys, v, means, centroids, every)
+            args = k, v, layout.k, means, centroids
+            found = cluster_cpu.errors(*args, limit=MAX_EXPONENT, sample_every=every, isa=isa)
+            torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
+        before = partial[0].clone(), partial[1]
+        out = cluster_cpu.attend_skipped(q, k_mean, v_mean, before, layout, 1 / math.sqrt(16), isa)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -170,11 +182,10 @@ def test_the_error_of_a_centroid_is_that_of_its_definition(scale):
     q, k, v = (torch.randn(2, n, 3, 8, generator=generator) for n in (20, 40, 40))
     k = k * scale
     labels = torch.randint(0, 5, (2, 3, 40), generator=generator)
-    sizes = torch.nn.functional.one_hot(labels, 6).sum(2)  # the last is empty
     centroids = torch.randn(2, 3, 4, 8, generator=generator)
-    queries = Clusters(q, torch.zeros(2, 3, 20).long(), centroids, torch.full((2, 3, 4), 5))
-    keys = Clusters(k, labels, torch.zeros(2, 3, 6, 8), sizes)
-    found = log_error(queries, keys, v)
+    queries = replace(clusters(q, torch.zeros(2, 3, 20).long(), 4), centroids_BHND=centroids)
+    keys = clusters(k, labels, 6)  # the last is empty
+    found = log_error(queries, keys, v, (keys.centroids_BHND, block_means(v, keys.blocks)))
     for b in range(2):
         for h in range(3):
             for j in range(5):
@@ -189,9 +200,8 @@ def test_the_error_of_a_centroid_is_that_of_its_definition(scale):
 def test_far_scores_do_not_overflow():
     q, k, v = (torch.full((1, 4, 1, 8), x) for x in (100.0, 1.0, 1.0))
     k = k * torch.tensor([100.0, -100.0, 50.0, 0.0])[None, :, None, None]
-    queries = Clusters(q, torch.zeros(1, 1, 4).long(), q[:, :1].transpose(1, 2), torch.tensor([[[4]]]))
-    keys = Clusters(k, torch.zeros(1, 1, 4).long(), torch.zeros(1, 1, 1, 8), torch.tensor([[[4]]]))
-    assert log_error(queries, keys, v).isfinite().all()
+    queries, keys = (clusters(x, torch.zeros(1, 1, 4).long(), 1) for x in (q, k))
+    assert log_error(queries, keys, v, (keys.centroids_BHND, block_means(v, keys.blocks))).isfinite().all()
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.7, 0.9])
@@ -203,6 +213,43 @@ def test_centroids_bring_the_output_nearer_to_dense_at_no_more_density(film, att
     assert ear_layout.density() <= plain_layout.density() + 0.02
     plain_error, ear_error = ((out - dense).square().mean() for out in (plain, ear))
     assert ear_error < 0.5 * plain_error
+
+
+def test_samples_of_the_tokens_are_enough(film, attend_by, monkeypatch):
+    """With clusters of a published size, clusters and errors from every third token are as good as from all."""
+    monkeypatch.setattr("longvid.sparsity.svg2.QUERIES_A_CLUSTER", 64)
+    monkeypatch.setattr("longvid.sparsity.svg2.KEYS_A_CLUSTER", 48)
+    steps = [film(FILM, seed, noise=0.5) for seed in range(3)]
+    for policy in (Svg2Policy, SvgEarPolicy):
+        errors = []
+        for every in (1, SvgEar(policy="svg_ear").sample_every):
+            some, memory = make(policy, top_p=0.6, sample_every=every), {}
+            outs = [attend_by(some, inputs, 5 + i, FILM, memory)[0] for i, inputs in enumerate(steps)]
+            dense = [attend(*inputs) for inputs in steps]
+            errors.append(sum((out - exact).square().mean() for out, exact in zip(outs, dense, strict=True)))
+        assert errors[1] < 1.1 * errors[0]
+
+
+def test_the_means_of_a_step_serve_its_correction_and_go_with_its_layout(film, attend_by):
+    inputs = film(JOINT, batch=2)
+    policy = make(SvgEarPolicy, top_p=0.5)
+    out, layout = attend_by(policy, inputs, 5, JOINT, {})
+    assert len(policy._means) == 1
+    again = with_skipped(*inputs, sparse_attention(*inputs, layout), layout)
+    torch.testing.assert_close(out, again, rtol=1e-5, atol=1e-5)
+    del layout
+    gc.collect()
+    assert not policy._means
+
+
+def test_without_iterations_skipped_clusters_still_count_as_their_means(film, attend_by):
+    memory, policy = {}, make(SvgEarPolicy, top_p=0.5, iterations=0)
+    attend_by(policy, film(JOINT, 0), 5, JOINT, memory)
+    inputs = film(JOINT, 1)
+    out, layout = attend_by(policy, inputs, 6, JOINT, memory)
+    torch.testing.assert_close(
+        out, with_skipped(*inputs, sparse_attention(*inputs, layout), layout), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_choosing_by_error_beats_choosing_by_mass_with_the_same_centroids(film, attend_by):
