@@ -65,6 +65,8 @@ def _known(error: BaseException) -> LongvidError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a path is looked at first
+        return InputError(f"{error.filename}: {error.strerror}")
     message = _machine_failure(error)
     return RuntimeFailure(message) if message else None
 
@@ -492,7 +494,9 @@ def tune(
     from longvid.sparsity.search import Search
     from longvid.sparsity.settings import Sta, TileFrames
     from longvid.tune import tune as search_heads
+    from longvid.writer import check_file
 
+    check_file("--out", out)
     if isinstance(settings.attention, Sta | TileFrames):
         _tune_options(story, settings, out, chunks, tolerance)
         return

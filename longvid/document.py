@@ -115,6 +115,12 @@ def parse_scalar(text: str) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
+def check_characters(text: str, place: str) -> None:
+    """Refuse a text that no document could hold. Raises InputError."""
+    if control := _CONTROL.search(text):
+        raise InputError(f"{place}: control character {control[0]!r}")
+
+
 class _Reader:
     """Builds a Document from the events of one YAML stream."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from longvid.conditioning import Conditioning
 from longvid.decode import FilmDecoders, StageDecoders, push
 from longvid.ending import Ending
 from longvid.errors import InputError
-from longvid.events import ChunkDone, Notice, Started
+from longvid.events import ChunkDone, Event, Notice, PromptChanged, Started
 from longvid.film_stream import FilmStream, Frames, OnEvent, ignore_event
 from longvid.live import LivePrompter, Wishes
 from longvid.models.checkpoint import Checkpoint, Condition, PartsDecoder
@@ -28,7 +29,7 @@ from longvid.models.families import require
 from longvid.models.loader import checkpoint_of, open_checkpoint
 from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
-from longvid.notices import notices
+from longvid.notices import notices, unknown_in
 from longvid.orders import Orders
 from longvid.parallel.comm import DistComm, StoreBulletin, disconnect
 from longvid.parallel.executor import Executor, OnAction
@@ -47,14 +48,14 @@ from longvid.renderer import Renderer
 from longvid.rounds import RoundCounter, frames_until, units_of_last_round
 from longvid.sampler import Sampler
 from longvid.script import Scene, Script, load_script
-from longvid.settings import Settings, load_settings
+from longvid.settings import Settings, load_settings, text_override
 from longvid.sparsity.make import make_attention
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.together import Clip, join_live, join_memory
 
 
 class Engine:
-    """A loaded model that renders storyboards, one after the other.
+    """A loaded model that renders storyboards, one after the other, from any thread.
 
     Under a launcher (torchrun, ``longvid render --ranks``) there is an engine on every rank, and all make the same
     calls. The *leader* (rank 0) reads storyboards, yields frames and writes films; on the others ``stream`` yields
@@ -75,6 +76,8 @@ class Engine:
         self.facts: ModelFacts = checkpoint.facts
         """What planning needs to know of the model: sizes, native frame rate, limits."""
         self._executor: Executor | None = None
+        self._at_work = threading.Lock()
+        """Held while a film is denoised: its prompts, its sampler and its place in the decoder are the engine's."""
         self._num_streams = 0
         self._behind_the_end: Frames
         """Of the chunk that was decoded last, frames that its shot does not have."""
@@ -140,7 +143,7 @@ class Engine:
         Raises InputError for an unknown or damaged model, for wrong settings, and for a mesh that does not fit.
         """
         if isinstance(model, str | Path):
-            overrides = [*overrides, f"model.path={model}"]
+            overrides = [*overrides, text_override("model.path", str(model))]
         settings = load_settings(preset, overrides, Ending.read(Path(film)).settings if film else None)
         set_threads(settings)
         is_pipeline = model is not None and not isinstance(model, str | Path)
@@ -171,7 +174,8 @@ class Engine:
 
         While it goes on, ``FilmStream.prompt`` changes what comes: chunks that have taken at most ``early_steps``
         denoising steps take the new prompt, those that are further keep theirs. Raises InputError for a wrong
-        storyboard before any work, RuntimeFailure for latents that are not finite. Close the iterator to stop early.
+        storyboard before any work, and while another film of this engine is under way, RuntimeFailure for latents that
+        are not finite. Close the iterator to stop early.
         """
         plan, wishes = self.plan(story), Wishes()
         tools = make_tools(plan, self._model)
@@ -194,8 +198,18 @@ class Engine:
             early_steps,
             str(self._num_streams),
             self.settings.runtime.timeout_s,
-            on_event if self.mesh.is_leader else None,
+            self._tell_of_prompts(on_event) if self.mesh.is_leader else None,
         )
+
+    def _tell_of_prompts(self, on_event: OnEvent) -> OnEvent:
+        """A callback that says, too, which words of a new prompt the model does not know."""
+
+        def tell(event: Event) -> None:
+            on_event(event)
+            if isinstance(event, PromptChanged) and (not_known := unknown_in(event.prompt, self.facts)):
+                on_event(Notice(not_known))
+
+        return tell
 
     def _frames(self, plan: Plan, on_event: OnEvent, tools: Tools) -> Generator[Frames, None, None]:
         with contextlib.closing(self._stream(plan, on_event, tools)) as clips:
@@ -269,6 +283,9 @@ class Engine:
         else is as in `render`.
         """
         films = [Path(path) for path in paths]
+        if len(stories) != len(films) or len(set(films)) != len(films):
+            names = ", ".join(map(str, films))
+            raise InputError(f"each of the {len(stories)} storyboards needs a film of its own, not {names or 'none'}")
         to_make = on_leader(self.mesh, lambda: list(self._orders.films_to_make(stories, films, resume)))
         if to_make:
             self._renderer.render(self._orders.join(to_make), on_event, trace, ledger, preemption)
@@ -291,8 +308,20 @@ class Engine:
         return rehearse_schedule(lambda: make_schedule(plan, self.settings), topology, buffers, cost, decoding).bubble
 
     def denoise(self, plan: Plan, on_event: OnEvent = ignore_event, tools: Tools | None = None) -> Iterator[Finished]:
-        """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order."""
-        tools = tools or Tools()
+        """Run the plan's schedule; on the leader, yields each chunk's finished latents fp32 [C, F, h, w] in order.
+
+        Raises InputError while another film of this engine is under way.
+        """
+        if not self._at_work.acquire(blocking=False):
+            raise InputError(
+                "the engine is at work on another film: let its stream end or close it, or load another engine"
+            )
+        try:
+            yield from self._denoise(plan, on_event, tools or Tools())
+        finally:
+            self._at_work.release()
+
+    def _denoise(self, plan: Plan, on_event: OnEvent, tools: Tools) -> Iterator[Finished]:
         images = self._conditioning.prepare(plan, spare_prompts=2 if tools.prompter else 0)
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from longvid.errors import InputError
 from longvid.events import Event
 from longvid.live import Wish, Wishes
+from longvid.script import parse_prompt
 
 Frames = NDArray[np.uint8]
 OnEvent = Callable[[Event], None]
@@ -32,10 +33,12 @@ class FilmStream(Iterator[Frames]):
         """Have the scene that is on follow another prompt, from the next chunk that can take it to the scene's end.
 
         From any thread; on a rank other than the leader it does nothing. The event PromptChanged says from which frame.
+        Raises InputError for what no storyboard could hold.
         """
-        text = " ".join(text.split())
+        text = parse_prompt(text, "a prompt")
         if not text:
             raise InputError("a prompt must say something")
+        negative = None if negative is None else parse_prompt(negative, "a negative")
         if self._wishes is None:
             raise InputError(
                 "with schedule=chunks all chunks are at one step, and none can take another prompt: use queue"

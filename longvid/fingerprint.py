@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import takewhile
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ _FREE: dict[str, Any] = {
 """Settings that may change between runs: files of the model and of LoRAs count, wherever they are; see `Machine`."""
 
 
+_FILES = (("attention", "profile"), ("cache", "table"))
+"""Settings that name a file, of which the content counts."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What was really used where the settings say `auto`. Tokens spread over ranks are summed in another order, and so
@@ -68,6 +73,9 @@ def fingerprint(
     kept["model"]["lora"] = [
         {**entry.model_dump(exclude={"path"}), "file": describe_lora(Path(entry.path))} for entry in settings.model.lora
     ]
+    for section, name in _FILES:
+        if path := kept[section].get(name):
+            kept[section][name] = describe_file(Path(expanduser(path)))["digest"]
     kept["mesh"] = {"seq": machine.topology.seq, "ring": machine.topology.ring}
     kept["runtime"] |= {"device": machine.device, "threads": machine.threads, "kernels": machine.kernels}
     kept_facts = {name: value for name, value in asdict(facts).items() if name not in _NO_MATTER}
@@ -92,7 +100,7 @@ def _story(script: Script, plan: Plan) -> Plain:
         described: Plain = {"prompt": scene.prompt, "negative": scene.negative, "frames": span.num_frames, "seed": seed}
         described["transition"] = scene.transition.kind
         if scene.image:
-            described["image"] = _describe_file(scene.image)["digest"]
+            described["image"] = describe_file(scene.image)["digest"]
         if scene.transition.kind != "cut":
             described[f"{scene.transition.kind} frames"] = transition_frames(script, scene, plan.fps)
         scenes.append(described)
@@ -105,25 +113,25 @@ def _story(script: Script, plan: Plan) -> Plain:
 def describe_model(root: Path) -> Plain:
     """Every file of a checkpoint's parts: its size and digest, by its path in the directory."""
     files = [*root.glob("*.json"), *(file for part in _PARTS for file in (root / part).rglob("*") if file.is_file())]
-    return {str(file.relative_to(root)): _describe_file(file) for file in sorted(files)}
+    return {str(file.relative_to(root)): describe_file(file) for file in sorted(files)}
 
 
 def describe_lora(path: Path) -> Plain:
     """The file of a LoRA, or those of the folder that peft wrote."""
-    path = path.expanduser()
+    path = Path(expanduser(path))
     files = sorted(path.glob("adapter_*")) if path.is_dir() else [path]
-    return {f"{i}": _describe_file(file)["digest"] for i, file in enumerate(files)}
+    return {f"{i}": describe_file(file)["digest"] for i, file in enumerate(files)}
 
 
 def describe_folder(folder: Path) -> Plain:
     """Every file of something that is used beside a model, by the folder's name."""
-    return {f"{folder.name}/{file.name}": _describe_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    return {f"{folder.name}/{file.name}": describe_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def mark_of(root: Path, part: str) -> str:
     """A short text that stands for the files of one part of a checkpoint."""
     paths = sorted(file for file in (root / part).rglob("*") if file.is_file())
-    files = {str(file.relative_to(root)): _describe_file(file) for file in paths}
+    files = {str(file.relative_to(root)): describe_file(file) for file in paths}
     return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
 
 
@@ -133,7 +141,7 @@ def marks_of(root: Path, *kinds: str) -> str:
     return " ".join(mark_of(root, part) for part in parts)
 
 
-def _describe_file(path: Path) -> Plain:
+def describe_file(path: Path) -> Plain:
     """Its size and digest. A change in a large file shows in its head (names and shapes) or in samples all over it."""
     size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
@@ -185,6 +193,8 @@ def _words(path: _Place, old: Any, new: Any) -> str:
             name = f"scene {index + 1}, {_joined(rest)}"
         case ("settings", "model", "lora", int(index), "file", *_):
             return f"the file of LoRA {index + 1} changed"
+        case ("settings", str(section), str(setting)) if (section, setting) in _FILES and old and new:
+            return f"the file of {section}.{setting} changed"
         case ("model", "facts", *rest):
             name = f"the model's {_joined(rest)}"
         case (_, *rest):

@@ -25,22 +25,24 @@ def notices(
     """Of words that the model does not know, of settings that do nothing, of sizes that it was not trained for."""
     if costs and (at := costs.measured_at):
         yield f"layers are dealt out by what they take at {at[0]}x{at[1]}, scaled by operations to the model's size"
-    vocabulary = facts.vocabulary
-    if vocabulary is None:
-        return
     for scene in plan.scenes:
-        unknown = unknown_words(plan.prompts[scene.prompt], vocabulary)
-        if unknown:
-            hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
+        if not_known := unknown_in(plan.prompts[scene.prompt], facts):
             place = f"line {scene.line}: " if scene.line else ""
             if plan.joined:
                 place = f"film {1 + plan.film_of(plan.chunks[plan.shots[scene.shot].first_chunk])}, {place}"
-            yield f"{place}the model does not know {', '.join(hints)}"
+            yield f"{place}{not_known}"
     if attention:
         tokens = largest_tokens(plan, settings, facts)
         if not attention.pays(tokens, device):
             name, count = settings.attention.policy, tokens.num_keys
             yield f"attention.policy: {name} would be slower than dense attention to {count} tokens: it stays dense"
-    if (plan.width, plan.height) != (facts.width, facts.height):
+    if facts.vocabulary is not None and (plan.width, plan.height) != (facts.width, facts.height):
         native = f"{facts.width}x{facts.height}"
         yield f"the model was trained at {native}; {plan.width}x{plan.height} may look wrong"
+
+
+def unknown_in(prompt: str, facts: ModelFacts) -> str:
+    """What to tell of a prompt's words that the model does not know; nothing, where it knows all or nobody can say."""
+    unknown = unknown_words(prompt, facts.vocabulary) if facts.vocabulary is not None else {}
+    hints = (f"{word!r}" + (f" (nearest: {near!r})" if near else "") for word, near in unknown.items())
+    return f"the model does not know {', '.join(hints)}" if unknown else ""

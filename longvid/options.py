@@ -51,7 +51,9 @@ def film_paths(stories: Sequence[Path], output: Path) -> list[Path]:
 
 def all_overrides(model: str | None, overrides: list[str] | None, loras: list[str] | None = None) -> list[str]:
     """What `--set`, `--model` and `--lora` say, as overrides of settings."""
-    chosen = [] if model is None else [f"model.path={model}"]
+    from longvid.settings import text_override
+
+    chosen = [] if model is None else [text_override("model.path", model)]
     if loras:
         chosen.append(f"model.lora={json.dumps([_lora(text) for text in loras])}")
     return [*(overrides or []), *chosen]

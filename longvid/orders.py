@@ -21,7 +21,7 @@ from longvid.plan import ModelFacts, Plan, make_plan
 from longvid.ranks import describe_kernels
 from longvid.sampler import Sampler
 from longvid.script import Scene, Script, load_script, storyboard_text
-from longvid.settings import Settings
+from longvid.settings import Settings, with_whole_paths
 from longvid.together import Film, Job
 from longvid.writer import WriterState, check_path
 
@@ -109,7 +109,7 @@ class Orders:
     def keep_ending(self, film: Film, ended: Ended, written: WriterState) -> None:
         """Keep what a film that goes on from here needs, in place of what it went on from itself."""
         before = film.ending
-        settings = self.settings.model_dump(mode="json")
+        settings = with_whole_paths(self.settings).model_dump(mode="json")
         if Path(settings["model"]["path"]).is_dir():
             settings["model"]["path"] = str(Path(settings["model"]["path"]).resolve())
         marks = {name: value for name, value in film.fingerprint.items() if name != "extends"}

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from longvid.document import Document, Section, nearest, parse_document, read_document, show, validate
+from longvid.document import (
+    Document,
+    Section,
+    check_characters,
+    nearest,
+    parse_document,
+    read_document,
+    show,
+    validate,
+)
 from longvid.errors import InputError
 
 MAX_HOURS = 24
@@ -113,6 +122,20 @@ def parse_scene(prompt: str, length: str, kind: TransitionKind, over: str | None
         raise InputError("--over: a cut takes no time")
     change = Transition(kind, option_duration("--over", over) if over else None)
     return Scene(_one_line(prompt), option_duration("--for", length), change, seed)
+
+
+def parse_prompt(text: str, name: str) -> str:
+    """A prompt that comes from a program, as a storyboard would take it; `name` is what messages call it.
+
+    Raises InputError.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be text, not {show(text)}")
+    line: str = _one_line(text)
+    if len(line) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"{name}: must hold at most {MAX_PROMPT_CHARACTERS} characters, not {len(line)}")
+    check_characters(line, name)
+    return line
 
 
 def option_duration(option: str, text: str) -> Duration:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -203,6 +205,23 @@ class Settings(Section):
         return self.queue.left == "recompute" or self.schedule == "chunks"
 
 
+def with_whole_paths(settings: Settings) -> Settings:
+    """The same from any folder: files that settings name are absolute. The model is left: it need be none."""
+
+    def whole(section: Any, *names: str) -> Any:
+        paths = {name: path for name in names if (path := getattr(section, name, None)) is not None}
+        return section.model_copy(update={name: str(Path(expanduser(path)).absolute()) for name, path in paths.items()})
+
+    sections = {
+        "model": settings.model.model_copy(update={"lora": [whole(lora, "path") for lora in settings.model.lora]}),
+        "attention": whole(settings.attention, "profile"),
+        "cache": whole(settings.cache, "table"),
+        "memory": whole(settings.memory, "prompt_cache"),
+        "vin": whole(settings.vin, "path"),
+    }
+    return settings.model_copy(update=sections)
+
+
 def load_settings(
     preset: str | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> Settings:
@@ -221,8 +240,14 @@ def load_settings(
     return validate(Settings, document)
 
 
+def text_override(key: str, text: str) -> str:
+    """The override that sets a key to this text, also where YAML would take it for a number or a list."""
+    is_plain = not text.startswith(("[", '"')) and parse_scalar(text) == text
+    return f"{key}={text}" if is_plain else f"{key}={json.dumps(text, ensure_ascii=False)}"
+
+
 def _parse_value(text: str, option: str) -> Any:
-    return parse_document(text.encode(), option).data if text.startswith("[") else parse_scalar(text)
+    return parse_document(text.encode(), option).data if text.startswith(("[", '"')) else parse_scalar(text)
 
 
 def preset_names() -> list[str]:

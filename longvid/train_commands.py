@@ -121,6 +121,9 @@ def train_cache(
     settings = chosen_settings(model, preset, overrides)
 
     from longvid.calibrate import calibrate, write_preset
+    from longvid.writer import check_file
+
+    check_file("--out", out)
 
     if method == "harmonica":
         from longvid.training.harmonica import HarmonicaSettings, run_harmonica

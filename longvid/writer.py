@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longvid.errors import InputError, RuntimeFailure
+from longvid.folder_lock import FolderLock, lock_folder
 from longvid.hls import Playlist, write_whole
 from longvid.manifest import ANEW, MANIFEST, state_folder, working_folder
 from longvid.segments import SegmentEncoder, count_frames, frame_rate, join_segments
@@ -47,7 +48,8 @@ class FilmWriter:
     segments and playlist, playable, and checkpoints.
 
     `width` and `height` are those of the frames that come, before `output.scale`. Raises InputError for a path that
-    cannot be written and for odd sizes, RuntimeFailure for a disk that fails or is full.
+    cannot be written, for one at which another render is at work, and for odd sizes; RuntimeFailure for a disk that
+    fails or is full.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class FilmWriter:
         self._encoder: SegmentEncoder | None = None
         self._open_frames: list[NDArray[np.uint8]] = []
         self._closed = False
+        self._lock = FolderLock(None)
         _check_size(width * output.scale, height * output.scale)
         self.playlist = self.folder / "film.m3u8"
         self._open_folder(kept_segments)
@@ -155,8 +158,11 @@ class FilmWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # The error on its way out says what went wrong; a full disk would only fail a second time here.
-        with contextlib.suppress(RuntimeFailure) if error else contextlib.nullcontext():
-            self.close()
+        try:
+            with contextlib.suppress(RuntimeFailure) if error else contextlib.nullcontext():
+                self.close()
+        finally:
+            self._lock.release()
 
     def _encode(self, frame: NDArray[np.uint8]) -> None:
         encoder = self._encoder or SegmentEncoder(
@@ -200,7 +206,7 @@ class FilmWriter:
     def _open_folder(self, kept_segments: int | None) -> None:
         try:
             check_path(self.path)
-            self.folder.mkdir(exist_ok=True)
+            self._lock = lock_folder(self.folder, self.path)
             if kept_segments is None:
                 self._remove_files()
             else:
@@ -212,6 +218,9 @@ class FilmWriter:
             if error.errno in _OUT_OF_SPACE:
                 raise self._failure(error) from error
             raise InputError(f"{self.path}: cannot write there: {error.strerror}") from error
+        except InputError:
+            self._lock.release()
+            raise
 
     def _keep(self, num_segments: int) -> None:
         names = [segment_name(index) for index in range(num_segments)]

@@ -144,9 +144,11 @@ class QueueSimulation:
 
     def has_tokens(self, shot: int, n: int) -> bool:
         """Whether anybody is to read a shot's tokens in a round, and there is what to make them of."""
+        if not self.rules.tokens:
+            return False  # at once: films are long, and this is asked of every unit
         taken = [n - self.rules.gap * chunk.index for chunk in self.members(shot)]
         is_read = any(0 <= k < self.steps and k not in self.rules.forecast for k in taken)
-        return self.rules.tokens and is_read and bool(self.snapshot(shot, n))
+        return is_read and bool(self.snapshot(shot, n))
 
     def require_tokens(self, action: Forward) -> None:
         shot = self.chunks[action.chunk].shot

@@ -25,7 +25,7 @@ LEVELS = {
     " parallel.sequence_libraries parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.run_state parallel.stage_inputs parallel.message_shapes parallel.decisions"
     " parallel.piece_decoding parallel.executor decode decoding_parts rounds writer segments hls checkpoint together"
-    " live film_stream trace ledger memory machines meshes",
+    " folder_lock live film_stream trace ledger memory machines meshes",
     5: "engine orders notices ranks rank_model conditioning render_tools renderer doctor tune calibrate",
     6: "launch",
     7: "cli bench_commands train_commands results __main__ progress journal overview outlook predict measured options"

@@ -131,7 +131,9 @@ def report(
 ) -> None:
     """Write one HTML page with every film: pictures, measures, times, failures and their reasons."""
     from longvid.batch.report import write_report
+    from longvid.writer import check_file
 
+    check_file("--output", output)
     path = output or folder / "report.html"
     problems = write_report(folder, path)
     for problem in problems:

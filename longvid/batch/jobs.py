@@ -17,7 +17,7 @@ from typing import Any
 
 from longvid.document import Document, Loc, nearest, parse_scalar, read_document, show
 from longvid.errors import InputError
-from longvid.fingerprint import Plain
+from longvid.fingerprint import Plain, describe_file
 from longvid.script import Script, script_of
 from longvid.settings import Settings, load_settings
 
@@ -66,6 +66,7 @@ class Job:
                 "over": str(scene.transition.over) if scene.transition.over else None,
                 "seed": scene.seed,
                 "negative": scene.negative,
+                **({"image": _mark_of(scene.image)} if scene.image else {}),
             }
             for scene in script.scenes
         ]
@@ -111,6 +112,11 @@ class Defaults:
                 found = found.model_copy(update={"runtime": found.runtime.model_copy(update={"threads": self.threads})})
             self._known[own] = found
         return self._known[own]
+
+
+def _mark_of(image: Path) -> str:
+    """What stands for an image: its bytes; where there is no such file, which planning refuses, its path."""
+    return str(describe_file(image)["digest"]) if image.is_file() else str(image)
 
 
 def digest_of(value: Any) -> str:

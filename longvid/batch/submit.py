@@ -10,9 +10,10 @@ from longvid.batch.folder import BatchFolder
 from longvid.batch.jobs import Defaults, Job, Refused, read_jobs
 from longvid.batch.table import Table
 from longvid.errors import InputError
+from longvid.fingerprint import Plain
 from longvid.models.facts import NAMES, facts_of, find_model
 from longvid.plan import make_plan
-from longvid.settings import Settings
+from longvid.settings import with_whole_paths
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def plan_jobs(paths: Sequence[Path], defaults: Defaults) -> Planned:
             if isinstance(item, Refused):
                 planned.refused.append(item)
             else:
-                job = replace(item, settings=_with_whole_path(item.settings))
+                job = _with_whole_paths(item)
                 planned.jobs.append((job, shape_of(job)))
         except InputError as error:
             planned.refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
@@ -59,13 +60,19 @@ def shape_of(job: Job) -> str:
     return f"{plan.width}x{plan.height}, {max(chunk.num_latents for chunk in plan.chunks)} latents"
 
 
-def _with_whole_path(settings: Settings) -> Settings:
+def _with_whole_paths(job: Job) -> Job:
     """The same from any folder: a batch may go on elsewhere than where it began."""
-    name = settings.model.path
-    if name in NAMES:
-        return settings
-    model = settings.model.model_copy(update={"path": str(find_model(name).absolute())})
-    return settings.model_copy(update={"model": model})
+    settings, name = with_whole_paths(job.settings), job.settings.model.path
+    if name not in NAMES:
+        model = settings.model.model_copy(update={"path": str(find_model(name).absolute())})
+        settings = settings.model_copy(update={"model": model})
+
+    def whole(part: Plain) -> Plain:
+        image = part.get("image")
+        return {**part, "image": str((Path(job.place).parent / image).absolute())} if image else part
+
+    story = {**whole(job.story), "scenes": [whole(scene) for scene in job.story["scenes"]]}
+    return replace(job, settings=settings, story=story)
 
 
 def _with_place(text: str, place: str) -> str:

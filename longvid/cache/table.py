@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,7 +36,7 @@ def read_table(path: str, num_steps: int, num_layers: int) -> tuple[Row, ...]:
     """The rows of a table for a number of steps. Raises InputError for a file that is none, or is another model's."""
     place = f"cache.table: {path}"
     try:
-        table = Table.model_validate_json(Path(path).expanduser().read_bytes())
+        table = Table.model_validate_json(Path(expanduser(path)).read_bytes())
     except OSError as error:
         raise InputError(f"{place}: cannot be read ({error.strerror})") from None
     except ValidationError as error:

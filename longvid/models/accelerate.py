@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from longvid.cache.settings import CacheSettings, NoCache, RegionAdaptive
+from longvid.cache.settings import CacheSettings, NoCache, RegionAdaptive, StaticTable, plan_cache
 from longvid.document import Document, validate
 from longvid.errors import InputError
 from longvid.kernels.dense import attend
@@ -29,6 +29,9 @@ from longvid.sparsity.settings import Dense
 from longvid.sparsity.tokens import TokenMap
 
 Pipeline = TypeVar("Pipeline")
+
+_ANY_STEPS = 2
+"""Whether a cache fits a model's layers does not depend on the steps."""
 
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -95,6 +98,8 @@ def _require_cache(cache: CacheSettings, subject: Subject) -> None:
         raise InputError(
             "accelerate: cache.negative_every must be 1: a pipeline calls its transformer for the negative"
         )
+    if not (isinstance(cache, StaticTable) and cache.table):  # a table is of a number of steps, which a run will tell
+        plan_cache(cache, _ANY_STEPS, len(subject.layers))
     if cache.is_of_modules and not subject.modules:
         name = type(subject.model).__name__
         raise InputError(

@@ -36,6 +36,8 @@ def join_sequence(seq: int, ring: int, device: torch.device) -> Mesh:
 
     It joins the launcher's ranks if nobody has, and stays with them. Raises InputError for numbers that do not fit.
     """
+    if seq < 1 or ring < 1:
+        raise InputError(f"accelerate: seq and ring must be 1 or more, not {seq} and {ring}")
     if seq % ring:
         raise InputError(f"accelerate: seq {seq} is not a multiple of ring {ring}")
     if seq == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from os.path import expanduser
 from pathlib import Path
 
 from longvid.errors import InputError
@@ -25,7 +26,7 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     """
     if name in NAMES:
         return Path(str(files("longvid").joinpath(NAMES[name])))
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if path.is_dir():
         return path
     model = hub_model(name)
@@ -39,7 +40,7 @@ def find_model(name: str, *, weights: bool = True) -> Path:
 
 def hub_model(name: str) -> HubModel | None:
     """What a name means on the Hub; None for what is on this machine, and for what is no name there."""
-    return None if name in NAMES or Path(name).expanduser().is_dir() else HubModel.of(name)
+    return None if name in NAMES or Path(expanduser(name)).is_dir() else HubModel.of(name)
 
 
 def configs_of(name: str) -> Configs:

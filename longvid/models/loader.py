@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from longvid.errors import InputError
 from longvid.models.checkpoint import Checkpoint
@@ -30,7 +31,9 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def checkpoint_of(pipeline: Any) -> Checkpoint:
-    """A pipeline that is already loaded, its parts where they are and in their dtype."""
+    """A pipeline that is already loaded, its parts where they are and in their dtype. InputError for what is none."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise InputError(f"model: a {type(pipeline).__name__} is no name, no path, and no pipeline of diffusers")
     origin = Path(str(pipeline.config.get("_name_or_path") or ""))
     extra = extra_facts(origin) if origin.is_dir() else {}
     index = {**pipeline.config, "_class_name": type(pipeline).__name__}

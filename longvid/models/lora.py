@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def open_loras(entries: Sequence[LoraSettings], root: Path, original_names: Mapp
 
 
 def _open(entry: LoraSettings, root: Path, original_names: Mapping[str, str]) -> Lora:
-    path, config = _find(Path(entry.path).expanduser())
+    path, config = _find(Path(expanduser(entry.path)))
     folders = [folder for folder in _FOLDERS[entry.expert] if (root / folder).is_dir()]
     if entry.expert != "both" and not (root / "transformer_2").is_dir():
         raise InputError(f"model.lora: {path}: expert must be both, not {entry.expert}: {root} has one transformer")

@@ -36,7 +36,7 @@ def open_prompts(
 
     if root is None or checkpoint.pipeline is not None or not memory.frees_encoder(_encoder_bytes(root)):
         return load()
-    folder = Path(memory.prompt_cache).expanduser() if memory.prompt_cache else user_cache() / "prompts"
+    folder = Path(os.path.expanduser(memory.prompt_cache)) if memory.prompt_cache else user_cache() / "prompts"
     machine = f"{device.type} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
     versions = " ".join(f"{name} {version(name)}" for name in ("longvid", "torch", "transformers"))
     key = f"{marks_of(root, 'text_encoder', 'tokenizer')} {dtype} {machine} {versions}"

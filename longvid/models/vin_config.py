@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from os.path import expanduser
 from pathlib import Path
 
 from longvid.errors import InputError
@@ -65,7 +66,7 @@ def find_vin(settings: Settings, facts: ModelFacts, root: Path | None) -> Path |
     if chosen.path is None and root is None:
         raise InputError(f"{what}, or vin.path must be given: {facts.name} is no directory that could hold an adapter")
     assert chosen.path is not None or root is not None
-    folder = Path(chosen.path).expanduser() if chosen.path is not None else Path(root or "") / FOLDER
+    folder = Path(expanduser(chosen.path)) if chosen.path is not None else Path(root or "") / FOLDER
     if not (folder / CONFIG_FILE).is_file():
         missing = f"{folder / CONFIG_FILE} is missing"
         raise InputError(f"{what}: {facts.name} has no adapter ({missing}): `longvid train vin` makes one")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -37,7 +38,7 @@ class ChosenPolicy(StaticPolicy[ChosenT], Generic[ChosenT, TileT, ValueT]):
     def __init__(self, settings: ChosenT, tile: TileT, value: ValueT) -> None:
         super().__init__(settings)
         self.tile, self.values = tile, [value]
-        self.choices = Choices.read(Path(settings.profile)) if settings.profile else None
+        self.choices = Choices.read(Path(expanduser(settings.profile))) if settings.profile else None
         if self.choices:
             if self.choices.policy != settings.policy:
                 raise InputError(f"{settings.profile}: is of policy {self.choices.policy}, not {settings.policy}")

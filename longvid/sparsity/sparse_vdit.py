@@ -6,6 +6,7 @@ Heads of a layer with one pattern share a group of its layout, and all groups ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ class SparseVditPolicy(StaticPolicy[SparseVdit]):
 
     def __init__(self, settings: SparseVdit) -> None:
         super().__init__(settings)
-        self.profile = Profile.read(Path(settings.profile))
+        self.profile = Profile.read(Path(expanduser(settings.profile)))
         self._patterns = self.profile.patterns() or (FULL,)
         numbers = {SKIP: -1, **{pattern: number for number, pattern in enumerate(self._patterns)}}
         self._groups = [tuple(numbers[pattern] for pattern in heads) for heads in self.profile.layers]

@@ -130,7 +130,12 @@ def test_a_wrong_storyboard_ends_with_2_and_one_line_that_names_the_place(comman
         ["--set", "sampler.stops=4"],
         ["--preset", "nope"],
         ["--model", "nope"],
+        ["--model", "~nobody/model"],
+        ["--model", "m" * 300],
+        ["--model", "2024"],
+        ["--lora", "~nobody/lora.safetensors"],
         ["-o", "film.avi"],
+        ["-o", f"{'f' * 300}.mp4"],
     ],
 )
 def test_wrong_options_end_with_2_and_one_line(arguments: list[str], story: Path, tiny_model: Path) -> None:
@@ -140,6 +145,21 @@ def test_wrong_options_end_with_2_and_one_line(arguments: list[str], story: Path
     assert result.exit_code == 2 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("longvid: error: ")
     assert list(story.parent.iterdir()) == before
+
+
+def test_a_model_may_have_any_name(story: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(story.parent)
+    for name in ("2024", "null", "[1] mini", '"quoted"'):
+        (story.parent / name).symlink_to(tiny_model)
+        result = run("plan", story, "--model", name)
+        assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [["tune"], ["train", "cache"]])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(command: list[str], story: Path, tmp_path: Path) -> None:
+    result = run(*command, story, "-o", tmp_path / "nowhere" / "found.json", "--model", "nope")
+    assert result.exit_code == 2
+    assert "there is no folder" in result.stderr
 
 
 def test_wrong_usage_ends_with_2() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,7 +13,10 @@ import torch
 from longvid.engine import Engine
 from longvid.errors import InputError, Interrupted, RuntimeFailure
 from longvid.events import ChunkDone, Event, FilmDone, Notice, RoundDone, Started
+from longvid.notices import notices
 from longvid.script import parse_script
+from longvid.settings import load_settings
+from longvid.sparsity.make import make_attention
 
 FAST = ["sampler.steps=2"]
 LONG = """
@@ -126,3 +130,39 @@ def test_a_loaded_pipeline_renders_as_its_directory_does(tiny_model: Path, engin
 def test_a_device_that_is_not_there_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="CUDA"):
         Engine.load(tiny_model, overrides=["runtime.device=cuda"])
+
+
+def test_one_film_at_a_time_so_that_none_takes_up_what_is_another_s(engine: Engine) -> None:
+    one, other = parse_script(LONG, "story.yaml"), parse_script(LONG.replace("red", "blue"), "other.yaml")
+    expected = frames_of(engine, LONG)
+    first = engine.stream(one)
+    pieces = [next(first)]
+    with pytest.raises(InputError, match="at work on another film"):
+        next(engine.stream(other))
+    assert (np.concatenate([*pieces, *first]) == expected).all(), "the first goes on as though nobody had come"
+    second = engine.stream(other)
+    next(second)
+    second.close()
+    assert (frames_of(engine, LONG) == expected).all()
+
+
+def test_a_model_that_is_none_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="a int is no name, no path, and no pipeline"):
+        Engine.load(5)
+
+
+@pytest.mark.parametrize("names", [[], ["a.mp4"], ["a.mp4", "a.mp4"]])
+def test_every_storyboard_needs_a_film_of_its_own(engine: Engine, tmp_path: Path, names: list[str]) -> None:
+    stories = [parse_script(LONG, "story.yaml")] * 2
+    with pytest.raises(InputError, match="each of the 2 storyboards needs a film of its own"):
+        engine.render_films(stories, [tmp_path / name for name in names])
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_that_stays_dense_is_told_of_models_with_any_vocabulary(engine: Engine) -> None:
+    settings = load_settings(None, [*FAST, "attention.policy=adaspa"])
+    plan, sparse = engine.plan(parse_script(LONG, "story.yaml")), make_attention(settings, engine.facts, None)
+    for vocabulary in (engine.facts.vocabulary, None):
+        facts = replace(engine.facts, vocabulary=vocabulary)
+        told = list(notices(plan, settings, facts, sparse, None, torch.device("cpu")))
+        assert any("it stays dense" in text for text in told)

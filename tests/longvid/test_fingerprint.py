@@ -206,3 +206,17 @@ def test_large_weights_are_sampled_at_both_ends_and_between(tmp_path: Path) -> N
                 file.write(b"x")
         seen.append(describe_model(tmp_path)["transformer/large.safetensors"]["digest"])
     assert len(set(seen)) == 4
+
+
+def test_files_that_settings_name_count_by_their_content_wherever_they_are(tmp_path: Path) -> None:
+    one, copy, other = (tmp_path / name for name in ("one.json", "copy.json", "other.json"))
+    for path, text in ((one, "a"), (copy, "a"), (other, "b")):
+        path.write_text(text)
+
+    def marks(path: Path) -> dict[str, Any]:
+        return fingerprint_of(overrides=("attention.policy=sta", f"attention.profile={path}"))
+
+    assert marks(one) == marks(copy)
+    assert differences(marks(one), marks(other)) == ["the file of attention.profile changed"]
+    (added,) = differences(fingerprint_of(overrides=("attention.policy=sta",)), marks(one))
+    assert added.startswith("attention.profile: nothing then")

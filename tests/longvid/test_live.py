@@ -133,3 +133,26 @@ def test_a_scene_follows_another_prompt_from_a_chunk_on_to_its_end(scenes, sizes
     for chunk in after.chunks:  # as left context latents have the prompts that they have as own ones
         assert list(chunk.prompts[: chunk.num_left]) == now[begin - chunk.num_left : begin]
         begin += chunk.num_latents
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "message"),
+    [
+        ("a red \a circle", None, "a prompt: control character '\\\\x07'"),
+        ("a circle " * 300, None, "a prompt: must hold at most 2000 characters, not 2699"),
+        (5, None, "a prompt must be text, not 5"),
+        ("a circle", 5, "a negative must be text, not 5"),
+        (" \n", None, "a prompt must say something"),
+    ],
+)
+def test_what_no_storyboard_could_hold_is_no_live_prompt(
+    engine: Engine, prompt: str, negative: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.stream(parse_script(STORY, "story.yaml")).prompt(prompt, negative)
+
+
+def test_words_of_a_live_prompt_that_the_model_does_not_know_are_told(engine: Engine) -> None:
+    _, events = streamed(engine, {0: "a red zebra"})
+    changed = next(i for i, event in enumerate(events) if isinstance(event, PromptChanged))
+    assert events[changed + 1] == Notice("the model does not know 'zebra'")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, pairwise
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from longvid import folder_lock
 from longvid.errors import InputError, RuntimeFailure
 from longvid.segments import count_frames, frame_rate
 from longvid.settings import OutputSettings
@@ -414,3 +416,29 @@ def test_memory_does_not_grow_with_the_film(tmp_path: Path) -> None:
 def test_whole_and_ntsc_rates_are_exact(fps: int) -> None:
     assert frame_rate(fps) == fps
     assert frame_rate(fps * 1000 / 1001) == Fraction(fps * 1000, 1001)
+
+
+def test_one_render_at_a_time_writes_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "WAIT_S", 0.2)
+    path, frames = tmp_path / "film.mp4", numbered(0, 40)
+    size: dict[str, Any] = {"width": SIDE, "height": SIDE, "fps": 16, "output": OutputSettings()}
+    with FilmWriter(path, **size) as first:
+        first.append(frames)
+        with pytest.raises(InputError, match=r"film\.mp4: another render is at work on it"):
+            FilmWriter(path, **size)
+        with pytest.raises(InputError, match="another render"):
+            FilmWriter.resume(path, **size, state=WriterState(0, frames[:0]))
+        first.finish()
+    assert numbers_of(decode(path)) == list(range(40))
+    write(path, frames[:5])
+    assert len(decode(path)) == 5, "a film that is finished may be rendered anew"
+
+
+def test_a_render_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    held = folder_lock.lock_folder(tmp_path / "film.mp4.longvid", path)
+    ending = threading.Timer(0.3, held.release)
+    ending.start()
+    write(path, numbered(0, 5))
+    ending.join()
+    assert len(decode(path)) == 5

@@ -1,5 +1,6 @@
 """The simulation accepts every schedule that we make and refuses every way to spoil one."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -390,3 +391,21 @@ def test_the_grid_shows_forecasts(make_film):
 def test_the_grid_shows_rounds_by_chunks(make_film):
     chunks = make_film([10], 2, 2).chunks
     assert grid(queue_schedule(chunks, 3, FRESHER)) == GRID
+
+
+def test_the_work_of_a_proof_grows_with_the_film_and_no_faster(make_film):
+    def calls(latents):
+        chunks, count = make_film([latents], 2, 1).chunks, 0
+
+        def on_call(frame, event, argument):
+            nonlocal count
+            count += 1
+
+        sys.setprofile(on_call)
+        try:
+            simulate(queue_schedule(chunks, 2, FRESHER), chunks, 2, FRESHER)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(800) < 2.2 * calls(400)

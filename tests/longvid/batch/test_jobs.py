@@ -139,3 +139,12 @@ def test_a_path_that_holds_no_jobs_is_refused(name: str, message: str, tmp_path:
     (tmp_path / "a.md").touch()
     with pytest.raises(InputError, match=message):
         read_jobs([tmp_path / name], Defaults())
+
+
+def test_films_of_different_images_are_different_films(tmp_path: Path) -> None:
+    for name, content in (("a.png", b"a"), ("b.png", b"b"), ("c.png", b"a")):
+        (tmp_path / name).write_bytes(content)
+    scene = {"prompt": "a cat", "for": "1s"}
+    scenes = [scene, *({**scene, "image": str(tmp_path / name)} for name in ("a.png", "b.png", "c.png"))]
+    none, a, b, c = good(parse("\n".join(json.dumps({"scenes": [one]}) for one in scenes)))
+    assert len({none.digest, a.digest, b.digest}) == 3 and a.digest == c.digest

@@ -142,3 +142,31 @@ def test_what_it_does_not_know_is_refused(pipe: Any) -> None:
         longvid.accelerate(object())
     with pytest.raises(InputError, match="ras is the engine's"):
         longvid.accelerate(pipe, cache="ras")
+
+
+@pytest.mark.parametrize("cache", ["gated layers", "what all layers add"])
+def test_a_run_that_failed_at_its_first_step_leaves_nothing_to_the_next(pipe: Any, cache: str) -> None:
+    longvid.accelerate(pipe, cache=CACHES[cache])
+    expected = run(pipe, steps=8)
+    hook = pipe.transformer.register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(pipe, steps=8)
+    hook.remove()
+    assert torch.equal(run(pipe, steps=8), expected)
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": {"policy": "first_block", "layers": 40}}, "layers: must be less than the model's"),
+        ({"seq": 2, "ring": 0}, "seq and ring must be 1 or more"),
+        ({"ring": -1}, "seq and ring must be 1 or more"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_run(pipe: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        longvid.accelerate(pipe, **options)
