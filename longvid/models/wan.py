@@ -96,6 +96,7 @@ class WanStage(LayerStage):
         self._texts: list[list[TextKv]] = []
         self._states: list[list[Tensor]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
+        self._token_kinds: dict[tuple[tuple[int, ...], int, int, int], Tensor] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
     @property
@@ -289,8 +290,17 @@ class WanStage(LayerStage):
         """The noise levels of a unit's latents."""
         for t in set(timesteps) - self._times.keys():
             self._times[t] = self._embed_time(t)
-        distinct = timesteps if len(set(timesteps)) > 1 else timesteps[:1]
-        return join_levels([self._times[t] for t in distinct], per_latent, part)
+        distinct = list(dict.fromkeys(timesteps))
+        kinds = self._kinds(tuple(map(distinct.index, timesteps)), per_latent, part) if len(distinct) > 1 else None
+        return join_levels([self._times[t] for t in distinct], kinds)
+
+    def _kinds(self, of_latents: tuple[int, ...], per_latent: int, part: slice) -> Tensor:
+        """The noise level of each token of ``part``, int32 [l], by those of the unit's latents."""
+        key = (of_latents, per_latent, part.start, part.stop)
+        if key not in self._token_kinds:
+            kinds = torch.tensor(of_latents, dtype=torch.int32, device=self.dit.scale_shift_table.device)
+            self._token_kinds[key] = kinds.repeat_interleave(per_latent)[part].contiguous()
+        return self._token_kinds[key]
 
     def _embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
         """Embedding [1, D] and modulation [1, 6, D] of a noise level: once, since steps come again."""
