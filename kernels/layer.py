@@ -1,10 +1,11 @@
 """A layer with modulation, cross-attention and a feed-forward in few calls of C++ (`csrc/layer.cpp`).
 
-Each runs the kernels of `rows.py` and `matmul.py` one after the other, and gives their bits. A small unit spends more
-time between kernels than in them where each is called from Python. For CPUs with matrix units, without gradients.
+One where attention is dense and all tokens are here; else three, between the attentions. Each runs the kernels of
+`rows.py`, `matmul.py` and `cpu.py` one after the other, and gives their bits. A small unit spends as much time between
+kernels as in them where each is called from Python. For CPUs with matrix units, without gradients.
 
-Shapes: l tokens of a unit on this rank, E their width, K noise levels among them, H heads, D of a head. `kinds` int32
-[l] tells each token's level; None: all have the one. Hidden states are [1, l, E], contiguous.
+Shapes: l tokens of a unit on this rank, E their width, K noise levels among them, H heads, D of a head, N text tokens.
+`kinds` int32 [l] tells each token's level; None: all have the one. Hidden states are [1, l, E], contiguous.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longvid.kernels import matmul, native
+from longvid.kernels import cpu, dense, matmul, native
 from longvid.kernels.arguments import DTYPES
+
+Kv = tuple[Tensor, Tensor]
+"""Keys and values of some tokens, each [1, tokens, H, D]."""
+
+MOST_STORED = 3
 
 
 class _Linear(ctypes.Structure):
@@ -33,16 +39,37 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _TABLES),
         *((name, _Linear) for name in _LINEARS),
         *((name, ctypes.c_int64) for name in ("width", "inner")),
-        *((name, ctypes.c_int32) for name in ("dtype", "isa")),
+        *((name, ctypes.c_int32) for name in ("heads", "dtype", "isa")),
         ("eps", ctypes.c_float),
     ]
 
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("modulation", "kinds", "hidden", "attended", "out", "query", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("modulation", "kinds", "hidden", "attended", "out", "query")),
         *((name, ctypes.c_int64) for name in ("tokens", "num_kinds")),
         ("threads", ctypes.c_int32),
+    ]
+
+
+class _Kv(ctypes.Structure):
+    _fields_ = [("key", ctypes.c_void_p), ("value", ctypes.c_void_p), ("tokens", ctypes.c_int64)]
+
+
+class _Store(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("key", "value")),
+        *((name, ctypes.c_int64) for name in ("first", "count")),
+    ]
+
+
+class _Around(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        *((name, _Kv) for name in ("left", "right", "text")),
+        ("text_bias", ctypes.c_void_p),
+        ("store", _Store * MOST_STORED),
+        *((name, ctypes.c_int64) for name in ("num_stored", "packed_together")),
     ]
 
 
@@ -91,15 +118,15 @@ class NativeLayer:
         linears = [getattr(weights, name) for name in _LINEARS]
         self._packed = [matmul.pack(torch.cat([*linear.weights])) for linear in linears]
         self._biases = [torch.cat([*linear.biases]).detach() for linear in linears]
-        self._heads, self._inner, self._width = weights.heads, len(weights.query_gain), weights.table.shape[-1]
+        self._heads, self._inner = weights.heads, len(weights.query_gain)
         self.dtype = self._biases[0].dtype
-        self._most = self._width + max(weights.up.columns, self._width)
         packed = zip(self._packed, self._biases, strict=True)
-        self._args = _Layer(
+        self.args = _Layer(
             *(None if table is None else table.data_ptr() for table in self._tables),
             *(_Linear(weight.data_ptr(), bias.data_ptr(), len(bias)) for weight, bias in packed),
-            self._width,
+            weights.table.shape[-1],
             self._inner,
+            self._heads,
             DTYPES[self.dtype],
             native.isa_index(None),
             weights.eps,
@@ -135,25 +162,83 @@ class NativeLayer:
         out: Tensor,
         query: Tensor | None = None,
     ) -> None:
-        num_tokens, num_kinds = hidden.shape[1], modulation.shape[1]
-        scratch = torch.empty(self._scratch_bytes(num_tokens, num_kinds), dtype=torch.uint8)
-        args = _Pass(
-            modulation.data_ptr(),
-            None if kinds is None else kinds.data_ptr(),
-            hidden.data_ptr(),
-            None if attended is None else attended.data_ptr(),
-            out.data_ptr(),
-            None if query is None else query.data_ptr(),
-            scratch.data_ptr(),
-            num_tokens,
-            num_kinds,
-            torch.get_num_threads(),
-        )
-        status = getattr(native.library(), name)(ctypes.byref(self._args), ctypes.byref(args))
-        if status == 2:
-            raise MemoryError("no memory for the linear layers of a transformer's layer")
-        assert status == 0, "the processor's matrix units passed the checks"
+        args = _pass(modulation, kinds, hidden.shape[1])
+        args.hidden, args.out = hidden.data_ptr(), out.data_ptr()
+        args.attended, args.query = (None if x is None else x.data_ptr() for x in (attended, query))
+        _check(getattr(native.library(), name)(ctypes.byref(self.args), ctypes.byref(args)))
 
-    def _scratch_bytes(self, num_tokens: int, num_kinds: int) -> int:
-        """Of two steps between kernels, and three modulations; each begins at 64 bytes."""
-        return num_tokens * self._most * self.dtype.itemsize + 3 * num_kinds * self._width * 4 + 5 * 64
+
+class DensePass:
+    """The way of a unit's tokens through layers with dense attention, each one call.
+
+    ``rope`` has fp32 rows [1, tokens, 1, D] of the left neighbour's tokens, those of the unit and the right
+    neighbour's. ``text_bias`` fp32 [N]. K/V of the spans in ``store`` (of the unit's tokens) are kept in each layer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        modulation_6KE: Tensor,
+        kinds: Tensor | None,
+        rope: Kv,
+        num_tokens: int,
+        store: Sequence[slice],
+        text: Kv,
+        text_bias: Tensor,
+    ) -> None:
+        self._alive = modulation_6KE, kinds, rope, text_bias
+        self._pass = _pass(modulation_6KE, kinds, num_tokens)
+        around = self._around = _Around(packed_together=cpu.PACKED_TOGETHER, num_stored=len(store))
+        around.cosines, around.sines = (table.data_ptr() for table in rope)
+        around.text.tokens, around.text_bias = text[0].shape[1], text_bias.data_ptr()
+        self._stored = []
+        for span, place in zip(store, around.store, strict=False):
+            place.first, place.count = span.start, span.stop - span.start
+            kept = text[0].new_empty((num_layers * 2, 1, place.count, *text[0].shape[2:]))
+            self._stored.append((place, kept.unbind()))
+
+    @staticmethod
+    def serves(rope: Kv, sides: Sequence[Kv], num_tokens: int, store: Sequence[slice], text: Kv) -> bool:
+        """Whether it takes all this: ``sides`` are the neighbours' K/V in every layer, the others as it has them."""
+        dim, num_keys = text[0].shape[-1], rope[0].shape[1]
+        tensors = [x for kv in (rope, text, *sides) for x in kv]
+        return (
+            all(x.is_contiguous() for x in tensors)
+            and all(x.shape[1:] == (num_keys, 1, dim) and x.dtype == torch.float32 for x in rope)
+            and all(dense.is_for_matrix_units(text[0].dtype, count, dim) for count in (num_keys, text[0].shape[1]))
+            and len(store) <= MOST_STORED
+            and dim % 2 == 0
+        )
+
+    def run(
+        self, index: int, layer: NativeLayer, hidden: Tensor, left: Kv | None, right: Kv | None, text: Kv
+    ) -> tuple[Tensor, list[Kv]]:
+        """Hidden states behind the layer of an index, and the K/V that it keeps of each span."""
+        out, around, stored = torch.empty_like(hidden), self._around, []
+        self._pass.hidden, self._pass.out = hidden.data_ptr(), out.data_ptr()
+        around.text.key, around.text.value = text[0].data_ptr(), text[1].data_ptr()
+        for side, kv in ((around.left, left), (around.right, right)):
+            if kv is not None:
+                side.key, side.value, side.tokens = kv[0].data_ptr(), kv[1].data_ptr(), kv[0].shape[1]
+        for place, kept in self._stored:
+            key, value = kept[2 * index], kept[2 * index + 1]
+            place.key, place.value = key.data_ptr(), value.data_ptr()
+            stored.append((key, value))
+        _check(native.library().longvid_layer(*map(ctypes.byref, (layer.args, self._pass, around))))
+        return out, stored
+
+
+def _pass(modulation_6KE: Tensor, kinds: Tensor | None, num_tokens: int) -> _Pass:
+    return _Pass(
+        modulation=modulation_6KE.data_ptr(),
+        kinds=None if kinds is None else kinds.data_ptr(),
+        tokens=num_tokens,
+        num_kinds=modulation_6KE.shape[1],
+        threads=torch.get_num_threads(),
+    )
+
+
+def _check(status: int) -> None:
+    if status == 2:
+        raise MemoryError("no memory for a transformer's layer")
+    assert status == 0, "the processor's matrix units passed the checks"

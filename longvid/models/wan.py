@@ -41,7 +41,7 @@ from longvid.models.wan_attention import (
     TextSpan,
     text_kv,
 )
-from longvid.models.wan_layer import Levels, join_levels, take_layer
+from longvid.models.wan_layer import Levels, WanLayer, WholePass, join_levels, take_layer
 from longvid.parallel.around import Rope
 from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import KeyLatents, Unit
@@ -110,10 +110,13 @@ class WanStage(LayerStage):
 
     @torch.no_grad()
     def set_prompts(self, prompts: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:
-        """Compute text K/V of every prompt once. Embeddings are [n, E] each, without padding.
+        """Compute text K/V of every prompt once, by the weights of now. Embeddings are [n, E] each, without padding.
 
         ``negatives`` belong to the prompts one by one; they are needed where branch 1 is run.
         """
+        for layer in self.layers:
+            assert isinstance(layer, WanLayer)
+            layer.pack()
         known: dict[int, TextKv] = {}
         self._texts = [
             [self._text(states, known) for states in (prompts, negatives)[branch]] for branch in self.branches
@@ -185,7 +188,9 @@ class WanStage(LayerStage):
             if active is not None:
                 spans = active_spans(spans, active)
             context = self._self_context(unit, index, grid, run, active)
-            layer = partial(self._layer, TextContext(spans, run), levels, context)
+            text = TextContext(spans, run)
+            whole = WholePass.of(self.layers, entering[index], text, levels, context)
+            layer = partial(self._layer, text, levels, context) if whole is None else whole.run
             head = partial(self._head, levels, unit, grid, branch, active)
             ways = context, layer, head, num_tokens
             passes.append(Pass(branch, entering[index], anchors[index], *ways, start=part.start, active=active))

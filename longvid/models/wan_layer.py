@@ -18,10 +18,12 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from longvid.kernels import rows
-from longvid.kernels.layer import LayerWeights, Linear, NativeLayer
-from longvid.models.layer_stage import run_module
+from longvid.kernels.layer import DensePass, LayerWeights, Linear, NativeLayer
+from longvid.models.layer_stage import CachedFeedForward, dense_everywhere
 from longvid.models.linear import MatrixLinear, OnePassGelu
 from longvid.models.wan_attention import QueueSelfAttention, SceneTextAttention, SelfContext, TextContext
+from longvid.parallel.around import KvPart
+from longvid.parallel.sequence import WholeSequence
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,18 @@ class WanLayer(WanTransformerBlock):  # type: ignore[misc]
     diffusers' own takes a modulation for each token, [l, 6, E], and goes over the tokens once an operation.
     """
 
-    _packed: PackedLayer | None = None
+    packed: PackedLayer | None = None
 
     def forward(self, hidden: Tensor, text: TextContext, levels: Levels, context: SelfContext) -> Tensor:
         """[1, l, E] to the same."""
-        native = self._native(hidden, context)
-        return (
-            self._by_kernels(hidden, text, levels, context) if native is None else native(hidden, text, levels, context)
-        )
+        if self.packed is None or torch.is_grad_enabled():
+            return self._by_kernels(hidden, text, levels, context)
+        return self.packed(hidden, text, levels, context)
+
+    def pack(self) -> None:
+        """Take the weights as they are now, where they may be kept packed and all of the layer's modules run."""
+        if self.packed is None or not self.packed.is_of_now():
+            self.packed = PackedLayer(self) if _is_packed(self) else None
 
     def _by_kernels(self, hidden: Tensor, text: TextContext, levels: Levels, context: SelfContext) -> Tensor:
         table = self.scale_shift_table.float().transpose(0, 1) + levels.modulation
@@ -65,17 +71,6 @@ class WanLayer(WanTransformerBlock):  # type: ignore[misc]
         hidden = hidden + self.attn2(_text_norm(self.norm2, hidden), text, None, None)
         normed = rows.layer_norm(hidden, ffn_gain, ffn_shift, kinds, self.norm3.eps)
         return rows.add_gated(hidden, self.ffn(normed), ffn_gate, kinds)
-
-    def _native(self, hidden: Tensor, context: SelfContext) -> PackedLayer | None:
-        """The layer with its weights of now packed, where all of its modules run, on tokens that suit it."""
-        if context.run is not run_module or context.complete is not None or torch.is_grad_enabled():
-            return None
-        packed = self._packed
-        if packed is None or not packed.is_of_now():
-            packed = self._packed = PackedLayer(self) if _is_packed(self) else None
-        if packed is None or hidden.dtype != packed.dtype or not hidden.is_contiguous():
-            return None
-        return packed
 
 
 class PackedLayer:
@@ -88,7 +83,7 @@ class PackedLayer:
         # Parameters may be changed, and others may take their place.
         self._places = [(module._parameters, name) for module in layer.modules() for name in module._parameters]
         self._marks = self._found()
-        self._native = NativeLayer(
+        self.native = NativeLayer(
             LayerWeights(
                 heads=own.heads,
                 eps=layer.norm1.eps,
@@ -105,7 +100,6 @@ class PackedLayer:
                 down=_linear(down),
             )
         )
-        self.dtype = self._native.dtype
 
     def is_of_now(self) -> bool:
         """Whether the layer's weights are those that were packed."""
@@ -117,10 +111,58 @@ class PackedLayer:
 
     def __call__(self, hidden: Tensor, text: TextContext, levels: Levels, context: SelfContext) -> Tensor:
         """[1, l, E] to the same."""
-        native, modulation = self._native, (levels.modulation, levels.kinds)
+        native, modulation = self.native, (levels.modulation, levels.kinds)
+        hidden = hidden.contiguous()
         query, key, value = native.begin(hidden, *modulation).unbind(2)
+        if context.complete:
+            key, value = context.complete(self._own.index, key.contiguous(), value.contiguous())
         hidden, asking = native.middle(hidden, self._own.attend(query, key, value, context), *modulation)
         return native.end(hidden, self._text.attend(asking, text), *modulation)
+
+    def reads_no_more(self, text: TextContext, context: SelfContext) -> bool:
+        """Whether both attentions are dense, of one prompt, and read beside it the neighbours alone."""
+        (span, *others), own = text.spans, self._own
+        if others or span.second is not None or type(self._text) is not SceneTextAttention:
+            return False
+        is_dense = context.attention is dense_everywhere and isinstance(own.sequence, WholeSequence)
+        adds = context.read_tokens or context.complete or context.shared or context.stores_scene
+        return is_dense and not adds
+
+
+class WholePass:
+    """A unit's pass through packed layers that read its own tokens, its neighbours' and one prompt: a call each."""
+
+    def __init__(
+        self, layers: Sequence[PackedLayer], hidden: Tensor, text: TextContext, levels: Levels, context: SelfContext
+    ) -> None:
+        prompt = text.spans[0].first
+        rest = context.rope, hidden.shape[1], context.store, prompt.layers[0], prompt.bias.float()
+        self._pass = DensePass(len(layers), levels.modulation, levels.kinds, *rest)
+        self._layers, self._text, self._context = layers, prompt.layers, context
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[nn.Module], hidden: Tensor, text: TextContext, levels: Levels, context: SelfContext
+    ) -> WholePass | None:
+        """None where the layers or what they read are not such."""
+        packed = [layer.packed for layer in layers if isinstance(layer, WanLayer) and layer.packed]
+        if not packed or len(packed) < len(layers) or not packed[0].reads_no_more(text, context):
+            return None
+        sides = [(part.key, part.value) for side in (context.left, context.right) for part in side or ()]
+        prompt = text.spans[0].first.layers[0]
+        if not DensePass.serves(context.rope, sides, hidden.shape[1], context.store, prompt):
+            return None
+        return cls(packed, hidden, text, levels, context)
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states [1, l, E] behind the stage's layer of an index."""
+        context = self._context
+        left, right = (_kv(side[index]) if side else None for side in (context.left, context.right))
+        out, stored = self._pass.run(
+            index, self._layers[index].native, hidden.contiguous(), left, right, self._text[index]
+        )
+        context.stored.append([KvPart(key, value) for key, value in stored])
+        return out
 
 
 def take_layer(block: WanTransformerBlock) -> None:
@@ -136,6 +178,8 @@ def _is_packed(layer: WanLayer) -> bool:
     own, text = layer.attn1, layer.attn2
     if not (isinstance(own.processor, QueueSelfAttention) and isinstance(text.processor, SceneTextAttention)):
         return False
+    if isinstance(layer.ffn, CachedFeedForward):
+        return False
     up, _, down = layer.ffn.net
     linears = [own.to_q, own.to_k, own.to_v, own.to_out[0], text.to_q, text.to_out[0], up.proj, down]
     norms: list[Any] = [layer.norm1, layer.norm3, own.norm_q, own.norm_k, text.norm_q]
@@ -146,6 +190,10 @@ def _is_packed(layer: WanLayer) -> bool:
 
 def _linear(*linears: nn.Linear) -> Linear:
     return Linear([linear.weight for linear in linears], [linear.bias for linear in linears])
+
+
+def _kv(part: KvPart) -> tuple[Tensor, Tensor]:
+    return part.key, part.value
 
 
 def _text_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
