@@ -18,7 +18,7 @@ from longvid.kernels import cpu, native
 Partial = tuple[Tensor, Tensor]
 """Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
 
-MIN_KEYS = {torch.float32: 256, torch.bfloat16: 4096}
+MIN_KEYS = {torch.float32: 1, torch.bfloat16: 1}
 """Keys from which on our kernel for matrix units is faster than torch's. Queries do not count: which kernel computes a
 row, and so its bits, must not depend on how many others there are."""
 
@@ -68,14 +68,17 @@ def suits_matrix_units(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> bool:
     all_three = (q_BLHD, k_BTHD, v_BTHD)
     return (
         q_BLHD.device.type == "cpu"
-        and native.isa() == "amx"
-        and k_BTHD.shape[1] >= MIN_KEYS.get(q_BLHD.dtype, math.inf)
+        and is_for_matrix_units(q_BLHD.dtype, k_BTHD.shape[1], q_BLHD.shape[-1])
         and q_BLHD.numel() > 0
-        and q_BLHD.shape[-1] <= cpu.MAX_HEAD_DIM
         and q_BLHD.dtype == k_BTHD.dtype == v_BTHD.dtype
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in all_three))
         and not torch.compiler.is_compiling()
     )
+
+
+def is_for_matrix_units(dtype: torch.dtype, num_keys: int, dim: int) -> bool:
+    """Whether our kernel serves for attention to so many keys with heads of ``dim``, on this processor."""
+    return native.isa() == "amx" and num_keys >= MIN_KEYS.get(dtype, math.inf) and dim <= cpu.MAX_HEAD_DIM
 
 
 def _is_of_columns(bias_BHLT: Tensor, num_keys: int) -> bool:

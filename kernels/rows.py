@@ -29,7 +29,7 @@ _TILE_VALUES = 2**18
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "out", "gain", "shift", "kinds")),
-        ("count", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("count", "x_stride", "out_stride")),
         *((name, ctypes.c_int32) for name in ("width", "dtype", "norm", "silu", "threads", "isa")),
         ("eps", ctypes.c_float),
     ]
@@ -148,7 +148,7 @@ def _norm(
 ) -> Tensor:
     count, width = _rows(x)
     addresses = map(_address, (x, out, gain, shift, kinds))
-    args = _Norm(*addresses, count, width, DTYPES[x.dtype], norm, silu, *_machine(isa), eps)
+    args = _Norm(*addresses, count, width, width, width, DTYPES[x.dtype], norm, silu, *_machine(isa), eps)
     _check(native.library().longvid_norm(ctypes.byref(args)))
     return out
 

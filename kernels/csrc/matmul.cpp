@@ -3,14 +3,13 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "isa.h"
+#include "kept.h"
 
 namespace longvid {
 namespace {
@@ -36,36 +35,6 @@ constexpr int64_t PAIR_BYTES = 2048;  // of two tiles
 constexpr int64_t SUMS = PANEL * PANEL;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Free {
-    void operator()(uint8_t *memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-
-// Memory that the calling thread keeps: to touch new pages takes as long as to pack weights.
-class Kept {
-  public:
-    explicit Kept(size_t size) {
-        if (size <= size_) return;
-        size_ = 0;
-        memory_ = nullptr;
-        memory_.reset(new (std::align_val_t(64), std::nothrow) uint8_t[size]);
-        if (memory_) size_ = size;
-    }
-    ~Kept() {
-        if (size_ <= KEPT_BYTES) return;
-        memory_ = nullptr;
-        size_ = 0;
-    }
-    Kept(const Kept &) = delete;
-    uint8_t *get() const { return memory_.get(); }
-
-  private:
-    static thread_local std::unique_ptr<uint8_t[], Free> memory_;
-    static thread_local size_t size_;
-};
-
-thread_local std::unique_ptr<uint8_t[], Free> Kept::memory_;
-thread_local size_t Kept::size_ = 0;
 
 int64_t parts_of(int32_t dtype) { return dtype == LINEAR_BF16 ? 1 : 3; }
 
@@ -146,7 +115,7 @@ enum LinearStatus { LINEAR_DONE = 0, LINEAR_UNSUPPORTED = 1, LINEAR_NO_MEMORY = 
 int run(const LinearVariant &variant, const LinearArgs &args) {
     const Cut cut(args);
     const int64_t packed_bytes = args.packed ? 0 : cut.group_bytes();
-    const Kept memory(packed_bytes + cut.threads * cut.scratch());
+    const Kept<LinearArgs, KEPT_BYTES> memory(packed_bytes + cut.threads * cut.scratch());
     if (!memory.get()) return LINEAR_NO_MEMORY;
     uint16_t *room = reinterpret_cast<uint16_t *>(memory.get());
     uint8_t *scratch = memory.get() + packed_bytes;

@@ -45,3 +45,10 @@ struct LinearVariant {
 extern const LinearVariant linear_amx;
 
 }  // namespace longvid
+
+extern "C" {
+
+// 0, 1 where this processor has no matrix units, or 2 where memory is lacking.
+int longvid_linear(const longvid::LinearArgs *args);
+
+}  // extern "C"

@@ -40,7 +40,6 @@ using namespace longvid;
 
 extern "C" {
 
-// 0, or 1 where the instruction set was not built.
 int longvid_norm(const NormArgs *args) {
     const RowVariant *variant = find(args->isa);
     return variant ? deal(variant->norm, *args, args->count, args->width) : 1;

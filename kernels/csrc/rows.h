@@ -14,22 +14,22 @@ enum Norm : int32_t {
     UNIT = 2,  // x / max(root of the sum of squares, eps)
 };
 
-// out = norm(x) * gain + shift, and SiLU of that if asked for. Rows lie behind each other.
+// out = norm(x) * gain + shift, and SiLU of that if asked for.
 struct NormArgs {
     const void *x;
     void *out;
     const float *gain, *shift;  // [kinds of rows, width]; shift may be null
     const int32_t *kinds;  // [count]; null: all are of kind 0
-    int64_t count;
+    int64_t count, x_stride, out_stride;  // the last two from row to row
     int32_t width, dtype, norm, silu, threads, isa;
     float eps;
 };
 
-// out = x + y * gate.
+// out = x + y * gate. Rows lie behind each other.
 struct GateArgs {
     const void *x, *y;
     void *out;
-    const float *gate;  // [kinds of rows, width]
+    const float *gate;  // [kinds of rows, width]; null: 1
     const int32_t *kinds;
     int64_t count;
     int32_t width, dtype, threads, isa;
@@ -66,3 +66,13 @@ extern const RowVariant rows_avx2;
 extern const RowVariant rows_avx512;
 
 }  // namespace longvid
+
+extern "C" {
+
+// 0, or 1 where the instruction set was not built.
+int longvid_norm(const longvid::NormArgs *args);
+int longvid_gate(const longvid::GateArgs *args);
+int longvid_gelu(const longvid::GeluArgs *args);
+int longvid_rope(const longvid::RopeArgs *args);
+
+}  // extern "C"

@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "attention.h"
 #include "isa.h"
 
 namespace longvid {
@@ -66,49 +67,6 @@ class Kept {
     static thread_local inline Floats memory_;
     static thread_local inline size_t size_ = 0;
 };
-
-}  // namespace
-
-extern "C" {
-
-// Tokens cut into blocks. Offsets [groups or 1][blocks + 1]; order [groups or 1][tokens] or null. A stride of 0 says 1.
-struct BlocksArgs {
-    const int32_t *offsets, *order;
-    int64_t offsets_stride, order_stride;
-    int32_t num_blocks, num_tokens;
-};
-
-// Floats, or bf16, with strides between batch entries, tokens and heads; the elements of a head lie side by side.
-struct TensorArgs {
-    float *data;
-    int64_t batch, token, head;
-};
-
-struct AttentionArgs {
-    TensorArgs q, k, v, out, lse;  // lse is of floats, the others are all of one kind
-    const float *bias;  // or null; the tokens lie side by side
-    int64_t bias_batch, bias_head;
-    BlocksArgs q_blocks, k_blocks;
-    const int32_t *row_ptr, *col, *group;
-    int64_t group_batch;
-    int64_t num_col;
-    int32_t num_groups, batch, heads, dim, threads, isa, is_bf16;
-    float scale;
-};
-
-struct MassArgs {
-    TensorArgs q, k, lse;
-    float *mass;  // [batch][heads][query blocks][key blocks]
-    BlocksArgs q_blocks, k_blocks;
-    int32_t batch, heads, dim, sample_every, threads, isa, is_bf16;  // of q and k
-    float scale;
-};
-
-enum Status { DONE = 0, UNSUPPORTED = 1, BAD_LAYOUT = 2, NO_MEMORY = 3 };
-
-}  // extern "C"
-
-namespace {
 
 const int32_t *offsets_of(const BlocksArgs &blocks, int group) { return blocks.offsets + group * blocks.offsets_stride; }
 

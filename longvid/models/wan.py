@@ -41,7 +41,7 @@ from longvid.models.wan_attention import (
     TextSpan,
     text_kv,
 )
-from longvid.models.wan_layer import Levels, join_levels, take_layer
+from longvid.models.wan_layer import Levels, WanLayer, WholePass, join_levels, take_layer
 from longvid.parallel.around import Rope
 from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import KeyLatents, Unit
@@ -96,6 +96,7 @@ class WanStage(LayerStage):
         self._texts: list[list[TextKv]] = []
         self._states: list[list[Tensor]] = []
         self._times: dict[float, tuple[Tensor, Tensor]] = {}
+        self._token_kinds: dict[tuple[tuple[int, ...], int, int, int], Tensor] = {}
         self._ropes: dict[tuple[int, int, int], Rope] = {}
 
     @property
@@ -109,10 +110,13 @@ class WanStage(LayerStage):
 
     @torch.no_grad()
     def set_prompts(self, prompts: Sequence[Tensor], negatives: Sequence[Tensor]) -> None:
-        """Compute text K/V of every prompt once. Embeddings are [n, E] each, without padding.
+        """Compute text K/V of every prompt once, by the weights of now. Embeddings are [n, E] each, without padding.
 
         ``negatives`` belong to the prompts one by one; they are needed where branch 1 is run.
         """
+        for layer in self.layers:
+            assert isinstance(layer, WanLayer)
+            layer.pack()
         known: dict[int, TextKv] = {}
         self._texts = [
             [self._text(states, known) for states in (prompts, negatives)[branch]] for branch in self.branches
@@ -184,7 +188,9 @@ class WanStage(LayerStage):
             if active is not None:
                 spans = active_spans(spans, active)
             context = self._self_context(unit, index, grid, run, active)
-            layer = partial(self._layer, TextContext(spans, run), levels, context)
+            text = TextContext(spans, run)
+            whole = WholePass.of(self.layers, entering[index], text, levels, context)
+            layer = partial(self._layer, text, levels, context) if whole is None else whole.run
             head = partial(self._head, levels, unit, grid, branch, active)
             ways = context, layer, head, num_tokens
             passes.append(Pass(branch, entering[index], anchors[index], *ways, start=part.start, active=active))
@@ -289,8 +295,17 @@ class WanStage(LayerStage):
         """The noise levels of a unit's latents."""
         for t in set(timesteps) - self._times.keys():
             self._times[t] = self._embed_time(t)
-        distinct = timesteps if len(set(timesteps)) > 1 else timesteps[:1]
-        return join_levels([self._times[t] for t in distinct], per_latent, part)
+        distinct = list(dict.fromkeys(timesteps))
+        kinds = self._kinds(tuple(map(distinct.index, timesteps)), per_latent, part) if len(distinct) > 1 else None
+        return join_levels([self._times[t] for t in distinct], kinds)
+
+    def _kinds(self, of_latents: tuple[int, ...], per_latent: int, part: slice) -> Tensor:
+        """The noise level of each token of ``part``, int32 [l], by those of the unit's latents."""
+        key = (of_latents, per_latent, part.start, part.stop)
+        if key not in self._token_kinds:
+            kinds = torch.tensor(of_latents, dtype=torch.int32, device=self.dit.scale_shift_table.device)
+            self._token_kinds[key] = kinds.repeat_interleave(per_latent)[part].contiguous()
+        return self._token_kinds[key]
 
     def _embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
         """Embedding [1, D] and modulation [1, 6, D] of a noise level: once, since steps come again."""

@@ -68,13 +68,17 @@ class QueueSelfAttention:
         value = attn.to_v(hidden).view(shape)
         if context.complete:
             key, value = context.complete(self.index, key, value)
+        return _project_out(attn, self.attend(query, key, value, context))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: SelfContext) -> Tensor:
+        """What the tokens get, [1, l, H, D]; keeps the K/V that are to be stored. Queries and keys come normed."""
         attention = context.attention(self.index)
         around = context.around(self.index, rope=context.rope, queries=context.queries, attention=attention)
         out, stored = self.sequence.attend(query, key, value, around)
         context.stored.append(stored)
         if context.read_tokens:
             out = out + context.read_tokens(self.index, query)
-        return _project_out(attn, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,18 @@ class SceneTextAttention:
         self.index = index
 
     def __call__(self, attn: Any, hidden: Tensor, context: TextContext, *_: None) -> Tensor:
-        return context.run(self.index, "text", lambda: self._compute(attn, hidden, context.spans))
+        return context.run(self.index, "text", lambda: self._compute(attn, hidden, context))
 
-    def _compute(self, attn: Any, hidden: Tensor, spans: list[TextSpan]) -> Tensor:
+    def _compute(self, attn: Any, hidden: Tensor, context: TextContext) -> Tensor:
         query = _normed(attn.norm_q, attn.to_q(hidden)).view(1, hidden.shape[1], attn.heads, -1)
-        parts = [self.attend_span(query[:, span.tokens], span) for span in spans]
-        return _project_out(attn, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        return _project_out(attn, self.attend(query, context))
+
+    def attend(self, query: Tensor, context: TextContext) -> Tensor:
+        """What the tokens get, [1, l, H, D], by queries that come normed."""
+        spans = context.spans
+        if len(spans) == 1:
+            return self.attend_span(query, spans[0])
+        return torch.cat([self.attend_span(query[:, span.tokens], span) for span in spans], dim=1)
 
     def attend_span(self, query: Tensor, span: TextSpan) -> Tensor:
         """What the tokens of a span get, [1, tokens, H, D]."""
