@@ -171,8 +171,8 @@ CASES = (
     Case("mini, 10 s at 128 x 96", 10, (128, 96), 4),
     Case("Wan, width 384, 8 layers, 6 s", 6, (128, 128), 3, "wan", 384, 8),
     Case("CogVideoX, width 256, 6 layers, 3 s", 3, (96, 96), 4, "cogvideox", 256, 6),
-    Case("HunyuanVideo, width 256, 6 layers, 3 s", 3, (96, 96), 4, "hunyuan", 256, 6),
-    Case("LTX-Video, width 256, 6 layers, 6 s", 6, (160, 160), 4, "ltx", 256, 6),
+    Case("HunyuanVideo, width 256, 6 layers, 3 s", 3, (80, 80), 4, "hunyuan", 256, 6),
+    Case("LTX-Video, width 256, 6 layers, 6 s", 6, (128, 128), 4, "ltx", 256, 6),
 )
 
 

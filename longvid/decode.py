@@ -133,7 +133,7 @@ def pack_state(state: Mapping[str, Tensor]) -> Tensor:
         size += -(-len(flat) // ALIGNMENT) * ALIGNMENT
     said = json.dumps(entries).encode()
     first = -(-(8 + len(said)) // ALIGNMENT) * ALIGNMENT
-    packed = torch.zeros(first + size, dtype=torch.uint8)
+    packed = torch.empty(first + size, dtype=torch.uint8)
     packed[:8] = torch.tensor([len(said)]).view(torch.uint8)
     packed[8 : 8 + len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
     for at, flat in parts:

@@ -63,8 +63,8 @@ class Machine(Protocol):
         """A message from a stage to the next."""
         ...
 
-    def carry(self, num_bytes: float, topology: Topology) -> float:
-        """A message between stages by way of the host's memory, as the decoder's state goes."""
+    def pack(self, num_bytes: float) -> float:
+        """To give the decoder's state to another rank, or to take it, by way of the host's memory."""
         ...
 
     def overhead(self, topology: Topology) -> float:
@@ -161,8 +161,8 @@ class ChipMachine:
         speed = self.chip.link if topology.num_ranks <= self.chip.node else self.chip.network
         return self.chip.latency + num_bytes / (speed * GB)
 
-    def carry(self, num_bytes: float, topology: Topology) -> float:
-        return self.hop(num_bytes, topology) + 2 * num_bytes / (self.chip.host * HOST_SHARE * GB)
+    def pack(self, num_bytes: float) -> float:
+        return num_bytes / (self.chip.host * HOST_SHARE * GB)
 
     def overhead(self, topology: Topology) -> float:
         """None: programs run ahead of the device."""
@@ -186,7 +186,8 @@ class MeasuredMachine:
     `costs` are of `unit`, one branch; their `decode` is of `work` latents of `cells` cells that go through the decoder,
     not of a step.
     `unit_s` are seconds of a unit's bookkeeping and its solver, `message_s` those of the processor for a message that
-    is sent and one that is received. `loopback_gb` are 10^9 bytes a second between processes.
+    is sent and one that is received. `loopback_gb` are 10^9 bytes a second between processes, `packing_gb` those of a
+    decoder's state that is packed or unpacked.
     """
 
     name: str
@@ -200,6 +201,7 @@ class MeasuredMachine:
     unit_s: float = 0.0
     message_s: float = 0.0
     loopback_gb: float = 1.0
+    packing_gb: float = 1.0
     has_matrix_units: bool = False
 
     def layer(self, layer: Layer, tokens: Tokens, topology: Topology) -> float:
@@ -219,8 +221,8 @@ class MeasuredMachine:
     def hop(self, num_bytes: float, topology: Topology) -> float:
         return num_bytes / (self.loopback_gb * GB)
 
-    def carry(self, num_bytes: float, topology: Topology) -> float:
-        return self.hop(num_bytes, topology)
+    def pack(self, num_bytes: float) -> float:
+        return num_bytes / (self.packing_gb * GB)
 
     def overhead(self, topology: Topology) -> float:
         return self.unit_s + self.message_s * (topology.stage > 1)

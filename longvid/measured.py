@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longvid.decode import pack_state, unpack_state
 from longvid.doctor import cpu_facts
 from longvid.errors import RuntimeFailure
 from longvid.kernels.matmul import has_matrix_units
@@ -56,6 +57,7 @@ class Found:
     unit_s: float
     message_s: float = 0.0
     loopback_gb: float = 1.0
+    packing_gb: float = 1.0
 
 
 def measure_machine(film: Film, num_ranks: int, comm: Comm | None = None) -> MeasuredMachine:
@@ -82,6 +84,7 @@ def measure_machine(film: Film, num_ranks: int, comm: Comm | None = None) -> Mea
         unit_s=found.unit_s,
         message_s=found.message_s,
         loopback_gb=found.loopback_gb,
+        packing_gb=found.packing_gb,
         has_matrix_units=device.type == "cpu" and has_matrix_units(),
     )
 
@@ -148,11 +151,12 @@ def _measure(film: Film, num_ranks: int, device: torch.device, comm: Comm | None
     return Found(costs, unit_s, *_messages(film, num_ranks, device, comm))
 
 
-def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> tuple[float, float]:
+def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> tuple[float, float, float]:
     """Seconds of this rank's processor for a message to the next rank and one from that before, all around a ring.
 
-    And the rate of large ones, 10^9 bytes a second. What the threads of messages take is lost to the layers, for ranks
-    leave no core free: so time of the processor counts, as far as it is not several threads' at once.
+    And the rates of large ones, 10^9 bytes a second: between processes, and as a decoder's state is packed or unpacked.
+    What the threads of messages take is lost to the layers, for ranks leave no core free: so time of the processor
+    counts, as far as it is not several threads' at once.
     """
     settings = film.settings
     own = unit_tokens(settings, film.facts, film.sizes, (film.plan.width, film.plan.height)).own
@@ -165,7 +169,7 @@ def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> t
         incoming.wait()
         comm.flush()
 
-    caches, busy, wall = _Caches(), 0.0, 0.0
+    caches, busy, wall, packing = _Caches(), 0.0, 0.0, 0.0
     for index in range(EXCHANGES):
         caches.displace()
         seconds = _seconds(lambda: exchange(unit), of_processor=True)
@@ -173,7 +177,10 @@ def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> t
     for index in range(LARGE_EXCHANGES):
         seconds = _seconds(lambda: exchange(large))
         wall += seconds if index else 0.0
-    return busy / (EXCHANGES - 1), LARGE_BYTES * (LARGE_EXCHANGES - 1) / wall / 1e9
+        seconds = _seconds(lambda: unpack_state(pack_state({"": large})))
+        packing += seconds / 2 if index else 0.0
+    gigabytes = LARGE_BYTES * (LARGE_EXCHANGES - 1) / 1e9
+    return busy / (EXCHANGES - 1), gigabytes / wall, gigabytes / packing
 
 
 @dataclass

@@ -198,13 +198,15 @@ def times_of(
         values = own / topology.seq * film.facts.hidden_size * branches
         return machine.hop(values * film.itemsize, topology) if topology.stage > 1 else 0.0
 
+    state = film.sizes.vae.state_values(film.cells) * film.itemsize
     return Times(
         unit=lambda chunk, step: of_kind(kinds[chunk], step),
         decode=lambda chunk: decoding(*film.decodings[chunk]),
         hop=lambda chunk: hopping(kinds[chunk]),
         capacity=2 * film.settings.mesh.buffers,
         shares=shares,
-        state=machine.carry(film.sizes.vae.state_values(film.cells) * film.itemsize, topology) if shares else 0.0,
+        state=machine.hop(state, topology) if shares else 0.0,
+        pack=machine.pack(state) if shares else 0.0,
         works=film.works,
     )
 

@@ -41,8 +41,8 @@ class Times:
 
     `unit(chunk, step)` is each stage's work, `decode(chunk)` that of decoding a finished chunk, and `hop(chunk)` how
     long activations are on their way; `capacity` of them may be under way to a stage. The first stage decodes, or as
-    `shares` has it dealt out; `state` is how long the decoder's state is on its way then, and `works(chunk)` are the
-    latents' parts of decoding a chunk.
+    `shares` has it dealt out. Then `state` is how long the decoder's state is on its way, `pack` what it takes on
+    either side to give it away or to go on from it, and `works(chunk)` are the latents' parts of decoding a chunk.
     """
 
     unit: Callable[[int, int], Sequence[float]]
@@ -51,6 +51,7 @@ class Times:
     capacity: int
     shares: Shares | None = None
     state: float = 0.0
+    pack: float = 0.0
     works: Callable[[Chunk], Sequence[float]] = lambda chunk: (1,) * chunk.num_latents
 
     @property
@@ -259,6 +260,8 @@ class _Run:
     def pop(self) -> None:
         late = self.late.popleft()
         self.clocks[0] = max(self.clocks[0], late.arrival)
+        if late.state:
+            self.compute(0, self.times.pack)
         if late.made:
             self.put_off.discard(late.made)
         if late.decodes is not None:
@@ -279,7 +282,8 @@ class _Run:
         piece, stage = action.piece, action.piece.stage
         while stage == 0 and any(late.state == piece for late in self.late):
             self.pop()
-        self.clocks[stage] = max(self.clocks[stage], self.states.pop(piece, 0.0))
+        if piece in self.states:
+            self.go_on(stage, self.states.pop(piece))
         works = self.times.works(self.chunks[piece.chunk])
         if any(works):
             self.compute(stage, self.times.decode(piece.chunk) * sum(works[piece.first : piece.stop]) / sum(works))
@@ -301,10 +305,16 @@ class _Run:
     def move(self, move: Move) -> None:
         """The decoder's state goes to another stage: a later one takes it now, an earlier one before the piece."""
         piece, stage = move.piece, move.piece.stage
+        self.compute(move.source, self.times.pack)
         arrival = self.clocks[move.source] + self.times.state
         if stage == 0:
             self.late.append(_Late(self.round, arrival, state=piece))
         elif move.source < stage:
-            self.clocks[stage] = max(self.clocks[stage], arrival)
+            self.go_on(stage, arrival)
         else:
             self.states[piece] = arrival
+
+    def go_on(self, stage: int, arrival: float) -> None:
+        """A stage takes the decoder's state when it has come."""
+        self.clocks[stage] = max(self.clocks[stage], arrival)
+        self.compute(stage, self.times.pack)

@@ -22,7 +22,7 @@ from longvid.parallel.rank_actions import BULKY, Message, RankAction, Receive, S
 from longvid.parallel.topology import Topology
 
 Cost = Callable[[int, RankAction], float]
-"""Seconds that a rank needs for an action."""
+"""Seconds that a rank needs for an action; of a message, to make or to take it."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,15 @@ class _Rank:
             if action is None:
                 return woken
             if isinstance(action, Send):
-                if not self.send(action, latency(action.message)):
+                if not self.has_room(action):
                     return woken
+                self.work(cost(self.index, action))
+                self.send(action, latency(action.message))
                 woken.add(action.to)
             elif isinstance(action, Receive):
                 if not self.receive(action):
                     return woken
+                self.work(cost(self.index, action))
                 woken.add(action.source)
             else:
                 if isinstance(action, Forward | Gate) and self.fellows and not self.is_past:
@@ -173,9 +176,7 @@ class _Rank:
                         return woken
                     woken |= {fellow.index for fellow in self.fellows if fellow is not self}
                 self.is_past = False
-                seconds = cost(self.index, action)
-                self.clock += seconds
-                self.busy += seconds
+                self.work(cost(self.index, action))
             self.waits_at = None
 
     def meet(self, action: Forward | Gate) -> bool:
@@ -187,16 +188,22 @@ class _Rank:
             fellow.clock, fellow.is_past = clock, True
         return True
 
-    def send(self, action: Send, latency: float) -> bool:
+    def work(self, seconds: float) -> None:
+        self.clock += seconds
+        self.busy += seconds
+
+    def has_room(self, action: Send) -> bool:
+        """Whether a bulky message may be under way beside the others."""
         channel = self.channels.setdefault((self.index, action.to), _Channel())
+        return not isinstance(action.message, BULKY) or channel.num_sent - channel.num_taken < self.capacity
+
+    def send(self, action: Send, latency: float) -> None:
+        channel = self.channels[self.index, action.to]
         if isinstance(action.message, BULKY):
-            if channel.num_sent - channel.num_taken >= self.capacity:
-                return False
             if channel.num_sent >= self.capacity:
                 self.clock = max(self.clock, channel.taken.popleft())
             channel.num_sent += 1
         channel.messages.append((action.message, self.clock + latency))
-        return True
 
     def receive(self, action: Receive) -> bool:
         channel = self.channels.setdefault((action.source, self.index), _Channel())

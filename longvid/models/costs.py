@@ -169,13 +169,14 @@ class _Bench:
         count = max(settings.queue.chunk_latents, passes.step)
         own = unit.latents[:, -1:].expand(-1, count, -1, -1)
         self._decoder.push(unit.latents[:, -1:].expand(-1, passes.first, -1, -1))
-        seconds = sum(self._times(lambda: self._decoder.push(own), repeats))
-        pushed = range(passes.first + count, passes.first + (repeats + 1) * count)
-        work = sum(passes.work(latent, pushed.stop + 1) for latent in pushed)
+        times = self._times(lambda: self._decoder.push(own), repeats)
+        starts = range(passes.first + count, passes.first + (repeats + 1) * count, count)
+        works = [sum(passes.works(range(start, start + count), starts.stop + 1)) for start in starts]
+        seconds = statistics.median(time / work for time, work in zip(times, works, strict=True))
         self._decoder.reset()
         of_chunk = settings.queue.chunk_latents * passes.repeated
         nothing = (0.0,) * facts.num_layers
-        return Costs(nothing, decode=seconds / work * of_chunk / settings.sampler.steps)
+        return Costs(nothing, decode=seconds * of_chunk / settings.sampler.steps)
 
     def seconds_of(self, costs: Costs) -> float:
         """What a run takes that finds such costs."""

@@ -10,7 +10,7 @@ from longvid.parallel.decoding import Decode, Decoding, deal_work
 from longvid.parallel.pace import Times, pace_of, run
 from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import rank_program
-from longvid.parallel.rank_actions import DecoderState, Hidden, Velocity
+from longvid.parallel.rank_actions import DecoderState, Hidden, Receive, Send, Velocity
 from longvid.parallel.rehearsal import rehearse
 from longvid.parallel.rules import QueueRules
 from longvid.parallel.schedule import queue_schedule
@@ -38,7 +38,10 @@ def rehearsed(chunks, steps, rules, times, stages, decoding=None):
             case Finish(latents=latents) if decoding is None:
                 return times.decode(latents.chunk)
             case Decode(piece=piece):
-                return times.decode(piece.chunk) * (piece.stop - piece.first) / chunks[piece.chunk].num_latents
+                works = times.works(chunks[piece.chunk])
+                return times.decode(piece.chunk) * sum(works[piece.first : piece.stop]) / max(sum(works), 1)
+            case Send(message=DecoderState()) | Receive(message=DecoderState()):
+                return times.pack
         return 0.0
 
     def latency(message):
@@ -123,21 +126,22 @@ def test_the_first_chunk_leaves_after_the_triangle_of_units_before_it():
     forecast=st.just(frozenset()) | st.just(frozenset({1, 3})),
     decode=st.sampled_from([0.0, 0.5, 4.0]),
     hop=st.sampled_from([0.0, 0.125]),
-    state=st.sampled_from([0.0, 0.25]),
+    state=st.sampled_from([(0.0, 0.0), (0.25, 0.0), (0.25, 0.5)]),
+    works=st.sampled_from([lambda chunk: (1,) * 6, lambda chunk: (0, 2, 0, chunk.index % 3, 0, 0), lambda _: (0,) * 6]),
 )
 def test_decoding_on_all_stages_takes_exactly_what_a_rehearsal_takes(
-    layers, stages, count, steps, gap, forecast, decode, hop, state
+    layers, stages, count, steps, gap, forecast, decode, hop, state, works
 ):
     bounds, shares = deal_work(Costs(tuple(layers), decode=decode), stages, "stages")
-    works = [sum(layers[i] for i in span) for span in bounds]
+    units = [sum(layers[i] for i in span) for span in bounds]
     chunks, rules = make_chunks(count), QueueRules(gap=min(gap, steps), forecast=forecast & set(range(1, steps - 1)))
-    times = Times(lambda i, k: works, lambda i: decode * steps, lambda i: hop, 4, shares, state)
+    times = Times(lambda i, k: units, lambda i: decode * steps, lambda i: hop, 4, shares, *state, works)
     films = (FilmSpan(range(count), range(1), 0),)
-    decoding = StageDecoding(Decoding(shares, chunks, films, span=rules.gap))
+    decoding = StageDecoding(Decoding(shares, chunks, films, span=rules.gap, works=works))
     found, expected = run(chunks, steps, rules, times), rehearsed(chunks, steps, rules, times, stages, decoding)
     assert found.busy == pytest.approx(expected.busy, rel=1e-9)
     assert found.makespan == pytest.approx(expected.makespan, rel=1e-9)
-    assert found.first <= found.makespan and (found.first > 0 or not sum(works))
+    assert found.first <= found.makespan and (found.first > 0 or not sum(units))
 
 
 @settings(max_examples=20, deadline=None)
