@@ -24,10 +24,19 @@ struct Constant {
     static constexpr int value = N;
 };
 
+// Calls body(Constant<n>), n from 1 to N.
+template <int N, typename Body>
+inline void with_constant(int n, const Body &body) {
+    if constexpr (N > 1) {
+        if (n < N) return with_constant<N - 1>(n, body);
+    }
+    body(Constant<N>{});
+}
+
 constexpr int SUMS = TILE * TILE;  // floats of a tile
 constexpr int LINE = 64;  // bytes in a line of the cache
 constexpr float INFINITY_ = __builtin_inff();
-constexpr float SLACK = 8;  // see weigh
+constexpr float LIMIT = 256;  // see Softmax
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr double LN_2 = 0.69314718055994530942;
 
@@ -146,8 +155,7 @@ struct Chunk {
     const Bf16 *values[COLUMNS];  // of each panel
     unsigned pairs;  // bit c: column c and the one after it are a panel; else a column is one alone
     unsigned wide;  // bit p: panel p has two columns
-
-    bool is_all_pairs() const { return num_columns == FULL && wide == (1u << FULL / 2) - 1; }
+    bool is_plain;  // all columns are full and no key has a bias
 };
 
 // How keys and values are packed.
@@ -179,6 +187,7 @@ struct Walk {
     void next(Chunk &chunk) {
         chunk.num_columns = chunk.num_panels = 0;
         chunk.pairs = chunk.wide = 0;
+        chunk.is_plain = !panels.has_bias;
         while (tile < num_tiles) {
             const int block = tiles ? tiles[tile] : tile;
             const int keys = panels.offsets[block + 1] - panels.offsets[block] - inner * PANEL;
@@ -188,12 +197,24 @@ struct Walk {
                 continue;
             }
             if (chunk.num_columns >= FULL) return;
-            add(chunk, block, panels.starts[block] + inner++, keys > TILE ? 2 : 1);
+            add(chunk, block, panels.starts[block] + inner++, keys);
         }
     }
 
+    // Of the whole walk, about.
+    int count_chunks() const {
+        int columns = 0;
+        for (int i = 0; i < num_tiles; i++) {
+            const int block = tiles ? tiles[i] : i;
+            columns += (panels.offsets[block + 1] - panels.offsets[block] + TILE - 1) / TILE;
+        }
+        return (columns + FULL - 1) / FULL;
+    }
+
   private:
-    void add(Chunk &chunk, int block, int panel, int columns) const {
+    void add(Chunk &chunk, int block, int panel, int keys) const {
+        const int columns = keys > TILE ? 2 : 1;
+        chunk.is_plain &= keys >= columns * TILE;
         if (columns == 2) {
             chunk.pairs |= 1u << chunk.num_columns;
             chunk.wide |= 1u << chunk.num_panels;
@@ -206,37 +227,60 @@ struct Walk {
     }
 };
 
-// Asks for a chunk's memory ahead of its turn, a few lines at a time: many at once would hold up the loads that are due.
+// A thread's next task, of which the first chunks and a share of the queries and results are asked for with each chunk of this one.
+template <int PARTS>
+struct Following {
+    const Task *task;  // or null
+    Walk<PARTS> walk;
+    int share;
+    int token = 0;
+};
+
+// Asks for memory ahead of its turn, a few lines at a time: many at once would hold up the loads that are due.
 class Ahead {
   public:
-    template <int PARTS>
-    void begin(const Chunk &chunk, const Packing<PARTS> &packing, bool has_values, int num_turns) {
+    void begin(int num_turns) {
         num_spans_ = span_ = due_ = lines_ = 0;
         price_ = num_turns * LINES;
-        for (int c = 0; c < chunk.num_columns; c++) add(chunk.column[c].keys, packing.column());
-        for (int p = 0; has_values && p < chunk.num_panels; p++) add(chunk.values[p], packing.values());
+    }
+
+    template <int PARTS>
+    void add(const Chunk &chunk, const Packing<PARTS> &packing, bool has_values) {
+        for (int c = 0; c < chunk.num_columns; c++) add(chunk.column[c].keys, packing.column() * sizeof(Bf16));
+        for (int p = 0; has_values && p < chunk.num_panels; p++) add(chunk.values[p], packing.values() * sizeof(Bf16));
+    }
+
+    template <int PARTS>
+    void add(Following<PARTS> &following, size_t token_bytes) {
+        const Task &task = *following.task;
+        for (int i = 0; i < following.share && following.token < task.queries.count; i++) {
+            const int64_t token = task.queries.token(following.token++);
+            add(reinterpret_cast<const char *>(task.queries.data) + token * task.queries.stride * (PARTS == 1 ? 2 : 4), token_bytes);
+            add(reinterpret_cast<const char *>(task.output.out) + token * task.output.out_stride * (PARTS == 1 ? 2 : 4), token_bytes);
+        }
     }
 
     void ask() {
         for (due_ += lines_; due_ >= price_ && span_ < num_spans_; due_ -= price_) {
             const char *at = at_[span_];
-            UNROLL for (int i = 0; i < LINES; i++) __builtin_prefetch(at + i * LINE, 0, 2);
+            UNROLL for (int i = 0; i < LINES; i += 2) __builtin_prefetch(at + i * LINE, 0, 2);
             at_[span_] = at + LINES * LINE;
-            span_ += at_[span_] == stop_[span_];
+            span_ += at_[span_] >= stop_[span_];
         }
     }
 
   private:
-    static constexpr int LINES = 8;  // at a time: spans are whole tiles of 16
+    static constexpr int LINES = 4;  // at a time
+    static constexpr int MAX_SPANS = 2 * (COLUMNS + MAX_QUERIES);
 
-    void add(const Bf16 *first, size_t size) {
-        at_[num_spans_] = reinterpret_cast<const char *>(first);
-        stop_[num_spans_] = at_[num_spans_] + size * sizeof(Bf16);
+    void add(const void *first, size_t bytes) {
+        at_[num_spans_] = static_cast<const char *>(first);
+        stop_[num_spans_] = at_[num_spans_] + bytes;
         num_spans_++;
-        lines_ += int(size * sizeof(Bf16) / LINE);
+        lines_ += int((bytes + LINES * LINE - 1) / (LINES * LINE) * LINES);
     }
 
-    const char *at_[2 * COLUMNS], *stop_[2 * COLUMNS];
+    const char *at_[MAX_SPANS], *stop_[MAX_SPANS];
     int num_spans_ = 0, span_ = 0, due_ = 0, lines_ = 0, price_ = 1;
 };
 
@@ -277,7 +321,7 @@ void clear_queries(int from, const Cut &cut, int dim, Bf16 *packed) {
 }
 
 // A number that stays in a register: the compiler would make it anew for every use, in time that arithmetic needs.
-inline Vec keep(float x) {
+inline __attribute__((always_inline)) Vec keep(float x) {
     Vec all = fill(x);
     asm("" : "+v"(all));
     return all;
@@ -285,16 +329,17 @@ inline Vec keep(float x) {
 
 // Cuts numbers off to bf16.
 struct Cutter {
-    __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
-    __mmask32 odd = 0xaaaaaaaau;
+    __m512i upper = _mm512_set1_epi32(int(0xffff0000u)), down = _mm512_set1_epi32(0x0f0e0302);
+    __mmask64 even = 0x3333333333333333u;
 
     Cutter() {
-        asm("" : "+v"(upper));
-        asm("" : "+k"(odd));
+        down = _mm512_set_epi8(15, 14, 15, 14, 11, 10, 11, 10, 7, 6, 7, 6, 3, 2, 3, 2, 15, 14, 15, 14, 11, 10, 11, 10, 7, 6, 7, 6, 3, 2, 3, 2, 15, 14, 15, 14, 11, 10, 11, 10, 7, 6, 7, 6, 3, 2, 3, 2, 15, 14, 15, 14, 11, 10, 11, 10, 7, 6, 7, 6, 3, 2, 3, 2);
+        asm("" : "+v"(upper), "+v"(down));
+        asm("" : "+k"(even));
     }
     // The upper halves of a's numbers, and of b's: as lower and upper halves.
     __m512i join(Vec a, Vec b) const {
-        return _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+        return _mm512_mask_shuffle_epi8(_mm512_castps_si512(b), even, _mm512_castps_si512(a), down);
     }
     // What bf16 leaves of x.
     Vec rest(Vec x) const { return x - Vec(_mm512_and_ps(x, _mm512_castsi512_ps(upper))); }
@@ -365,8 +410,9 @@ void pack_values(const Bf16 *const *from, int keys, int dim, Bf16 *to) {
     }
 }
 
+// Asks for the keys and values ahead of their turn, up to those at the place `end`.
 template <int PARTS, typename Number>
-void pack_block(const Source &source, const Panels &panels, int dim, int block) {
+void pack_block(const Source &source, const Panels &panels, int dim, int block, int end) {
     const Packing<PARTS> packing(dim);
     const int stop = panels.offsets[block + 1];
     for (int panel = panels.starts[block], place = panels.offsets[block]; place < stop; panel++, place += PANEL) {
@@ -374,7 +420,7 @@ void pack_block(const Source &source, const Panels &panels, int dim, int block) 
         float *bias = panels.bias + size_t(panel) * PANEL;
         const Number *k[PANEL], *v[PANEL];
         for (int key = 0; key < keys; key++) {
-            if (place + key + PANEL < stop) {
+            if (place + key + PANEL < end) {
                 const int64_t later = source.order ? source.order[place + key + PANEL] : place + key + PANEL;
                 for (int d = 0; d < dim; d += LINE / int(sizeof(Number))) {
                     __builtin_prefetch(reinterpret_cast<const Number *>(source.k) + later * source.k_stride + d, 0, 2);
@@ -393,11 +439,9 @@ void pack_block(const Source &source, const Panels &panels, int dim, int block) 
     }
 }
 
-void pack(const Source &source, const Panels &panels, int dim, int block) {
-    if (source.is_bf16)
-        pack_block<1, Bf16>(source, panels, dim, block);
-    else
-        pack_block<NUM_PARTS, float>(source, panels, dim, block);
+void pack(const Source &source, const Panels &panels, int dim, int first, int stop) {
+    const auto pack_one = source.is_bf16 ? pack_block<1, Bf16> : pack_block<NUM_PARTS, float>;
+    for (int block = first; block < stop; block++) pack_one(source, panels, dim, block, panels.offsets[stop]);
 }
 
 // Two tiles of queries and a chunk. Its scores are [tile][COLUMNS][row][key].
@@ -511,7 +555,9 @@ struct Nothing {
 // Computes the scores of all units, and gives each to work.begin(unit, scores) and, while later ones are computed, its rows to
 // work.row(i). work.count_turns() and work.add(turn) are the products of the unit before that.
 template <int PARTS, typename Work>
-void for_units(const Bf16 *q, const Cut &cut, int count, Walk<PARTS> walk, int steps, float *scores, Work &work) {
+void for_units(const Bf16 *q, const Cut &cut, int count, Walk<PARTS> walk, Following<PARTS> following, int dim, float *scores,
+               Work &work) {
+    const int steps = count_steps(dim);
     const size_t q_pair = size_t(2) * steps * PARTS * TILE_SIZE;
     const bool has_values = walk.panels.v != nullptr;
     Chunk chunks[4];  // of the units before, now and next, and one that is asked for
@@ -526,7 +572,16 @@ void for_units(const Bf16 *q, const Cut &cut, int count, Walk<PARTS> walk, int s
         Chunk &later = chunks[(i + 2) % 4];
         walk.next(later);
         const int turns = count_score_turns<PARTS>(chunk, steps) + count_value_turns<PARTS>(chunk, walk.packing.dim_tiles);
-        ahead.begin(later, walk.packing, has_values, cut.pairs * turns);
+        ahead.begin(cut.pairs * turns);
+        ahead.add(later, walk.packing, has_values);
+        if (following.task) {
+            if (later.num_columns == 0) {
+                Chunk first;
+                following.walk.next(first);
+                ahead.add(first, walk.packing, has_values);
+            }
+            ahead.add(following, dim * (PARTS == 1 ? sizeof(Bf16) : sizeof(float)));
+        }
         for (int pair = 0; pair < cut.pairs; pair++, parity ^= 1) {
             const Unit next = pair + 1 < cut.pairs ? Unit{&chunk, pair + 1} : Unit{&after, 0};
             const int first = pair * 2 * cut.height, rows = count - first < 2 * cut.height ? count - first : 2 * cut.height;
@@ -573,28 +628,25 @@ inline void store_single(const Cutter &cutter, Vec a, Bf16 *to) {
     }
 }
 
-// 2^x as that of vector.inc, of which it is the last steps in fewer instructions: adds to the exponent what that multiplies.
+// 2^(x - 1/2), within 1.8e-7; 0 below 2^-100: far smaller numbers would be denormal, which take a hundred times as long.
 struct Exp2 {
-    const Vec least = keep(-127.0f), shift = keep(12582912.0f), c5 = keep(0.001326472731307149f), c4 = keep(0.009671512991189957f),
-              c3 = keep(0.05550733581185341f), c2 = keep(0.24022242426872253f), c1 = keep(0.6931470036506653f), c0 = keep(1.0f);
+    const Vec least = keep(-100.0f), c5 = keep(0.0013276472454890609f), c4 = keep(0.006356423255056143f),
+              c3 = keep(0.03947516903281212f), c2 = keep(0.16981424391269684f), c1 = keep(0.49013322591781616f),
+              c0 = keep(0.7071067094802856f);
+
+    Exp2() {}  // the compiler's own would be for a lesser processor, and not inlined
 
     Vec operator()(Vec x) const {
-        x = Vec(_mm512_max_ps(least, x));  // x where it is NaN
-        const Vec whole = x + shift, part = x - (whole - shift);
+        const Vec part = Vec(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
         const Vec power = ((((part * c5 + c4) * part + c3) * part + c2) * part + c1) * part + c0;
-        return Vec(Ints(power) + (Ints(whole) << 23));
+        return Vec(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), power, x));
     }
 };
 
 inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
-inline float largest(Vec x) {
-    UNROLL for (int width = LANES / 2; width > 0; width /= 2) x = larger(x, swap(x, width));
-    return x[0];
-}
-
-// Softmax of units, and their values. A unit's weights are relative to `top`, which is moved to the largest score only when one is
-// far above it: weights may be as large as 2^SLACK, which changes no result. What was added before is scaled when it moves.
+// Softmax of units, and their values. A unit's weights are relative to `top`, which is moved to the largest score only when weights
+// are far above 1: they may be as large as LIMIT, which changes no result. What was added before is scaled when it moves.
 template <int PARTS>
 class Softmax {
   public:
@@ -611,10 +663,13 @@ class Softmax {
     }
 
     void row(int i) {
-        if (now_.unit.chunk->is_all_pairs())
-            weigh_full(i);
-        else
-            weigh_any(i);
+        const Chunk &chunk = *now_.unit.chunk;
+        with_constant<COLUMNS>(chunk.num_columns, [&](auto columns) {
+            if (chunk.is_plain)
+                weigh<columns.value, true>(i);
+            else
+                weigh<columns.value, false>(i);
+        });
     }
 
     int count_turns() const { return before_.unit.chunk ? count_value_turns<PARTS>(*before_.unit.chunk, dim_tiles_) : 0; }
@@ -659,79 +714,60 @@ class Softmax {
         return weights_ + now_.parity * unit_weights(PARTS) + tile * (unit_weights(PARTS) / 2) + (i - tile * cut_.height) * DEPTH;
     }
 
-    // What to take from scores of which `tops` are the largest in each lane, before they are weighed.
-    float base(int i, Vec tops) {
-        const float top = state_.top[query(i)];
-        if (__builtin_expect(any_above(tops, fill(top + SLACK)), 0)) return move(i, tops);
-        return top == -INFINITY_ ? 0.0f : top;  // (-inf) - (-inf) would be NaN
-    }
-
-    ALONE float move(int i, Vec tops) {
+    // Makes the largest score of this row the one that weights are relative to.
+    ALONE void move(int i) {
+        const Chunk &chunk = *now_.unit.chunk;
+        const float *scores = scores_of(i);
         float &top = state_.top[query(i)], *total = state_.sum + query(i) * LANES;
-        const float before = top, most = _mm512_reduce_max_ps(tops);
-        top = most;
-        if (before != -INFINITY_) {  // else there is nothing yet
-            const float decay = exp2(fill(before - most))[0];
-            decay_[now_.parity][i] = decay;
-            now_.has_moved = true;
-            store(total, load(total) * decay);
-        }
-        return most;
+        Vec tops = fill(top);
+        for (int c = 0; c < chunk.num_columns; c++)
+            tops = Vec(_mm512_max_ps(load(scores + c * SUMS) * scale_ + load(chunk.column[c].bias), tops));  // tops where NaN
+        const float before = top;
+        top = _mm512_reduce_max_ps(tops);
+        if (before == -INFINITY_) return;  // there is nothing yet
+        const float decay = exp2(fill(before - top))[0];
+        decay_[now_.parity][i] = decay;
+        now_.has_moved = true;
+        store(total, load(total) * decay);
     }
 
     int query(int i) const { return now_.unit.pair * 2 * cut_.height + i; }
 
-    // A full chunk, all in pairs.
-    ALONE void weigh_full(int i) {
+    template <int N, bool PLAIN>
+    ALONE void weigh(int i) {
         const Cutter cutter;
         const Exp2 exp;
         const Chunk &chunk = *now_.unit.chunk;
         const float *scores = scores_of(i);
-        const Vec scale = keep(scale_);
-        Vec x[FULL];
-        UNROLL for (int c = 0; c < FULL; c++) x[c] = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
-        Vec tops = x[0];
-        UNROLL for (int c = 1; c < FULL; c++) tops = Vec(_mm512_max_ps(x[c], tops));
-        const Vec from = keep(base(i, tops));
-        Vec total = load(state_.sum + query(i) * LANES);
-        Bf16 *to = weights_of(i);
-        UNROLL for (int c = 0; c < FULL; c += 2, to += PARTS * TILE_SIZE) {
-            const Vec a = exp(x[c] - from), b = exp(x[c + 1] - from);
-            total += a;
-            total += b;
-            store_both<PARTS>(cutter, a, b, to);
-        }
-        store(state_.sum + query(i) * LANES, total);
-    }
-
-    ALONE void weigh_any(int i) {
-        const Cutter cutter;
-        const Exp2 exp;
-        const Chunk &chunk = *now_.unit.chunk;
-        const float *scores = scores_of(i);
-        const Vec scale = keep(scale_);
-        alignas(64) float x[COLUMNS * LANES];
-        Vec tops = keep(-INFINITY_);
-        for (int c = 0; c < chunk.num_columns; c++) {
-            const Vec score = load(scores + c * SUMS) * scale + load(chunk.column[c].bias);
-            store(x + c * LANES, score);
-            tops = Vec(_mm512_max_ps(score, tops));
-        }
-        const Vec from = keep(base(i, tops));
-        Vec total = load(state_.sum + query(i) * LANES);
-        Bf16 *to = weights_of(i);
-        for (int c = 0; c < chunk.num_columns; c++, to += PARTS * TILE_SIZE) {
-            const Vec a = exp(load(x + c * LANES) - from);
-            total += a;
-            if (chunk.pairs >> c & 1) {
-                const Vec b = exp(load(x + ++c * LANES) - from);
-                total += b;
-                store_both<PARTS>(cutter, a, b, to);
-            } else {
-                store_single<PARTS>(cutter, a, to);
+        const Vec scale = keep(scale_), limit = keep(LIMIT);
+        float *sum = state_.sum + query(i) * LANES;
+        const float &top = state_.top[query(i)];
+        Vec weights[N], total;
+        if (__builtin_expect(top == -INFINITY_, 0)) move(i);
+        for (bool has_moved = false;; has_moved = true) {
+            const Vec shift = keep(top == -INFINITY_ ? 0.5f : 0.5f - top);  // (-inf) - (-inf) would be NaN
+            UNROLL for (int c = 0; c < N; c++) {
+                const Vec score = load(scores + c * SUMS);
+                weights[c] = exp(PLAIN ? score * scale + shift : score * scale + load(chunk.column[c].bias) + shift);
             }
+            total = weights[0];
+            UNROLL for (int c = 1; c < N; c++) total += weights[c];
+            if (__builtin_expect(!any_above(total, limit), 1) || has_moved) break;
+            move(i);
         }
-        store(state_.sum + query(i) * LANES, total);
+        store(sum, load(sum) + total);
+        Bf16 *to = weights_of(i);
+        unsigned done = 0;
+        UNROLL for (int c = 0; c < N; c++) {
+            if (done >> c & 1) continue;
+            if (c + 1 < N && (chunk.pairs >> c & 1)) {
+                store_both<PARTS>(cutter, weights[c], weights[c + 1 < N ? c + 1 : c], to);
+                done |= 2u << c;
+            } else {
+                store_single<PARTS>(cutter, weights[c], to);
+            }
+            to += PARTS * TILE_SIZE;
+        }
     }
 
     const State state_;
@@ -793,8 +829,8 @@ size_t scratch(int dim, int num_blocks) {
 }
 
 template <int PARTS>
-void attend_as(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
-               const Output &output, float *scratch) {
+void attend_as(const Task &task, const Task *next, int dim, float scale, float *scratch) {
+    const Queries &queries = task.queries;
     const int count = queries.count, dim_tiles = count_dim_tiles(dim);
     const Cut cut(count);
     Pieces memory(scratch);
@@ -810,16 +846,20 @@ void attend_as(const Queries &queries, const Panels &panels, const int32_t *tile
     clear_queries<PARTS>(count, cut, dim, q);
     const CutTiles leave(cut.height);
     Softmax<PARTS> softmax(state, cut, dim, scale * LOG2_E, weights);
-    const Walk<PARTS> walk{panels, Packing<PARTS>(dim), tiles, num_tiles};
-    for_units<PARTS>(q, cut, count, walk, count_steps(dim), scores, softmax);
+    const Packing<PARTS> packing(dim);
+    const Walk<PARTS> walk{task.panels, packing, task.tiles, task.num_tiles};
+    const Task &then = next ? *next : task;
+    const Walk<PARTS> then_walk{then.panels, packing, then.tiles, then.num_tiles};
+    const int chunks = walk.count_chunks();
+    const Following<PARTS> following{next, then_walk, chunks ? (then.queries.count + chunks - 1) / chunks : 0};
+    for_units<PARTS>(q, cut, count, walk, following, dim, scores, softmax);
     softmax.finish();
-    finish<PARTS>(queries, state, cut, dim, output);
+    finish<PARTS>(queries, state, cut, dim, task.output);
 }
 
-void attend(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
-            const Output &output, float *scratch) {
-    const auto as = queries.is_bf16 ? attend_as<1> : attend_as<NUM_PARTS>;
-    as(queries, panels, tiles, num_tiles, dim, scale, output, scratch);
+void attend(const Task &task, const Task *next, int dim, float scale, float *scratch) {
+    const auto as = task.queries.is_bf16 ? attend_as<1> : attend_as<NUM_PARTS>;
+    as(task, next, dim, scale, scratch);
 }
 
 // Work on scores alone.
@@ -856,7 +896,7 @@ class MassWork : public ScoreWork {
 
     ALONE void row(int i) {
         const Exp2 exp;
-        const Vec lse = keep(lse_[query(i)]), most = keep(128.0f);
+        const Vec lse = keep(lse_[query(i)] - 0.5f);
         float *sums = sums_[query(i)];
         const Chunk &chunk = *unit_.chunk;
         int block = chunk.column[0].block;
@@ -867,7 +907,7 @@ class MassWork : public ScoreWork {
                 block = chunk.column[c].block;
                 total = load(sums + size_t(block) * LANES);
             }
-            total += exp(Vec(_mm512_min_ps(most, score_of(i, c) - lse)));
+            total += exp(score_of(i, c) - lse);
         }
         store(sums + size_t(block) * LANES, total);
     }
@@ -917,7 +957,7 @@ void mass_as(const Queries *rows, int num_rows, const Panels &panels, int dim, f
         const CutTiles leave(cut.height);
         MassWork work(cut, scale * LOG2_E, lse_2, sums_of);
         const Walk<PARTS> walk{panels, Packing<PARTS>(dim), nullptr, panels.num_blocks};
-        for_units<PARTS>(q, cut, packed, walk, count_steps(dim), scores, work);
+        for_units<PARTS>(q, cut, packed, walk, {nullptr, walk, 0}, dim, scores, work);
         for (int p = 0; p < num_pieces; p++) {
             float *to = mass + size_t(pieces[p].row) * panels.num_blocks;
             for (int block = 0; block < panels.num_blocks; block++)
