@@ -17,6 +17,7 @@
 #include <omp.h>
 #endif
 
+#include "blocks.h"
 #include "isa.h"
 
 namespace longvid {
@@ -75,13 +76,6 @@ class Kept {
 
 extern "C" {
 
-// Tokens cut into blocks. Offsets [groups or 1][blocks + 1]; order [groups or 1][tokens] or null. A stride of 0 says 1.
-struct BlocksArgs {
-    const int32_t *offsets, *order;
-    int64_t offsets_stride, order_stride;
-    int32_t num_blocks, num_tokens;
-};
-
 // Floats, or bf16, with strides between batch entries, tokens and heads; the elements of a head lie side by side.
 struct TensorArgs {
     float *data;
@@ -113,38 +107,6 @@ enum Status { DONE = 0, UNSUPPORTED = 1, BAD_LAYOUT = 2, NO_MEMORY = 3 };
 }  // extern "C"
 
 namespace {
-
-const int32_t *offsets_of(const BlocksArgs &blocks, int group) { return blocks.offsets + group * blocks.offsets_stride; }
-
-const int32_t *order_of(const BlocksArgs &blocks, int group) {
-    return blocks.order ? blocks.order + group * blocks.order_stride : nullptr;
-}
-
-// Whether every index stays inside what it indexes.
-bool is_valid(const BlocksArgs &blocks, int num_groups) {
-    for (int g = 0; g < (blocks.offsets_stride ? num_groups : 1); g++) {
-        const int32_t *offsets = offsets_of(blocks, g);
-        if (offsets[0] != 0 || offsets[blocks.num_blocks] != blocks.num_tokens) return false;
-        if (!std::is_sorted(offsets, offsets + blocks.num_blocks + 1)) return false;
-    }
-    if (!blocks.order) return true;
-    const size_t rows = blocks.order_stride ? num_groups : 1;
-    return std::all_of(blocks.order, blocks.order + rows * blocks.num_tokens,
-                       [&](int32_t token) { return token >= 0 && token < blocks.num_tokens; });
-}
-
-bool is_valid(const AttentionArgs &args) {
-    if (!is_valid(args.q_blocks, args.num_groups) || !is_valid(args.k_blocks, args.num_groups)) return false;
-    const int rows = args.q_blocks.num_blocks;
-    for (int g = 0; g < args.num_groups; g++) {
-        const int32_t *row_ptr = args.row_ptr + int64_t(g) * (rows + 1);
-        if (row_ptr[0] < 0 || row_ptr[rows] > args.num_col || !std::is_sorted(row_ptr, row_ptr + rows + 1)) return false;
-        for (int i = row_ptr[0]; i < row_ptr[rows]; i++)
-            if (args.col[i] < 0 || args.col[i] >= args.k_blocks.num_blocks) return false;
-    }
-    const int groups = args.group_batch ? args.batch * args.heads : args.heads;
-    return std::all_of(args.group, args.group + groups, [&](int g) { return g >= -1 && g < args.num_groups; });
-}
 
 // The first panel of each block of keys, and past the last.
 std::vector<int32_t> panel_starts(const BlocksArgs &blocks, int group, int lanes) {
@@ -233,8 +195,8 @@ float *at(const TensorArgs &x, const Head &head, bool is_bf16 = false) {
     return is_bf16 ? reinterpret_cast<float *>(reinterpret_cast<uint16_t *>(x.data) + elements) : x.data + elements;
 }
 
-// Calls pack(slot, first, stop) for the blocks [first, stop) of each slot, a number of keys at a time. Heads of the same tokens behind
-// each other: they share pages.
+// Calls pack(slot, first, stop) for the blocks [first, stop) of each slot, a number of keys at a time. Heads of the same tokens
+// behind each other: they share pages.
 template <typename Pack>
 void deal_blocks(const BlocksArgs &blocks, int slots, int threads, const Scratch &scratch, const Pack &pack) {
     const int64_t wanted = int64_t(blocks.num_blocks) * KEYS_AT_ONCE / std::max(blocks.num_tokens, 1);
@@ -259,8 +221,8 @@ int64_t count_keys(const AttentionArgs &args, int group, int row) {
     return keys;
 }
 
-// The rows of some heads, cut where they are long; the dearest first, so that no thread is left with a long one at the end. Heads of
-// the same row behind each other: they share pages.
+// The rows of some heads, cut where they are long; the dearest first, so that no thread is left with a long one at the end.
+// Heads of the same row behind each other: they share pages.
 std::vector<Item> list_items(const AttentionArgs &args, const Head *heads, int num_heads) {
     std::vector<Item> items;
     for (int row = 0; row < args.q_blocks.num_blocks; row++) {
@@ -407,8 +369,9 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
                 queries.push_back({at(args.q, head(slot), is_bf16), args.q.token, order_of(args.q_blocks, 0), first,
                                    args.sample_every, sampled, is_bf16});
             }
-            variant.mass(queries.data(), group.stop - group.first, packed.of(slot, args.k_blocks, 0, starts, false), args.dim, args.scale,
-                         at(args.lse, head(slot)), args.lse.token, factors.data() + group.first,
+            const Panels panels = packed.of(slot, args.k_blocks, 0, starts, false);
+            variant.mass(queries.data(), group.stop - group.first, panels, args.dim, args.scale, at(args.lse, head(slot)),
+                         args.lse.token, factors.data() + group.first,
                          args.mass + (int64_t(begin + slot) * rows + group.first) * cols, memory);
         });
     }
@@ -435,7 +398,7 @@ int longvid_best_isa() {
 int longvid_attention(const AttentionArgs *args) {
     const Variant *variant = find(args->isa);
     if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
-    if (!is_valid(*args)) return BAD_LAYOUT;
+    if (!has_valid_layout(*args)) return BAD_LAYOUT;
     try {
         attend_all(*args, *variant);
     } catch (const std::bad_alloc &) {
