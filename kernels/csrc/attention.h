@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-namespace longvid {
+#include "blocks.h"
 
-// Tokens cut into blocks. Offsets [groups or 1][blocks + 1]; order [groups or 1][tokens] or null. A stride of 0 says 1.
-struct BlocksArgs {
-    const int32_t *offsets, *order;
-    int64_t offsets_stride, order_stride;
-    int32_t num_blocks, num_tokens;
-};
+namespace longvid {
 
 // Floats, or bf16, with strides between batch entries, tokens and heads; the elements of a head lie side by side.
 struct TensorArgs {

@@ -15,6 +15,7 @@
 #include <omp.h>
 #endif
 
+#include "blocks.h"
 #include "isa.h"
 
 namespace longvid {
@@ -123,16 +124,9 @@ struct SortArgs {
     int32_t groups, tokens, clusters, threads;
 };
 
-// Offsets [groups or 1][blocks + 1]; order [groups or 1][tokens], or null. A stride of 0 says 1.
-struct GroupsArgs {
-    const int32_t *offsets, *order;
-    int64_t offsets_stride, order_stride;
-    int32_t num_blocks, num_tokens;
-};
-
 struct MeansArgs {
     TokensArgs x;
-    GroupsArgs blocks;  // a group for each head of each batch entry, or one for all
+    BlocksArgs blocks;  // a group for each head of each batch entry, or one for all
     float *means;       // [batch][heads][blocks][dim]
     int32_t batch, heads, dim, threads, isa;
 };
@@ -150,7 +144,7 @@ struct ErrorArgs {
 struct SkippedArgs {
     TokensArgs q, out, lse;  // out is merged with attention to means
     const float *k_mean, *v_mean;  // [batch][heads][blocks of keys][dim]
-    GroupsArgs q_blocks, k_blocks;
+    BlocksArgs q_blocks, k_blocks;
     const int32_t *row_ptr, *col, *group;
     int64_t group_batch, num_col;
     int32_t num_groups, batch, heads, dim, threads, isa;
@@ -170,34 +164,7 @@ struct Group {
     int64_t token(int place) const { return order ? order[place] : place; }
 };
 
-Group group_of(const GroupsArgs &blocks, int64_t group) {
-    return {blocks.offsets + group * blocks.offsets_stride, blocks.order ? blocks.order + group * blocks.order_stride : nullptr};
-}
-
-// Whether every index stays inside what it indexes.
-bool is_valid(const GroupsArgs &blocks, int64_t num_groups) {
-    for (int64_t g = 0; g < (blocks.offsets_stride ? num_groups : 1); g++) {
-        const int32_t *offsets = blocks.offsets + g * blocks.offsets_stride;
-        if (offsets[0] != 0 || offsets[blocks.num_blocks] != blocks.num_tokens) return false;
-        if (!std::is_sorted(offsets, offsets + blocks.num_blocks + 1)) return false;
-    }
-    if (!blocks.order) return true;
-    const int64_t count = (blocks.order_stride ? num_groups : 1) * blocks.num_tokens;
-    return std::all_of(blocks.order, blocks.order + count, [&](int32_t i) { return i >= 0 && i < blocks.num_tokens; });
-}
-
-bool is_valid(const SkippedArgs &args) {
-    if (!is_valid(args.q_blocks, args.num_groups) || !is_valid(args.k_blocks, args.num_groups)) return false;
-    const int rows = args.q_blocks.num_blocks;
-    for (int g = 0; g < args.num_groups; g++) {
-        const int32_t *row_ptr = args.row_ptr + int64_t(g) * (rows + 1);
-        if (row_ptr[0] < 0 || row_ptr[rows] > args.num_col || !std::is_sorted(row_ptr, row_ptr + rows + 1)) return false;
-        for (int i = row_ptr[0]; i < row_ptr[rows]; i++)
-            if (args.col[i] < 0 || args.col[i] >= args.k_blocks.num_blocks) return false;
-    }
-    const int groups = args.group_batch ? args.batch * args.heads : args.heads;
-    return std::all_of(args.group, args.group + groups, [&](int g) { return g >= -1 && g < args.num_groups; });
-}
+Group group_of(const BlocksArgs &blocks, int64_t group) { return {offsets_of(blocks, group), order_of(blocks, group)}; }
 
 // Tokens of one head whose sums one thread keeps: many beside the clusters, so that adding the sums up is little work.
 int tokens_of_part(const KmeansArgs &args) {
@@ -365,7 +332,7 @@ struct PackedMeans {
 };
 
 // Blocks up to the last that has a token in some group.
-int count_used(const GroupsArgs &blocks, int num_groups) {
+int count_used(const BlocksArgs &blocks, int num_groups) {
     int used = 1;
     for (int g = 0; g < num_groups; g++) {
         const int32_t *offsets = group_of(blocks, g).offsets;
@@ -459,10 +426,10 @@ int longvid_block_means(const MeansArgs *args) {
 }
 
 int longvid_errors(const ErrorArgs *args) {
-    const GroupsArgs blocks{args->offsets, args->order, args->clusters + 1, args->tokens, args->clusters, args->tokens};
+    const BlocksArgs blocks{args->offsets, args->order, args->clusters + 1, args->tokens, args->clusters, args->tokens};
     return is_valid(blocks, int64_t(args->batch) * args->heads) ? run(sum_errors, *args) : BAD_CLUSTERS;
 }
 
-int longvid_attend_skipped(const SkippedArgs *args) { return is_valid(*args) ? run(attend_skipped, *args) : BAD_CLUSTERS; }
+int longvid_attend_skipped(const SkippedArgs *args) { return has_valid_layout(*args) ? run(attend_skipped, *args) : BAD_CLUSTERS; }
 
 }  // extern "C"

@@ -5,6 +5,7 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -21,6 +22,9 @@
 
 namespace longvid {
 namespace {
+
+// About as many keys a thread packs at a time.
+constexpr int KEYS_AT_ONCE = 256;
 
 // Of keys and values that are held packed at once, or one head's.
 constexpr size_t PACKED_BYTES = size_t(16) << 20;
@@ -68,38 +72,6 @@ class Kept {
     static thread_local inline size_t size_ = 0;
 };
 
-const int32_t *offsets_of(const BlocksArgs &blocks, int group) { return blocks.offsets + group * blocks.offsets_stride; }
-
-const int32_t *order_of(const BlocksArgs &blocks, int group) {
-    return blocks.order ? blocks.order + group * blocks.order_stride : nullptr;
-}
-
-// Whether every index stays inside what it indexes.
-bool is_valid(const BlocksArgs &blocks, int num_groups) {
-    for (int g = 0; g < (blocks.offsets_stride ? num_groups : 1); g++) {
-        const int32_t *offsets = offsets_of(blocks, g);
-        if (offsets[0] != 0 || offsets[blocks.num_blocks] != blocks.num_tokens) return false;
-        if (!std::is_sorted(offsets, offsets + blocks.num_blocks + 1)) return false;
-    }
-    if (!blocks.order) return true;
-    const size_t rows = blocks.order_stride ? num_groups : 1;
-    return std::all_of(blocks.order, blocks.order + rows * blocks.num_tokens,
-                       [&](int32_t token) { return token >= 0 && token < blocks.num_tokens; });
-}
-
-bool is_valid(const AttentionArgs &args) {
-    if (!is_valid(args.q_blocks, args.num_groups) || !is_valid(args.k_blocks, args.num_groups)) return false;
-    const int rows = args.q_blocks.num_blocks;
-    for (int g = 0; g < args.num_groups; g++) {
-        const int32_t *row_ptr = args.row_ptr + int64_t(g) * (rows + 1);
-        if (row_ptr[0] < 0 || row_ptr[rows] > args.num_col || !std::is_sorted(row_ptr, row_ptr + rows + 1)) return false;
-        for (int i = row_ptr[0]; i < row_ptr[rows]; i++)
-            if (args.col[i] < 0 || args.col[i] >= args.k_blocks.num_blocks) return false;
-    }
-    const int groups = args.group_batch ? args.batch * args.heads : args.heads;
-    return std::all_of(args.group, args.group + groups, [&](int g) { return g >= -1 && g < args.num_groups; });
-}
-
 // The first panel of each block of keys, and past the last.
 std::vector<int32_t> panel_starts(const BlocksArgs &blocks, int group, int lanes) {
     const int32_t *offsets = offsets_of(blocks, group);
@@ -124,9 +96,11 @@ class Packed {
         return ((size.k + size.v + lanes) * max_panels + 15) / 16 * 16;
     }
 
-    Panels of(int slot, const BlocksArgs &blocks, int group, const std::vector<int32_t> &starts) const {
+    Panels of(int slot, const BlocksArgs &blocks, int group, const std::vector<int32_t> &starts,
+              bool has_bias) const {
         float *k = first_ + per_head_ * slot, *v = k + size_.k * max_panels_, *bias = v + size_.v * max_panels_;
-        return {k, size_.v ? v : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks};
+        return {k, size_.v ? v : nullptr, bias, starts.data(), offsets_of(blocks, group), blocks.num_blocks,
+                has_bias};
     }
 
   private:
@@ -164,9 +138,37 @@ void deal(int64_t count, int threads, const Scratch &scratch, const Work &work) 
     for (int64_t i = 0; i < count; i++) work(i, scratch.of(thread_index()));
 }
 
+// Calls work(i, next, scratch) for i in [0, count), too, where `next` is what the thread will do next, or -1. The last ones are not
+// spoken for: a thread that is free must find them.
+template <typename Work>
+void deal_ahead(int64_t count, int threads, const Scratch &scratch, const Work &work) {
+    std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(threads)
+    {
+        float *mine = scratch.of(thread_index());
+        for (int64_t i = taken++; i < count;) {
+            const int64_t next = i + 2 * threads < count ? taken++ : -1;
+            work(i, next < count ? next : -1, mine);
+            i = next < 0 ? taken++ : next;
+        }
+    }
+}
+
 float *at(const TensorArgs &x, const Head &head, bool is_bf16 = false) {
     const int64_t elements = head.batch * x.batch + head.head * x.head;
     return is_bf16 ? reinterpret_cast<float *>(reinterpret_cast<uint16_t *>(x.data) + elements) : x.data + elements;
+}
+
+// Calls pack(slot, first, stop) for the blocks [first, stop) of each slot, a number of keys at a time. Heads of the same tokens
+// behind each other: they share pages.
+template <typename Pack>
+void deal_blocks(const BlocksArgs &blocks, int slots, int threads, const Scratch &scratch, const Pack &pack) {
+    const int64_t wanted = int64_t(blocks.num_blocks) * KEYS_AT_ONCE / std::max(blocks.num_tokens, 1);
+    const int size = int(std::max<int64_t>(wanted, 1)), spans = (blocks.num_blocks + size - 1) / size;
+    deal(int64_t(slots) * spans, threads, scratch, [&](int64_t i, float *) {
+        const int first = int(i / slots) * size;
+        pack(int(i % slots), first, std::min(first + size, blocks.num_blocks));
+    });
 }
 
 // Queries of one row of tiles of one head, and about how many scores they cost.
@@ -184,11 +186,12 @@ int64_t count_keys(const AttentionArgs &args, int group, int row) {
 }
 
 // The rows of some heads, cut where they are long; the dearest first, so that no thread is left with a long one at the end.
+// Heads of the same row behind each other: they share pages.
 std::vector<Item> list_items(const AttentionArgs &args, const Head *heads, int num_heads) {
     std::vector<Item> items;
-    for (int slot = 0; slot < num_heads; slot++) {
-        const int32_t *offsets = offsets_of(args.q_blocks, heads[slot].group);
-        for (int row = 0; row < args.q_blocks.num_blocks; row++) {
+    for (int row = 0; row < args.q_blocks.num_blocks; row++) {
+        for (int slot = 0; slot < num_heads; slot++) {
+            const int32_t *offsets = offsets_of(args.q_blocks, heads[slot].group);
             const int64_t keys = count_keys(args, heads[slot].group, row) + 1;
             int first = offsets[row];
             const int length = offsets[row + 1] - first;
@@ -243,29 +246,29 @@ void attend_all(const AttentionArgs &args, const Variant &variant) {
         const Head *now = heads.data() + begin;
         const int count = int(std::min<size_t>(wave, heads.size() - begin));
         const auto panels = [&](int slot) {
-            return packed.of(slot, args.k_blocks, now[slot].group, starts[now[slot].group]);
+            return packed.of(slot, args.k_blocks, now[slot].group, starts[now[slot].group], args.bias);
         };
-        // Heads of the same tokens behind each other: they share pages.
-        deal(int64_t(count) * args.k_blocks.num_blocks, args.threads, scratch, [&](int64_t i, float *) {
-            const int slot = int(i % count);
+        deal_blocks(args.k_blocks, count, args.threads, scratch, [&](int slot, int first, int stop) {
             const Head &head = now[slot];
             const float *bias = args.bias ? args.bias + head.batch * args.bias_batch + head.head * args.bias_head : nullptr;
             const bool is_bf16 = args.is_bf16;
             const Source source{at(args.k, head, is_bf16), at(args.v, head, is_bf16),              bias,   args.k.token,
                                 args.v.token,              order_of(args.k_blocks, head.group), is_bf16};
-            variant.pack(source, panels(slot), args.dim, int(i / count));
+            variant.pack(source, panels(slot), args.dim, first, stop);
         });
         const std::vector<Item> items = list_items(args, now, count);
-        deal(int64_t(items.size()), args.threads, scratch, [&](int64_t i, float *memory) {
-            const Item &item = items[i];
+        const auto task = [&](const Item &item) {
             const Head &head = now[item.slot];
             const int32_t *tiles = args.row_ptr + int64_t(head.group) * (args.q_blocks.num_blocks + 1) + item.row;
             const bool is_bf16 = args.is_bf16;
             const Queries queries{at(args.q, head, is_bf16), args.q.token, order_of(args.q_blocks, head.group), item.first, 1,
                                   item.count,                is_bf16};
             const Output output{at(args.out, head, is_bf16), at(args.lse, head), args.out.token, args.lse.token};
-            variant.attend(queries, panels(item.slot), args.col + tiles[0], tiles[1] - tiles[0], args.dim, args.scale, output,
-                           memory);
+            return Task{queries, panels(item.slot), args.col + tiles[0], tiles[1] - tiles[0], output};
+        };
+        deal_ahead(int64_t(items.size()), args.threads, scratch, [&](int64_t i, int64_t next, float *memory) {
+            const Task mine = task(items[i]), then = task(items[next < 0 ? i : next]);
+            variant.attend(mine, next < 0 ? nullptr : &then, args.dim, args.scale, memory);
         });
     }
 }
@@ -316,11 +319,10 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
     for (int begin = 0; begin < num_heads; begin += wave) {
         const int count = std::min(wave, num_heads - begin);
         const auto head = [&](int slot) { return Head{(begin + slot) / args.heads, (begin + slot) % args.heads, 0}; };
-        deal(int64_t(count) * cols, args.threads, scratch, [&](int64_t i, float *) {
-            const int slot = int(i % count);
+        deal_blocks(args.k_blocks, count, args.threads, scratch, [&](int slot, int first, int stop) {
             const float *k = at(args.k, head(slot), is_bf16);
             const Source source{k, nullptr, nullptr, args.k.token, 0, order_of(args.k_blocks, 0), is_bf16};
-            variant.pack(source, packed.of(slot, args.k_blocks, 0, starts), args.dim, int(i / count));
+            variant.pack(source, packed.of(slot, args.k_blocks, 0, starts, false), args.dim, first, stop);
         });
         deal(int64_t(count) * groups.size(), args.threads, scratch, [&](int64_t i, float *memory) {
             const Rows &group = groups[i / count];
@@ -331,8 +333,9 @@ void sum_mass(const MassArgs &args, const Variant &variant) {
                 queries.push_back({at(args.q, head(slot), is_bf16), args.q.token, order_of(args.q_blocks, 0), first,
                                    args.sample_every, sampled, is_bf16});
             }
-            variant.mass(queries.data(), group.stop - group.first, packed.of(slot, args.k_blocks, 0, starts), args.dim, args.scale,
-                         at(args.lse, head(slot)), args.lse.token, factors.data() + group.first,
+            const Panels panels = packed.of(slot, args.k_blocks, 0, starts, false);
+            variant.mass(queries.data(), group.stop - group.first, panels, args.dim, args.scale, at(args.lse, head(slot)),
+                         args.lse.token, factors.data() + group.first,
                          args.mass + (int64_t(begin + slot) * rows + group.first) * cols, memory);
         });
     }
@@ -359,7 +362,7 @@ int longvid_best_isa() {
 int longvid_attention(const AttentionArgs *args) {
     const Variant *variant = find(args->isa);
     if (!variant || args->dim > MAX_DIM) return UNSUPPORTED;
-    if (!is_valid(*args)) return BAD_LAYOUT;
+    if (!has_valid_layout(*args)) return BAD_LAYOUT;
     try {
         attend_all(*args, *variant);
     } catch (const std::bad_alloc &) {

@@ -33,6 +33,7 @@ struct Panels {
     const int32_t *starts;   // [blocks + 1]: the first panel of each block
     const int32_t *offsets;  // [blocks + 1]: the first place of each block
     int num_blocks;
+    bool has_bias;  // else all are 0 but past the end of a block
 };
 
 // The keys, values and bias of one head as they came.
@@ -48,6 +49,15 @@ struct Output {
     int64_t out_stride, lse_stride;
 };
 
+// Queries of a row of tiles, the keys and values that they see, and where their results go.
+struct Task {
+    Queries queries;
+    Panels panels;
+    const int32_t *tiles;  // the blocks of keys
+    int num_tiles;
+    Output output;
+};
+
 // Floats of the keys and of the values of one panel.
 struct PanelSize {
     size_t k, v;
@@ -59,10 +69,10 @@ struct Variant {
     PanelSize (*panel_size)(int dim, bool is_bf16);
     // Floats that a thread needs as scratch memory, aligned to 64 bytes.
     size_t (*scratch)(int dim, int num_blocks);
-    void (*pack)(const Source &source, const Panels &panels, int dim, int block);
-    // At most MAX_QUERIES queries against the tiles of one row.
-    void (*attend)(const Queries &queries, const Panels &panels, const int32_t *tiles, int num_tiles, int dim, float scale,
-                   const Output &output, float *scratch);
+    // The blocks [first, stop).
+    void (*pack)(const Source &source, const Panels &panels, int dim, int first, int stop);
+    // At most MAX_QUERIES queries. What the thread's next task will read is asked for meanwhile; there may be none.
+    void (*attend)(const Task &task, const Task *next, int dim, float scale, float *scratch);
     // mass[row][block] = factors[row] * sum over the row's queries and the block's keys of exp(score - lse).
     void (*mass)(const Queries *rows, int num_rows, const Panels &panels, int dim, float scale, const float *lse,
                  int64_t lse_stride, const float *factors, float *mass, float *scratch);
