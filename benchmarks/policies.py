@@ -7,8 +7,8 @@ python benchmarks/policies.py preset --films 8 --out benchmarks/results/presets-
 
 Attention is looked at in whole clips, where it is most of the work, each policy in turn with dense attention; caches in
 the queue, all in turn. `--out` is written after each policy (or group of `--together`), and with `--resume` what it has
-is not measured again. `--table` prints it as the README has it, and measures nothing. `choosing` is what the policies of
-attention take beside attention itself, in shares of dense attention.
+is not measured again. `--table` prints it as the README has it, and measures nothing.
+`choosing` is what the policies of attention take beside attention itself, in shares of dense attention.
 """
 
 from __future__ import annotations
