@@ -134,7 +134,7 @@ class Rettention(Sparse):
     """Of the keys, in a window around each tile."""
     refresh_every: Annotated[int, Field(ge=1, le=1000)] = 5
     growth: Annotated[float, Field(ge=0, le=1)] = 0.04
-    """Added to the share at every step."""
+    """Added to the share at every step; 1: nothing is rescaled, which is a plain window."""
     residual: bool = False
     tile: Tile = 64
 
