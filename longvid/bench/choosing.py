@@ -81,9 +81,10 @@ class _Times:
 def measure_choosing(cases: Sequence[Case], *, frames: int, repeats: int, say: Say) -> dict[str, Any]:
     """Shares of our own dense attention's time, of one layer in a film of one clip and `STEPS` steps.
 
-    `kernel` is attention to the tiles, `choosing` everything before it and behind it, both as means over the sparse
-    steps; `dearest` is the most that one step takes besides attention, as where AdaSpa searches. `torch` is how many
-    times as long torch's dense attention takes. Minima over repeats, in which each policy takes turns with both.
+    `kernel` is attention to the tiles, `choosing` everything before it and behind it, both as medians over the sparse
+    steps; `dearest` is the most that one step takes besides attention: where AdaSpa searches, and where Sparse VideoGen
+    2 finds its first clusters. `torch` is how many times as long torch's dense attention takes. Minima over repeats, in
+    which each policy takes turns with both.
     """
     calls = _record(frames)
     rows = []
@@ -125,9 +126,9 @@ def _measure(case: Case, calls: Sequence[Recorded], repeats: int) -> dict[str, A
         "name": case.name,
         "dense_s": dense,
         "torch": torch_s / dense,
-        "density": statistics.mean(densities.values()),
-        "kernel": statistics.mean(times.least[step, "kernel"] for step in sparse) / dense,
-        "choosing": statistics.mean(besides[step] for step in sparse) / dense,
+        "density": statistics.median(densities.values()),
+        "kernel": statistics.median(times.least[step, "kernel"] for step in sparse) / dense,
+        "choosing": statistics.median(besides[step] for step in sparse) / dense,
         "dearest": max(besides) / dense,
     }
 
