@@ -75,16 +75,15 @@ POLICIES = (
     Case("svg_ear", ("attention.policy=svg_ear",), "HunyuanVideo 1.93x, 31.04 dB at density 0.22"),
     Case(
         "window",
-        ("attention.policy=rettention", "attention.growth=1"),
+        ("attention.policy=rettention", "attention.growth=1", "attention.residual=false"),
         title="`rettention` without its correction (a plain window, dense at the same steps)",
     ),
-    Case("rettention", ("attention.policy=rettention",), "45 % of the latency, 3.1 % of the tokens"),
     Case(
-        "rettention residual",
-        ("attention.policy=rettention", "attention.residual=true"),
-        "45 % of the latency, 3.1 % of the tokens",
-        title="`rettention` with `attention.residual=true`",
+        "rettention without R",
+        ("attention.policy=rettention", "attention.residual=false"),
+        title="`rettention`, `attention.residual=false`",
     ),
+    Case("rettention", ("attention.policy=rettention",), "45 % of the latency, 3.1 % of the tokens"),
     Case("asa", ("attention.policy=asa",), "1.50x without distillation"),
 )
 
