@@ -1,12 +1,14 @@
 """Policies of sparse attention, or of caches, beside the whole computation, on the same films of the embedded model.
 
 python benchmarks/policies.py attention --films 2 --out benchmarks/results/attention-policies-cpu.json
+python benchmarks/policies.py choosing
 python benchmarks/policies.py cache --films 8 --out benchmarks/results/cache-policies-cpu.json
 python benchmarks/policies.py preset --films 8 --out benchmarks/results/presets-cpu.json
 
 Attention is looked at in whole clips, where it is most of the work, each policy in turn with dense attention; caches in
 the queue, all in turn. `--out` is written after each policy (or group of `--together`), and with `--resume` what it has
 is not measured again. `--table` prints it as the README has it, and measures nothing.
+`choosing` is what the policies of attention take beside attention itself, in shares of dense attention.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from longvid.bench.choosing import as_text as choosing_as_text
+from longvid.bench.choosing import measure_choosing
 from longvid.bench.policies import DENSE, Case, as_markdown, as_text, measure_policies
 from longvid.doctor import cpu_facts, package_version
 
@@ -71,8 +75,13 @@ POLICIES = (
     Case("svg_ear", ("attention.policy=svg_ear",), "HunyuanVideo 1.93x, 31.04 dB at density 0.22"),
     Case(
         "window",
-        ("attention.policy=rettention", "attention.refresh_every=1000", "attention.growth=0"),
-        title="`rettention` without its correction (a plain window)",
+        ("attention.policy=rettention", "attention.growth=1", "attention.residual=false"),
+        title="`rettention` without its correction (a plain window, dense at the same steps)",
+    ),
+    Case(
+        "rettention without R",
+        ("attention.policy=rettention", "attention.residual=false"),
+        title="`rettention`, `attention.residual=false`",
     ),
     Case("rettention", ("attention.policy=rettention",), "45 % of the latency, 3.1 % of the tokens"),
     Case("asa", ("attention.policy=asa",), "1.50x without distillation"),
@@ -87,12 +96,17 @@ def tuned(profile: str) -> Case:
     return Case(f"{policy} {Path(profile).stem}", overrides, published, title=f"`{policy}`, {Path(profile).stem}")
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["attention", "cache", "preset"])
+    parser.add_argument("what", choices=["attention", "choosing", "cache", "preset"])
     parser.add_argument("--steps", type=int, help="of caches, which need steps to spare: 24; of attention: 8")
     parser.add_argument("--static", nargs="*", default=[], help="presets by `longvid train cache`")
     parser.add_argument("--films", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=10, help="of choosing")
     parser.add_argument("--frames", type=int, default=961)
     parser.add_argument("--only", nargs="*", help="names of policies")
     parser.add_argument("--profile", nargs="*", default=[], help="profiles by `longvid tune`")
@@ -106,10 +120,16 @@ def main() -> None:
     if args.table:
         print(as_markdown(json.loads(args.out.read_text())))
         return
-    cases = list({"attention": POLICIES, "cache": CACHES, "preset": PRESETS}[args.what])
+    cases = list({"attention": POLICIES, "choosing": POLICIES, "cache": CACHES, "preset": PRESETS}[args.what])
     cases += [Case(f"static {Path(preset).stem}", (), preset=preset) for preset in args.static]
     cases += [tuned(profile) for profile in args.profile]
     cases = [case for case in cases if not args.only or case.name in args.only]
+    if args.what == "choosing":
+        found = measure_choosing(cases, frames=args.frames, repeats=args.repeats, say=say)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(choosing_as_text(found))
+        return
     common = {
         "attention": ["schedule=sequential", f"sampler.steps={args.steps or 8}"],
         "cache": [f"sampler.steps={args.steps or 24}"],
@@ -132,7 +152,7 @@ def main() -> None:
         together=args.together or (1 if args.what == "attention" else None),
         before=json.loads(args.out.read_text()) if args.resume and args.out.is_file() else None,
         keep=keep,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=say,
     )
     keep(result)
     print(as_text(result))

@@ -177,32 +177,36 @@ struct Sums {
     float *sizes;  // [clusters]
 };
 
-// Labels of the tokens from `begin` on, and their sums while they are near.
-void label_part(const KmeansArgs &args, const ClusterVariant &variant, int64_t head, int begin, const Columns &columns,
+// Labels of the tokens from `begin` on, and their sums while they are near. Whether a label is another than before.
+bool label_part(const KmeansArgs &args, const ClusterVariant &variant, int64_t head, int begin, const Columns &columns,
                 const float *bias, const Sums &sums, float *scratch) {
     const float *x = at(args.x, head, args.heads);
     int64_t *labels = args.labels + head * args.tokens;
     const int stop = std::min(begin + tokens_of_part(args), args.tokens);
     std::fill_n(sums.sums, size_t(args.clusters) * args.dim, 0.0f);
     std::fill_n(sums.sizes, args.clusters, 0.0f);
+    bool has_changed = false;
     for (int first = begin; first < stop; first += MAX_ROWS) {
         const float *tokens[MAX_ROWS];
+        int64_t found[MAX_ROWS];
         const int count = std::min(MAX_ROWS, stop - first);
         for (int row = 0; row < count; row++) {
             tokens[row] = x + (first + row) * args.x.token;
             if (first + row + MAX_ROWS < stop) ask(tokens[row] + MAX_ROWS * args.x.token, args.dim);
         }
-        variant.nearest(tokens, count, columns, bias, labels + first, scratch);
+        variant.nearest(tokens, count, columns, bias, found, scratch);
+        has_changed |= !std::equal(found, found + count, labels + first);
+        std::copy_n(found, count, labels + first);
         for (int row = 0; row < count && args.iterations; row++) {
-            const int64_t label = labels[first + row];
-            sums.sizes[label]++;
-            variant.add(tokens[row], args.dim, sums.sums + label * args.dim);
+            sums.sizes[found[row]]++;
+            variant.add(tokens[row], args.dim, sums.sums + found[row] * args.dim);
         }
     }
+    return has_changed;
 }
 
-// Tokens to their nearest centroids, and centroids to the means of their tokens, again and again; empty ones stay. Without
-// iterations tokens go to the centroids as they are.
+// Tokens to their nearest centroids, and centroids to the means of their tokens, again and again; empty ones stay. A head
+// whose labels no longer change is done. Without iterations tokens go to the centroids as they are.
 void cluster(const KmeansArgs &args, const ClusterVariant &variant) {
     const int64_t num_heads = int64_t(args.batch) * args.heads;
     const int stride = variant.stride(args.clusters), part = tokens_of_part(args), parts = (args.tokens + part - 1) / part;
@@ -233,16 +237,26 @@ void cluster(const KmeansArgs &args, const ClusterVariant &variant) {
         variant.half_squares(centroids, args.clusters, args.dim, stride, bias + head * bias_size);
     };
 
+    std::fill_n(args.labels, num_heads * args.tokens, int64_t(-1));
+    std::vector<char> has_changed(num_heads * parts, true);  // of each part of each head
+    const auto is_done = [&](int64_t head) {
+        return std::none_of(&has_changed[head * parts], &has_changed[head * parts] + parts, [](char changed) { return changed; });
+    };
     deal(num_heads, args.threads, [&](int64_t head, int) { pack(head); });
     for (int iteration = 0; iteration < std::max(1, args.iterations); iteration++) {
+        std::vector<char> done(num_heads);
+        for (int64_t head = 0; head < num_heads; head++) done[head] = is_done(head);
         deal(num_heads * parts, args.threads, [&](int64_t i, int thread) {
             const int64_t head = i % num_heads;  // heads of the same tokens behind each other: they share pages
+            if (done[head]) return;
             const Columns columns{packed + head * packed_size, args.clusters, args.dim};
-            label_part(args, variant, head, int(i / num_heads) * part, columns, bias + head * bias_size,
-                       sums_of(head, int(i / num_heads)), scratch + thread * scratch_size);
+            has_changed[head * parts + i / num_heads] =
+                label_part(args, variant, head, int(i / num_heads) * part, columns, bias + head * bias_size,
+                           sums_of(head, int(i / num_heads)), scratch + thread * scratch_size);
         });
         if (!args.iterations) return;
         deal(num_heads, args.threads, [&](int64_t head, int) {
+            if (done[head]) return;
             move(head);
             if (iteration + 1 < args.iterations) pack(head);
         });

@@ -41,7 +41,7 @@ class Clusters:
     centroids_BHND: Tensor
     """fp32"""
     sizes_BHN: Tensor
-    """Tokens of each, int32."""
+    """Tokens of each, int64."""
     blocks: Blocks
     """The same tokens in the order of their clusters, of every head."""
 
@@ -119,7 +119,7 @@ class Svg2Policy:
         labels, centroids = kmeans(x_BTHD, known, num_clusters, iterations, sample_every=self.settings.sample_every)
         memory[name] = centroids
         blocks = cluster_blocks(labels, num_clusters)
-        sizes = blocks.lengths().view(*labels.shape[:2], -1)
+        sizes = blocks.lengths().long().view(*labels.shape[:2], -1)  # products of two may pass int32
         return Clusters(x_BTHD, labels, centroids, sizes, blocks)
 
 

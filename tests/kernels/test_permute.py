@@ -82,6 +82,18 @@ def test_the_matrix_units_find_the_nearest_of_many_as_well_as_fp32():
 
 
 @built
+def test_a_head_that_is_done_stays_while_others_go_on():
+    """The second head's tokens are their own centroids; the first's take some iterations."""
+    x = torch.stack([random(8, 400, 8), random(9, 5, 8).repeat(80, 1)], 1)[None]
+    found = cluster_cpu.kmeans(x, spaced_tokens(x, 5), 40)
+    centroids = spaced_tokens(x, 5)
+    for _ in range(40):
+        labels, centroids = lloyd_step(x, centroids)
+    assert torch.equal(found[0], labels)
+    torch.testing.assert_close(found[1], centroids)
+
+
+@built
 def test_equal_centroids_give_the_first_and_nan_stays_inside():
     x = random(3, 1, 50, 1, 8)
     same = x.mean(1).expand(1, 1, 40, 8)

@@ -32,8 +32,8 @@ POLICIES = {
     "adaspa sampled": AdaSpaPolicy(AdaSpa(policy="adaspa", tile=32)),
     "svg2": Svg2Policy(Svg2(policy="svg2", first_iterations=5)),
     "svg_ear": SvgEarPolicy(SvgEar(policy="svg_ear", first_iterations=5)),
-    "rettention": RettentionPolicy(Rettention(policy="rettention", tile=16, refresh_every=2)),
-    "rettention residual": RettentionPolicy(Rettention(policy="rettention", tile=16, residual=True)),
+    "rettention": RettentionPolicy(Rettention(policy="rettention", tile=16, refresh_every=2, residual=False)),
+    "rettention residual": RettentionPolicy(Rettention(policy="rettention", tile=16)),
     "asa": AsaPolicy(Asa(policy="asa", tile=16, sample=4)),
     "asa pooled": AsaPolicy(Asa(policy="asa", tile=16, sample=4, pooled=True)),
 }
@@ -42,8 +42,8 @@ LIMITS = {
     "adaspa": AdaSpaPolicy(AdaSpa(policy="adaspa", sparsity=0)),
     "svg2": Svg2Policy(Svg2(policy="svg2", top_p=1, first_iterations=2)),
     "svg_ear": SvgEarPolicy(SvgEar(policy="svg_ear", top_p=1, first_iterations=2)),
-    "rettention": RettentionPolicy(Rettention(policy="rettention", keep=1)),
-    "rettention residual": RettentionPolicy(Rettention(policy="rettention", keep=1, residual=True)),
+    "rettention": RettentionPolicy(Rettention(policy="rettention", keep=1, residual=False)),
+    "rettention residual": RettentionPolicy(Rettention(policy="rettention", keep=1)),
     "asa": AsaPolicy(Asa(policy="asa", tile=32, mass=1, max_keep=1)),
     "asa pooled": AsaPolicy(Asa(policy="asa", tile=32, mass=1, max_keep=1, pooled=True)),
 }

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def make(**changes):
-    return RettentionPolicy(Rettention(policy="rettention", **{"tile": 16, "keep": 0.15, **changes}))
+    return RettentionPolicy(Rettention(policy="rettention", **{"tile": 16, "keep": 0.15, "residual": False, **changes}))
 
 
 def test_a_window_lies_around_each_tile_and_keeps_its_size_at_the_ends():
