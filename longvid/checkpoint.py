@@ -57,7 +57,7 @@ class Holder:
 
     Branch 0 follows the prompts, 1 the negatives. `attention` is the policy at work there, if it is not dense, and
     `cache` that of the cache, if it leaves layers out. `owner` says which place on the `chunk` axis has a chunk, and
-    `reader` which has the chunk that sees it as left context; None: nobody.
+    `readers` which read latents of it besides.
     """
 
     mesh: Mesh
@@ -66,7 +66,7 @@ class Holder:
     attention: SparseRuntime | None = None
     cache: CacheRuntime | None = None
     owner: Callable[[int], int] = lambda chunk: 0
-    reader: Callable[[int], int | None] = lambda chunk: None
+    readers: Callable[[LatentVersion], set[int]] = lambda latents: set()
     decoder: StatefulDecoder | None = None
     """Its part of the decoder's layers, where it has some and not all."""
     decodes: bool = False
@@ -76,9 +76,9 @@ class Holder:
         """Whether this rank has a part in a chunk."""
         return self.owner(chunk) == self.mesh.place.chunk
 
-    def sees(self, chunk: int) -> bool:
-        """Whether it reads a chunk's latents: of its own, and of those that own ones have as left context."""
-        return self.mesh.is_first and self.mesh.place.chunk in (self.owner(chunk), self.reader(chunk))
+    def sees(self, latents: LatentVersion) -> bool:
+        """Whether it reads latents: those of own chunks, and others that own units are made of."""
+        return self.mesh.is_first and self.mesh.place.chunk in {self.owner(latents.chunk), *self.readers(latents)}
 
 
 @dataclass(frozen=True)
@@ -467,7 +467,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
                 is_here = branch in holder.branches and layer in holder.layers and seq == mesh.place.seq
                 return is_here and holder.has(chunk)
             case "latents":
-                return holder.sees(int(rest.partition("/")[0]))
+                return holder.sees(LatentVersion(*map(int, rest.split("/"))))
             case "solver":
                 return mesh.is_owner and holder.has(int(rest.partition("/")[0]))
             case "decoder":
@@ -482,7 +482,7 @@ def load_checkpoint(film: Path, manifest: Manifest, holder: Holder, device: torc
     try:
         kv: dict[KvVersion, KvSpan] = {version: _kv_span(version, tensors, holder) for version in versions}
         memory, cached = _memory("memory", tensors), _memory("cached", tensors)
-        seen = [LatentVersion(*v) for v in manifest.latents if holder.sees(v[0])]
+        seen = [version for version in (LatentVersion(*v) for v in manifest.latents) if holder.sees(version)]
         latents = {v: tensors[f"latents/{v.chunk}/{v.version}"] for v in seen}
         own = [chunk for chunk in manifest.solvers if mesh.is_owner and holder.has(chunk)]
         return Saved(

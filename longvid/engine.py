@@ -33,6 +33,7 @@ from longvid.notices import notices, unknown_in
 from longvid.orders import Orders
 from longvid.parallel.comm import DistComm, StoreBulletin, disconnect
 from longvid.parallel.executor import Executor, OnAction
+from longvid.parallel.lending import Lending
 from longvid.parallel.mesh import Mesh, describe
 from longvid.parallel.rank_actions import name_of
 from longvid.parallel.rehearsal import rehearse_schedule, stage_costs
@@ -325,6 +326,7 @@ class Engine:
         images = self._conditioning.prepare(plan, spare_prompts=2 if tools.prompter else 0)
         self._sampler = self._sampler_of(plan)
         topology, buffers = self.mesh.topology, self.settings.mesh.buffers
+        lending = Lending.of(plan, self.settings, topology)
         if self.mesh.is_leader and topology.num_ranks > 1:
             rehearse_schedule(
                 lambda: make_schedule(plan, self.settings),
@@ -332,6 +334,7 @@ class Engine:
                 buffers,
                 decoding=tools.decoding,
                 owners=self._model.owners_decode,
+                lending=lending,
             )
         width, height = self.facts.grid.latent_size(plan.width, plan.height)
         self._executor = Executor(
@@ -350,6 +353,7 @@ class Engine:
             decoder=tools.decoders if isinstance(tools.decoders, StageDecoders) else None,
             owners=self._model.owners_decode,
             part=self._model.part_in_decoding(images, (height, width)),
+            lending=lending,
             shown=lambda finished: self._shown(finished, images),
             saver=tools.saver,
             prompter=tools.prompter,

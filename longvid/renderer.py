@@ -18,7 +18,7 @@ from longvid.events import Notice
 from longvid.film_stream import OnEvent
 from longvid.ledger import Ledger
 from longvid.orders import Orders
-from longvid.parallel.chunk_runs import owners_of
+from longvid.parallel.chunk_runs import owners_of, readers_of
 from longvid.parallel.comm import StoreBulletin, gather
 from longvid.parallel.mesh import describe
 from longvid.parallel.schedule import last_round
@@ -89,10 +89,6 @@ class Renderer:
         model = self.model
         owners = owners_of(plan, model.settings, model.mesh.topology.chunk)
 
-        def reader(chunk: int) -> int | None:
-            has_reader = chunk + 1 < len(owners) and plan.chunks[chunk + 1].num_left > 0
-            return owners[chunk + 1] if has_reader else None
-
         branches = model.stage.branches
         return Holder(
             model.mesh,
@@ -101,7 +97,7 @@ class Renderer:
             self.attention,
             model.cache,
             owners.__getitem__,
-            reader,
+            readers_of(plan, model.settings, model.mesh.topology),
             model.decoder if model.has_part else None,
             model.decodes,
         )

@@ -39,6 +39,7 @@ from longvid.parallel.comm import Header, Incoming
 from longvid.parallel.decisions import Decisions, Prompter, Saver
 from longvid.parallel.decoding import Decode
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
+from longvid.parallel.lending import NOTHING_LENT, Lending
 from longvid.parallel.mesh import Mesh, lone_mesh
 from longvid.parallel.message_shapes import NOTHING, MessageShapes, is_made, unit_of
 from longvid.parallel.piece_decoding import PieceDecoding
@@ -52,6 +53,7 @@ from longvid.parallel.rank_actions import (
     HandOn,
     Hidden,
     KeepState,
+    Loan,
     Look,
     Notice,
     Overlap,
@@ -108,6 +110,8 @@ class Executor:
     owners: DecodingOwners = LEADER_DECODES
     """Who decodes with the leader; `part` is what this rank does of it, if there are several."""
     part: DecoderPart | None = None
+    lending: Lending = NOTHING_LENT
+    """Which units are computed for the owners of other chunks."""
     shown: Callable[[Finished], Finished] = lambda finished: finished
     """On the leader: what a film shows of finished latents."""
     saver: Saver | None = None
@@ -168,7 +172,7 @@ class Executor:
         self, actions: Iterable[Action], plan: Plan, done: int
     ) -> Iterator[tuple[RankAction, Incoming | None]]:
         """The rank's program, with receives posted ahead: of hidden states, `buffers` at once from each rank."""
-        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.decoding, self.owners)
+        whole = rank_program(actions, self.mesh.topology, self.mesh.rank, self.decoding, self.owners, self.lending)
         program = (action for action in whole if action.round > done)
         ahead: deque[tuple[RankAction, Incoming | None]] = deque()
         posted: Counter[int] = Counter()
@@ -411,7 +415,7 @@ class Executor:
             case Border(latents=version):
                 count = plan.chunks[version.chunk + 1].num_left
                 comm.send(header, live.latents[version][:, -count:], action.to)
-            case LatentVersion() as version:
+            case (LatentVersion() as version) | Loan(latents=version):
                 comm.send(header, live.latents[version], action.to)
             case _:
                 comm.send(header, self._pieces.of(message, plan, live), action.to, is_sized=is_made(message))
@@ -438,7 +442,7 @@ class Executor:
                 live.velocity.setdefault(unit, []).append(value)
             case Overlap(chunk=i, step=k) if len(value):
                 live.overlaps.setdefault(OverlapVersion(i, k), []).append(value)
-            case Border(latents=version):
+            case Border(latents=version) | Loan(latents=version):
                 live.borders[version] = value
             case Seen(latents=seen):
                 live.seen |= dict(zip(seen, value, strict=True))

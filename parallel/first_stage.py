@@ -31,6 +31,7 @@ from longvid.parallel.chunk_runs import Run
 from longvid.parallel.closings import Closings
 from longvid.parallel.decoding import DecodeAction, HandOut
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodePart, DecodingOwners
+from longvid.parallel.lending import NOTHING_LENT, Lending
 from longvid.parallel.rank_actions import (
     Border,
     Boundary,
@@ -38,6 +39,7 @@ from longvid.parallel.rank_actions import (
     Halfway,
     HandOn,
     Hidden,
+    Loan,
     Look,
     Overlap,
     RankAction,
@@ -68,15 +70,17 @@ class FirstStage:
     place: Coordinate
     decoding: DecodePart | None = None
     owners: DecodingOwners = LEADER_DECODES
+    lending: Lending = NOTHING_LENT
 
     def __post_init__(self) -> None:
         self.late: deque[RankAction | _Late] = deque()
         self.round = 0
         self.put_off: set[LatentVersion] = set()
-        self.run = Run(self.place.chunk, self.topology.chunk)
+        self.run = Run(self.place.chunk, self.topology.chunk, self.lending)
         self.notices = Notices(self.topology, self.place)
         self.own: set[LatentVersion] = set()
         self.due: dict[LatentVersion, Receive] = {}
+        self.loans: dict[LatentVersion, Receive] = {}
         self.borders: set[LatentVersion] = set()
         self.tokens: set[GlobalVersion] = set()
         self.closings = Closings(self.run)
@@ -108,11 +112,13 @@ class FirstStage:
                     yield from self.prepare(action.forward)
                     yield action
                     yield from self.share_verdict(action)
-                case Forward(chunk=i) if self.run.has(i):
+                case Forward() if self.run.computes(action):
                     yield from self.prepare(action)
                     yield action
                     yield from self.pass_on(action)
                     self.await_velocity(action)
+                case Forward(chunk=i) if self.run.has(i):
+                    self.await_lent(action)
                 case DropKv():
                     yield action
                 case Forecast(chunk=i) if self.run.has(i) and self.is_owner:
@@ -151,12 +157,13 @@ class FirstStage:
         if self.run.has(action.chunk):
             self.own.add(made)
             yield action
+        yield from self.lend_unit(action.round, made)
         if action.is_left:
             yield from self.lend(action.round, made)
 
     def lend(self, n: int, latents: LatentVersion) -> Iterator[RankAction]:
         """Where the chunk after reads latents on other ranks: their sends; on those, a receive to come to."""
-        here, reader = self.run.owner(latents.chunk), self.run.owner(latents.chunk + 1)
+        here, reader = self.run.owner(latents.chunk), self.run.worker(latents.chunk + 1, latents.version)
         border = Border(latents.chunk, latents.version)
         if here == reader:
             return
@@ -166,8 +173,20 @@ class FirstStage:
             for guidance, seq in product(range(self.topology.guidance), range(self.topology.seq)):
                 yield Send(n, border, self.rank(chunk=reader, guidance=guidance, seq=seq))
 
+    def lend_unit(self, n: int, latents: LatentVersion) -> Iterator[RankAction]:
+        """Where another place computes a chunk's next unit: a send, or there a receive to come to."""
+        here, worker = self.run.owner(latents.chunk), self.run.worker(latents.chunk, latents.version)
+        loan = Loan(latents.chunk, latents.version)
+        if here == self.place.chunk != worker:
+            yield Send(n, loan, self.rank(chunk=worker))
+        elif worker == self.place.chunk != here:
+            self.loans[latents] = Receive(n, loan, self.rank(chunk=here))
+
     def prepare(self, forward: Forward) -> Iterator[RankAction]:
         """What a forward needs."""
+        lent = LatentVersion(forward.chunk, forward.step)
+        if lent in self.loans:
+            yield self.loans.pop(lent)
         yield from self.flush_for(LatentVersion(forward.chunk, forward.step), forward.left)
         if isinstance(forward.left, LatentVersion) and forward.left in self.due:
             yield self.take_border(forward.left)
@@ -278,12 +297,16 @@ class FirstStage:
                 yield Send(n, Overlap(i, k, self.place.guidance), before)
             if self.place.guidance:
                 yield Send(n, Velocity(i, k, self.place.guidance), self.rank(guidance=0))
+            owner = self.run.owner(i)
+            if owner != self.place.chunk:
+                yield Send(n, Velocity(i, k, self.place.guidance), self.rank(chunk=owner))
+                yield DropBorder(n, LatentVersion(i, k))
 
     def fuse(self, action: Fuse) -> None:
         """A fusion and the receives before it, put off."""
         if not self.is_owner:
             return
-        place = self.run.owner(action.chunk + 1)
+        place = self.run.worker(action.chunk + 1, action.step)
         if place != self.place.chunk:
             for guidance in range(self.topology.guidance):
                 source = self.rank(stage=self.topology.stage - 1, chunk=place, guidance=guidance)
@@ -303,6 +326,15 @@ class FirstStage:
                 self.late.append(Receive(n, Overlap(i, k, guidance), source))
             self.late.append(Receive(n, Velocity(i, k, guidance), source))
 
+    def await_lent(self, action: Forward) -> None:
+        """On the owner of a unit that another place computes: a receive of its velocity.
+
+        The leader may be that place, and gave its notice of the round before.
+        """
+        worker = self.rank(chunk=self.run.worker(action.chunk, action.step))
+        self.late += self.notices.end()
+        self.late.append(Receive(action.round, Velocity(action.chunk, action.step, 0), worker))
+
     def step(self, action: Step) -> None:
         """A step and the messages around it, put off."""
         n, i, k = action.round, action.chunk, action.step
@@ -316,6 +348,7 @@ class FirstStage:
             else:
                 self.late.append(action)
                 self.late += [Send(n, made, peer) for peer in self.peers()]
+        self.late += self.lend_unit(n, made)
         if action.is_left:
             self.late += self.lend(n, made)
         if self.run.has(i):

@@ -25,6 +25,7 @@ from longvid.parallel.chunk_runs import Run, last_in_the_middle
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
 from longvid.parallel.first_stage import FirstStage
 from longvid.parallel.later_stage import later_stage
+from longvid.parallel.lending import NOTHING_LENT, Lending
 from longvid.parallel.rank_actions import RankAction
 from longvid.parallel.round_ends import StreamAction, with_ends
 from longvid.parallel.topology import Topology
@@ -39,20 +40,21 @@ def rank_program(
     rank: int,
     decoding: DecodingParts | None = None,
     owners: DecodingOwners = LEADER_DECODES,
+    lending: Lending = NOTHING_LENT,
 ) -> Iterator[RankAction]:
     """What one rank does for a schedule. For a single rank it is the schedule, with boundaries.
 
     Where all ranks leave out the actions of all rounds up to one, what is left goes on from the state after that round.
     With `decoding` stages decode what finishes, and the leader shows it; else it hands out latents, and `owners` says
-    who decodes with it.
+    who decodes with it. With `lending` ranks compute some units for the owners of other chunks.
     """
     place = topology.coordinate(rank)
     if topology.chunk > 1:
-        actions = last_in_the_middle(actions, Run(place.chunk, topology.chunk))
+        actions = last_in_the_middle(actions, Run(place.chunk, topology.chunk, lending))
     stream: Iterable[StreamAction] = with_ends(actions)
     part = None
     if decoding and decoding.takes_part(place):
         stream, part = decoding.plan.spread(stream), decoding.part(topology, place)
     if place.stage == 0:
-        return FirstStage(topology, place, part, owners).program(stream)
+        return FirstStage(topology, place, part, owners, lending).program(stream)
     return later_stage(stream, topology, place, part)

@@ -85,6 +85,21 @@ class Border:
 
 
 @dataclass(frozen=True, slots=True)
+class Loan:
+    """Latents of a chunk, for the rank that computes its next unit for their owner."""
+
+    chunk: int
+    step: int
+
+    @property
+    def latents(self) -> LatentVersion:
+        return LatentVersion(self.chunk, self.step)
+
+    def __str__(self) -> str:
+        return f"loan {self.latents}"
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """What the leader knows of saves as a round begins, for ranks of other chunks. It is all in the header."""
 
@@ -173,6 +188,7 @@ Message = (
     | Verdict
     | Overlap
     | Border
+    | Loan
     | Notice
     | Seen
     | Halfway

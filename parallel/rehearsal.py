@@ -16,6 +16,7 @@ from longvid.parallel.actions import Action, Finish, Forward, Gate
 from longvid.parallel.decoding import Decode, Piece
 from longvid.parallel.decoding_roles import LEADER_DECODES, DecodingOwners, DecodingParts
 from longvid.parallel.findings import ScheduleError
+from longvid.parallel.lending import NOTHING_LENT, Lending
 from longvid.parallel.partition import Costs
 from longvid.parallel.pipeline import rank_program
 from longvid.parallel.rank_actions import BULKY, Message, RankAction, Receive, Send
@@ -88,9 +89,11 @@ def rehearse_schedule(
     cost: Cost = nothing,
     decoding: DecodingParts | None = None,
     owners: DecodingOwners = LEADER_DECODES,
+    lending: Lending = NOTHING_LENT,
 ) -> Rehearsal:
     """Rehearse a schedule on a mesh. `make_actions` gives the schedule anew for every rank: it is a stream."""
-    programs = [rank_program(make_actions(), topology, rank, decoding, owners) for rank in range(topology.num_ranks)]
+    ranks = range(topology.num_ranks)
+    programs = [rank_program(make_actions(), topology, rank, decoding, owners, lending) for rank in ranks]
     groups = {topology.group(rank, "seq") for rank in range(topology.num_ranks)} if topology.seq > 1 else ()
     return rehearse(programs, buffers, cost, together=sorted(groups))
 

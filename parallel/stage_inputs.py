@@ -40,7 +40,8 @@ class StageInputs:
         if isinstance(action.left, LatentVersion):
             before = chunk.num_left
             levels = [action.left.version if self.facts.per_token_timesteps else k] * before + levels
-        latents = live.latents[LatentVersion(i, k)] if self.mesh.is_first else None
+        own = LatentVersion(i, k)
+        latents = (live.borders if own in live.borders else live.latents)[own] if self.mesh.is_first else None
         if latents is not None and isinstance(action.left, LatentVersion):
             left = live.borders[action.left] if action.left in live.borders else live.latents[action.left]
             latents = torch.cat([left[:, -before:], latents], dim=1)

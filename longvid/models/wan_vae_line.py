@@ -120,7 +120,7 @@ def _upsampling(upsample: Upsample, volume: int) -> _Layer:
 
 def _volume(layers: list[_Layer]) -> int:
     """Cells that one becomes in them."""
-    return 2 ** sum(layer.doubles_time + 2 * layer.doubles_size for layer in layers)
+    return 1 << sum(layer.doubles_time + 2 * layer.doubles_size for layer in layers)
 
 
 def most_even(works: list[int], count: int) -> list[int]:

@@ -33,11 +33,12 @@ from longvid.parallel.actions import (
     OverlapVersion,
     Step,
 )
-from longvid.parallel.chunk_runs import place_of
+from longvid.parallel.chunk_runs import owners_of, readers_of
 from longvid.parallel.comm import Group
 from longvid.parallel.decoding_roles import DecodingOwners
 from longvid.parallel.executor import Executor
 from longvid.parallel.findings import ScheduleError
+from longvid.parallel.lending import NOTHING_LENT, Lending, place_of
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.pipeline import SAVE_NOTICE, rank_program
 from longvid.parallel.rank_actions import Boundary, HandOn, Look, Receive, SaveLatents, Seen
@@ -49,6 +50,7 @@ from longvid.parallel.stage import Output
 from longvid.parallel.topology import Topology
 from longvid.parallel.verify import grid, simulate
 from longvid.plan import ModelFacts
+from longvid.settings import load_settings
 
 SHOTS = st.lists(st.integers(1, 14), min_size=1, max_size=3)
 CONTEXT = st.sampled_from([(1, 1), (2, 1), (3, 3), (3, 0), (4, 3)])
@@ -60,8 +62,16 @@ def films(draw):
     steps = draw(st.integers(1, 5))
     forecast = draw(st.frozensets(st.integers(1, steps - 2))) if steps > 2 else frozenset()
     tokens, memory = draw(st.booleans()), draw(st.integers(0, 3))
-    rules = ChunkRules(draw(st.integers(1, 5)), draw(st.integers(0, steps)), forecast, tokens=tokens, memory=memory)
+    rules = ChunkRules(draw(st.integers(1, 9)), draw(st.integers(0, steps)), forecast, tokens=tokens, memory=memory)
     return draw(SHOTS), *draw(CONTEXT), steps, rules
+
+
+def lending_of(chunks, steps, rules, topology):
+    """What may be lent of a film's units."""
+    if rules.tokens or topology.stage * topology.guidance * topology.seq > 1:
+        return NOTHING_LENT
+    works = tuple(chunk.num_left + chunk.num_latents for chunk in chunks)
+    return Lending(works, frozenset(range(steps - 1)) - rules.forecast)
 
 
 def schedule(make_film, film):
@@ -295,7 +305,12 @@ def test_every_mesh_comes_to_its_end_with_one_buffer(make_film, film, topology, 
     chunks, actions = schedule(make_film, film)
     owners = DecodingOwners(min(line, topology.chunk), by_rows)
     found = rehearse_schedule(
-        lambda: actions, topology, 1, lambda _, action: float(isinstance(action, Forward)), owners=owners
+        lambda: actions,
+        topology,
+        1,
+        lambda _, action: float(isinstance(action, Forward)),
+        owners=owners,
+        lending=lending_of(chunks, steps, rules, topology),
     )
     within = topology.num_ranks // topology.chunk
     assert sum(found.busy) == len(chunks) * (steps - len(rules.forecast)) * within
@@ -309,8 +324,10 @@ def test_every_rank_comes_to_all_boundaries_and_owners_save_their_chunks(make_fi
     *_, steps, rules = film
     rounds = list(range(rules.num_rounds(len(chunks), steps) - 1))
     saved, owners = defaultdict(set), DecodingOwners(topology.chunk if decode_together else 1)
+    lending = lending_of(chunks, steps, rules, topology)
     for rank in range(topology.num_ranks):
-        place, program = topology.coordinate(rank), list(rank_program(actions, topology, rank, owners=owners))
+        place = topology.coordinate(rank)
+        program = list(rank_program(actions, topology, rank, owners=owners, lending=lending))
         boundaries = [action.round for action in program if isinstance(action, Boundary)]
         if place.stage == 0 or place.chunk:
             assert boundaries == rounds
@@ -354,6 +371,24 @@ def test_ranks_with_equal_runs_do_not_wait_for_each_other(make_film):
 
     found = rehearse_schedule(lambda: chunk_schedule(chunks, 10, rules), Topology(chunk=4), 2, cost)
     assert found.makespan <= 1.01 * max(found.busy)
+
+
+@pytest.mark.parametrize(("latents", "size"), [(67, 2), (53, 2), (241, 3)])
+def test_ranks_that_lend_units_have_as_much_to_do_as_each_other_and_hardly_wait(make_film, latents, size):
+    """However many chunks there are, and however short the last one is."""
+    steps, topology, rules = 20, Topology(chunk=size), ChunkRules(64, fused_steps=8)
+    chunks = make_film([latents], 6, 2).chunks
+    lending = lending_of(chunks, steps, rules, topology)
+
+    def cost(rank, action):
+        return lending.works[action.chunk] if isinstance(action, Forward) else 0
+
+    actions = list(chunk_schedule(chunks, steps, rules))
+    with_loans, without = (
+        rehearse_schedule(lambda: actions, topology, 2, cost, lending=some).makespan for some in (lending, NOTHING_LENT)
+    )
+    assert with_loans <= 1.03 * steps * sum(lending.works) / size
+    assert with_loans < without
 
 
 # -------------------------------------------------------------------------------------------------------- the executor
@@ -477,13 +512,13 @@ class ThreadIncoming:
 
 
 class Keeper:
-    """A saver that keeps what it is given after one round."""
+    """A saver that keeps what it is given after one round; on the leader, some rounds after round `at`."""
 
     def __init__(self, at):
         self.at, self.latents, self.solvers = at, {}, {}
 
-    def is_due(self):
-        return self.at >= 0
+    def is_due(self, done):
+        return done == self.at
 
     def save_kv(self, done, kv):
         assert not kv
@@ -492,20 +527,26 @@ class Keeper:
         self.done, self.latents = done, dict(latents)
         self.solvers = {i: solver.previous for i, solver in solvers.items()}
 
+    def save_films(self, done):
+        """There are none."""
+
 
 FACTS = ModelFacts("toy", "toy", LatentGrid(), SHAPE[0], 1, 24.0, 16, 16, per_token_timesteps=True, max_latents=64)
 
 
-def run_on_ranks(plan, steps, rules, topology, seed=0):
+def run_on_ranks(plan, steps, rules, topology, seed=0, keepers=None, lives=None, done=-1):
+    """The leader's finished chunks, with all that may be lent; `lives` and `done` are of a run that goes on."""
     boxes, alone = defaultdict(queue.SimpleQueue), Group((0,), 0)
+    lending = lending_of(plan.chunks, steps, rules, topology)
     bounds = [range(LAYERS * s // topology.stage, LAYERS * (s + 1) // topology.stage) for s in range(topology.stage)]
 
     def run_rank(rank):
         mesh = Mesh(topology, rank, ThreadComm(rank, boxes, seed), alone, alone, alone)
         stage = ToyStage(bounds[mesh.place.stage])
-        toy = Executor(stage, ToySampler(steps), toy_noise, FACTS, SHAPE[1:], guidance=3.0, mesh=mesh)
-        live = Live()
-        return list(toy.run(chunk_schedule(plan.chunks, steps, rules), plan, live=live)), live
+        toy = Executor(stage, ToySampler(steps), toy_noise, FACTS, SHAPE[1:], guidance=3.0, mesh=mesh, lending=lending)
+        toy.saver = keepers[rank] if keepers else None
+        live = lives[rank] if lives else Live()
+        return list(toy.run(chunk_schedule(plan.chunks, steps, rules), plan, live=live, done=done)), live
 
     with ThreadPoolExecutor(topology.num_ranks) as pool:
         results = list(pool.map(run_rank, range(topology.num_ranks)))
@@ -530,3 +571,32 @@ def test_every_mesh_equals_the_loop_bit_for_bit(make_film, film, topology, seed)
     for clip, expected in zip(finished, loop(plan.chunks, steps, rules), strict=True):
         assert clip.latents.dtype == torch.float32
         assert np.array_equal(clip.latents.numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("at", [2, 3, 4, 7])
+def test_a_run_with_lent_units_goes_on_after_any_round(make_film, size, at):
+    """Each rank with the latents that the checkpoint's reader would give it."""
+    asked = ["schedule=chunks", "sampler.steps=8", "chunks.group=9", "chunks.fuse=0.5"]
+    chosen, topology = load_settings(None, asked), Topology(chunk=size)
+    plan, steps, rules = make_film([52], 3, 2), 8, ChunkRules.of(chosen)
+    assert Lending.of(plan, chosen, topology) == lending_of(plan.chunks, steps, rules, topology) != NOTHING_LENT
+    keepers = [Keeper(at) for _ in range(size)]
+    whole = run_on_ranks(plan, steps, rules, topology, keepers=keepers)
+    done = at + SAVE_NOTICE
+    assert {keeper.done for keeper in keepers} == {done}
+    owners, readers = owners_of(plan, chosen, size), readers_of(plan, chosen, topology)
+    kept = {z: value for keeper in keepers for z, value in keeper.latents.items()}
+    lives = [Live() for _ in range(size)]
+    for z, value in kept.items():
+        lives[owners[z.chunk]].latents[z] = value
+        for place in readers(z) - {owners[z.chunk]}:
+            lives[place].borders[z] = value
+    for live, keeper in zip(lives, keepers, strict=True):
+        for i, previous in keeper.solvers.items():
+            live.solvers[i] = ToySolver()
+            live.solvers[i].previous = previous
+    rest = run_on_ranks(plan, steps, rules, topology, lives=lives, done=done)
+    for clip, expected in zip(rest, whole[-len(rest) :], strict=True):
+        assert torch.equal(clip.latents, expected.latents)
+    assert len(rest) >= 8
