@@ -23,12 +23,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 from longvid.checkpoint import read_tensors, write_tensors
 from longvid.decode import pack_state, unpack_state
 from longvid.engine import Engine
+from longvid.errors import InputError
 from longvid.kernels import dispatch, pool, score, select
 from longvid.kernels.dense import attend_lse, attend_lse_exact
 from longvid.models.loader import open_checkpoint
 from longvid.models.vin import Vin
 from longvid.models.vin_config import VinConfig
+from longvid.ranks import pick_device, require_own
 from longvid.script import parse_script
+from longvid.settings import load_settings
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
@@ -314,3 +317,17 @@ def test_dense_attention_with_its_lse_needs_no_memory_for_all_scores() -> None:
         assert out.device == lse.device == CUDA and out.dtype == dtype and lse.dtype == torch.float32
         torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse.cpu(), expected_lse, rtol=2e-2, atol=2e-2)
+
+
+def test_every_rank_has_a_gpu_of_its_own_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"is_available": True, "device_count": 4, "current_device": 3}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    chosen = load_settings(None, ["runtime.device=auto"])
+    assert pick_device(chosen) == torch.device("cuda", 3)
+    torchrun = {"RANK": "6", "LOCAL_RANK": "6", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in (torchrun | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    assert pick_device(chosen) == torch.device("cuda", 2)
+    require_own([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")])
+    with pytest.raises(InputError, match="ranks 1 and 2 have the same GPU of b"):
+        require_own([("a", "GPU-1"), ("b", "GPU-1"), ("b", "GPU-1")])
