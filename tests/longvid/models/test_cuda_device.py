@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -131,7 +132,8 @@ C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 @pytest.fixture(scope="module")
 def _guard(tmp_path_factory: pytest.TempPathFactory) -> None:
     if torch.backends.cuda.is_built():
-        return  # one that does nothing without a GPU comes with torch
+        torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, where there is no GPU
+        return
     root, folder = Path(torch.__file__).parent, tmp_path_factory.mktemp("guard")
     source, library = folder / "guard.cpp", folder / "guard.so"
     source.write_text(GUARD)
@@ -155,7 +157,7 @@ def cuda(_guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.backend_for.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
-    with Device():
+    with Device(), sdpa_kernel(SDPBackend.MATH):  # whatever kernels this build of torch has
         yield
     torch._C._set_only_lift_cpu_tensors(False)
     torch.__future__.set_overwrite_module_params_on_conversion(False)
