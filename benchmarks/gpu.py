@@ -5,8 +5,10 @@ python benchmarks/gpu.py --films               # and films end to end, dense bes
 python benchmarks/gpu.py --device cpu --quick  # the same code on small shapes, through the CPU's kernels
 
 Needs torch, Triton on a GPU, and longvid without its requirements (`pip install --no-deps --no-build-isolation .`).
-Whatever else is absent is named in the result. What fails is named there, too, and the rest goes on. The file is
-written anew after every part, so a run that is cut short leaves what it has; after --budget-s nothing else is begun.
+Whatever else is absent is named in the result. What fails is named there, too, and the rest goes on: parts run in
+processes of their own, for an illegal access or a kernel that never ends takes its process with it, and another goes on
+behind the case. The file is written anew after every case, so a run that is cut short leaves what it has; after
+--budget-s nothing else is begun.
 Shapes: B batch, L queries, T keys, H heads, D of a head, R query blocks, C key blocks.
 """
 
@@ -24,11 +26,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +39,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longvid.kernels import reference
+from longvid.kernels.dense import attend_lse
 from longvid.kernels.dispatch import backend_for, sparse_attention
 from longvid.kernels.layout import BlockLayout, Blocks, even_blocks, make_layout, one_group, own_groups
 from longvid.kernels.pool import pool
@@ -44,6 +48,12 @@ from longvid.kernels.select import top_k, top_p
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 POLICIES = ("radial", "sta", "adaspa", "svg2")
+LOST = 70
+"""The exit code of a process whose device no longer answers: another may go on."""
+MARK = "found: "
+"""What lines begin with that a part's process has found something."""
+CASE_S, GRACE_S = 150.0, 20.0
+"""A case may take so long, and what is under way when the budget is over."""
 STORY = 'scenes:\n  - {prompt: "a large red circle moving left", for: 5s}\n'
 
 
@@ -79,8 +89,21 @@ class Clock:
         self._end = time.monotonic() + budget_s
 
     @property
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
+    @property
     def is_over(self) -> bool:
-        return time.monotonic() > self._end
+        return self.left_s < 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to be found out on its own; `said` is what is known of it beforehand."""
+
+    kind: Literal["gate", "point", "films"]
+    said: dict[str, Any]
+    work: Callable[[], dict[str, Any]]
 
 
 def why(error: BaseException) -> str:
@@ -119,52 +142,42 @@ def _driver() -> str:
 # Correctness, before anything is timed.
 
 
-Check = tuple[str, torch.dtype, Callable[[], tuple[Any, Any]]]
+Check = tuple[str, Callable[[], tuple[Any, Any]]]
 """A kernel on some input: its name, and what it found beside what its oracle did."""
 
 
-def gates(device: torch.device, clock: Clock) -> Iterator[dict[str, Any]]:
+def gate_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every kernel against its oracle: the largest error beside its bound. One that fails is wrong, too."""
     torch.manual_seed(0)
-    for name, dtype, check in checks(device):
-        if clock.is_over:
-            return
-        try:
-            found, expected = check()
-            yield gate(name, dtype, found, expected)
-        except Exception as error:
-            yield {"gate": name, "dtype": _name(dtype), "failed": why(error), "ok": False}
-    if not clock.is_over:
-        yield from select_gates(device)
+    for name, check in checks(device, dtype):
+        yield Case("gate", {"gate": name, "dtype": _name(dtype)}, functools.partial(gate, dtype, check))
+    if dtype == torch.float32:
+        for name, select in select_gates(device):
+            yield Case("gate", {"gate": name, "dtype": _name(dtype)}, select)
 
 
-def checks(device: torch.device) -> Iterator[Check]:
-    """Attention, block mass and pooling, on every layout and dtype."""
-    dtypes = TOLERANCE if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    for dtype in dtypes:
-        for head_dim in (64, 80, 256):
-            for name, layout in test_layouts(device):
-                q, k, v = random_qkv(device, dtype, 2, 400, 500, 3, head_dim)
-                bias = torch.randn(1, 3, 500, device=device) if "bias" in name else None
-                if bias is not None:
-                    bias[..., ::5] = -math.inf
-                inputs = (q, k, v, layout)
-                yield (
-                    f"attention, {name}, D {head_dim}",
-                    dtype,
-                    functools.partial(both, "attention", *inputs, k_bias=bias),
-                )
-        if has_descriptors(device) and dtype != torch.float32:
-            for size in (64, 128):
-                layout = random_layout(even_blocks(400, size), even_blocks(500, size), one_group(3)).to(device)
-                inputs = random_qkv(device, dtype, 2, 400, 500, 3, 128)
-                yield f"attention by descriptors, {size}", dtype, functools.partial(both, "described", *inputs, layout)
-        q, k, _ = random_qkv(device, dtype, 2, 400, 500, 3, 64)
-        lse = torch.einsum("blhd,bthd->blht", q.double(), k.double()).div(8).logsumexp(-1).float()
+def checks(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    """Attention, dense and on every layout, block mass and pooling."""
+    for head_dim in (64, 80, 256):
         for name, layout in test_layouts(device):
-            if layout.num_groups == 1:
-                yield f"block mass, {name}", dtype, functools.partial(both, "mass", q, k, lse, layout.q, layout.k)
-                yield f"pool, {name}", dtype, functools.partial(both, "pool", q, layout.q)
+            q, k, v = random_qkv(device, dtype, 2, 400, 500, 3, head_dim)
+            bias = torch.randn(1, 3, 500, device=device) if "bias" in name else None
+            if bias is not None:
+                bias[..., ::5] = -math.inf
+            inputs = (q, k, v, layout)
+            yield f"attention, {name}, D {head_dim}", functools.partial(both, "attention", *inputs, k_bias=bias)
+    q, k, v = random_qkv(device, dtype, 2, 400, 500, 3, 64)
+    yield "dense attention", functools.partial(both, "dense", q, k, v)
+    if has_descriptors(device) and dtype != torch.float32:
+        for size in (64, 128):
+            layout = random_layout(even_blocks(400, size), even_blocks(500, size), one_group(3)).to(device)
+            described_inputs = random_qkv(device, dtype, 2, 400, 500, 3, 128)
+            yield f"attention by descriptors, {size}", functools.partial(both, "described", *described_inputs, layout)
+    lse = torch.einsum("blhd,bthd->blht", q.double(), k.double()).div(8).logsumexp(-1).float()
+    for name, layout in test_layouts(device):
+        if layout.num_groups == 1:
+            yield f"block mass, {name}", functools.partial(both, "mass", q, k, lse, layout.q, layout.k)
+            yield f"pool, {name}", functools.partial(both, "pool", q, layout.q)
 
 
 def has_descriptors(device: torch.device) -> bool:
@@ -188,6 +201,10 @@ def both(kernel: str, *inputs: Any, **options: Any) -> tuple[Any, Any]:
     """What a kernel and its oracle make of the same inputs."""
     if kernel == "attention":
         return sparse_attention(*inputs, **options), reference.sparse_attention(*inputs, **options)
+    if kernel == "dense":
+        q, k, v = inputs
+        whole = make_layout(*(even_blocks(x.shape[1], 64) for x in (q, k)), torch.ones(1, 7, 8) > 0, one_group(3))
+        return attend_lse(q, k, v), reference.sparse_attention(q, k, v, whole.to(q.device))
     if kernel == "described":
         return described(*inputs), reference.sparse_attention(*inputs)
     if kernel == "mass":
@@ -195,32 +212,29 @@ def both(kernel: str, *inputs: Any, **options: Any) -> tuple[Any, Any]:
     return pool(*inputs), reference.pool(*inputs)
 
 
-def gate(name: str, dtype: torch.dtype, found: Any, expected: Any) -> dict[str, Any]:
+def gate(dtype: torch.dtype, check: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
     """Errors are relative to values over 1. What is infinite must be so in both."""
     errors = [0.0]
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(*check(), strict=True):
         finite = other.isfinite()
         same = torch.equal(one.isfinite(), finite)
         error = (one.double() - other)[finite].abs() / other[finite].abs().clamp(min=1)
         errors.append(float(error.amax()) if same and error.numel() else 0.0 if same else math.inf)
     bound = TOLERANCE[dtype]
-    return {"gate": name, "dtype": _name(dtype), "error": max(errors), "bound": bound, "ok": max(errors) <= bound}
+    return {"error": max(errors), "bound": bound, "ok": max(errors) <= bound}
 
 
-def select_gates(device: torch.device) -> Iterator[dict[str, Any]]:
+def select_gates(device: torch.device) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """On a GPU the fused selection against torch's sort on the CPU; ties and infinities are among the scores."""
     scores = torch.randint(0, 50, (4, 64, 700), device=device).float()
     scores[0, :, ::7] = math.inf
-    selections: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-        "top-k": (lambda x: top_k(x, 70), scores),
-        "top-p": (lambda x: top_p(x, 0.9), scores[1:]),
-    }
-    for name, (select, x) in selections.items():
-        try:
-            wrong = int((select(x).cpu() != select(x.cpu())).sum())
-            yield {"gate": name, "dtype": "float32", "error": wrong, "bound": 0, "ok": wrong == 0}
-        except Exception as error:
-            yield {"gate": name, "dtype": "float32", "failed": why(error), "ok": False}
+
+    def compare(select: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Any]:
+        wrong = int((select(x).cpu() != select(x.cpu())).sum())
+        return {"error": wrong, "bound": 0, "ok": wrong == 0}
+
+    yield "top-k", functools.partial(compare, lambda x: top_k(x, 70), scores)
+    yield "top-p", functools.partial(compare, lambda x: top_p(x, 0.9), scores[1:])
 
 
 def test_layouts(device: torch.device) -> list[tuple[str, BlockLayout]]:
@@ -351,24 +365,28 @@ def try_seconds(work: Callable[[], object], device: torch.device) -> float | str
 # What is timed.
 
 
-def time_length(plan: Plan, length: int, device: torch.device, clock: Clock) -> Iterator[dict[str, Any]]:
-    """All tiles and densities of one length, beside the fastest dense kernel. A point that fails says why."""
-    q, k, v = random_qkv(device, plan.dtype, 1, length, length, plan.heads, plan.head_dim)
-    dense = {name: try_seconds(kernel, device) for name, kernel in dense_kernels(q, k, v).items()}
-    fastest = min((value for value in dense.values() if isinstance(value, float)), default=math.nan)
+def point_cases(plan: Plan, length: int, device: torch.device) -> Iterator[Case]:
+    """All tiles and densities of one length, beside the fastest dense kernel."""
+
+    @functools.cache
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        return random_qkv(device, plan.dtype, 1, length, length, plan.heads, plan.head_dim)
+
+    @functools.cache
+    def dense() -> dict[str, float | str]:
+        return {name: try_seconds(kernel, device) for name, kernel in dense_kernels(*inputs()).items()}
+
+    def work(tile: int, density: float) -> dict[str, Any]:
+        q, k, v = inputs()
+        fastest = min((value for value in dense().values() if isinstance(value, float)), default=math.nan)
+        blocks = even_blocks(length, tile, device)
+        find = functools.partial(find_layout, q, k, dense_lse(q, k, v, blocks), blocks, density)
+        with_flex = (length, tile, density) in plan.flex
+        return {"dense_s": dense(), **time_point(q, k, v, find, tile, fastest, with_flex=with_flex)}
+
     for tile, density in itertools.product(plan.tiles, plan.densities):
-        if clock.is_over:
-            return
-        point: dict[str, Any] = {"length": length, "tile": tile, "wanted_density": density, "dense_s": dense}
-        try:
-            blocks = even_blocks(length, tile, device)
-            find = functools.partial(find_layout, q, k, dense_lse(q, k, v, blocks), blocks, density)
-            with_flex = (length, tile, density) in plan.flex
-            point |= time_point(q, k, v, find, tile, fastest, with_flex=with_flex)
-        except Exception as error:
-            point |= {"failed": why(error), "ok": False}
-        print(as_line(point), file=sys.stderr, flush=True)
-        yield point
+        said = {"length": length, "tile": tile, "wanted_density": density}
+        yield Case("point", said, functools.partial(work, tile, density))
 
 
 def dense_lse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -514,6 +532,85 @@ def psnr_of(film: Path, dense: Path) -> float:
     return fidelity.psnr()
 
 
+# Parts: each a process.
+
+
+def parts(plan: Plan, device: torch.device, *, films: bool) -> list[str]:
+    """Those that say most come first."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)[: 3 if device.type == "cuda" else 2]
+    gates = [f"gates {_name(dtype)}" for dtype in dtypes]
+    lengths = [f"{length} tokens" for length in plan.lengths]
+    return [*gates[:2], lengths[0], *gates[2:], *lengths[1:], *(["films"] if films else [])]
+
+
+def cases(part: str, plan: Plan, device: torch.device, clock: Clock, model: str) -> Iterator[Case]:
+    first, _, second = part.partition(" ")
+    if first == "gates":
+        return gate_cases(device, getattr(torch, second))
+    if first == "films":
+        return iter([Case("films", {}, lambda: time_films(model, device, clock))])
+    return point_cases(plan, int(first), device)
+
+
+def run_cases(some: Iterator[Case], first: int, device: torch.device, clock: Clock) -> None:
+    """In a part's own process: the cases from one on, each told as a line."""
+    for number, case in enumerate(some):
+        if number < first:
+            continue
+        if clock.is_over:
+            return
+        try:
+            found = case.work()
+        except Exception as error:
+            found = {"failed": why(error), "ok": False}
+        print(MARK + json.dumps({"number": number, "kind": case.kind, **case.said, **found}), flush=True)
+        if "failed" in found and is_lost(device):
+            sys.exit(LOST)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device no longer answers this process, as after an illegal access."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception:
+        return True
+    return False
+
+
+def run_part(command: Sequence[str], clock: Clock, take: Callable[[dict[str, Any]], None]) -> bool:
+    """Have a part's cases run by processes, one behind the other where one ends early; whether all cases were."""
+    first = 0
+    while not clock.is_over:
+        options = ["--first", str(first), "--budget-s", str(clock.left_s)]
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            guard = _guard(process, clock)
+            for line in process.stdout:
+                guard.cancel()
+                guard = _guard(process, clock)
+                if line.startswith(MARK):
+                    found = json.loads(line.removeprefix(MARK))
+                    first = found.pop("number") + 1
+                    take(found)
+            guard.cancel()
+        if process.returncode == 0:
+            return not clock.is_over
+        if process.returncode != LOST:  # in the midst of a case
+            take({"kind": "lost", "case": first, "failed": f"its process ended with code {process.returncode}"})
+            first += 1
+    return False
+
+
+def _guard(process: subprocess.Popen[str], clock: Clock) -> threading.Timer:
+    """Ends a process whose case takes too long."""
+    timer = threading.Timer(min(CASE_S, max(clock.left_s, 0) + GRACE_S), process.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -522,41 +619,55 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help="of the films; a small one stays dense, below the crossover")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<device>.json; none with --quick")
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which nothing else is begun")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device, plan, clock = torch.device(args.device), QUICK if args.quick else FULL, Clock(args.budget_s)
+    if args.part:
+        run_cases(cases(args.part, plan, device, clock, args.model), args.first, device, clock)
+        return
     facts = machine(device)
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     out = args.out or (None if args.quick else Path(__file__).parent / "results" / f"gpu-{name}.json")
-    result: dict[str, Any] = {"machine": facts, "backend": backend_for(device)}
-    for part in measure(result, plan, device, clock, args.model if args.films else None):
-        print(f"{part}: done", file=sys.stderr, flush=True)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
+    shape = {"heads": plan.heads, "head_dim": plan.head_dim, "dtype": _name(plan.dtype)}
+    result: dict[str, Any] = {"machine": facts, "backend": backend_for(device), "shape": shape, "is_complete": False}
+    result |= {"gates": [], "points": [], "lost": []}
+    command = [sys.executable, "-P", __file__, "--device", args.device, "--model", args.model]
+    command += ["--quick"] if args.quick else []
+    ends = [measure(result, part, command, clock, out) for part in parts(plan, device, films=args.films)]
+    result["is_complete"] = all(ends)
+    write(result, out)
     print(json.dumps({key: value for key, value in result.items() if key not in ("gates", "points")}, indent=1))
-    sys.exit(not all(found["ok"] for found in [*result["gates"], *result["points"]]))
+    found = [*result["gates"], *result["points"]]
+    sys.exit(bool(result["lost"]) or not found or not all(each["ok"] for each in found))
 
 
-def measure(result: dict[str, Any], plan: Plan, device: torch.device, clock: Clock, model: str | None) -> Iterator[str]:
-    """Fills the result part by part, and names each that is done."""
-    result["gates"] = []
-    for found in gates(device, clock):
-        result["gates"].append(found)
-        if not found["ok"]:
-            print(f"WRONG: {found}", file=sys.stderr, flush=True)
-    result["shape"] = {"heads": plan.heads, "head_dim": plan.head_dim, "dtype": _name(plan.dtype)}
-    result["points"] = []
-    yield "gates"
-    for length in plan.lengths:
-        result["points"].extend(time_length(plan, length, device, clock))
-        result["crossover"] = crossovers(result["points"], "speedup")
-        result["crossover_with_planning"] = crossovers(result["points"], "speedup_with_planning")
-        result["is_complete"] = not clock.is_over
-        yield f"{length} tokens"
-    if model is not None:
-        result["films"] = time_films(model, device, clock)
-        result["is_complete"] = not clock.is_over
-        yield "films"
+def measure(result: dict[str, Any], part: str, command: Sequence[str], clock: Clock, out: Path | None) -> bool:
+    """Adds what a part finds to the result, case by case; whether all its cases were run."""
+
+    def take(found: dict[str, Any]) -> None:
+        kind = found.pop("kind")
+        if kind == "films":
+            result["films"] = found
+        else:
+            result[f"{kind}s" if kind != "lost" else kind].append({"part": part, **found})
+        if kind == "point":
+            print(as_line(found), file=sys.stderr, flush=True)
+            result["crossover"] = crossovers(result["points"], "speedup")
+            result["crossover_with_planning"] = crossovers(result["points"], "speedup_with_planning")
+        elif not found.get("ok", kind == "films"):
+            print(f"WRONG: {part}: {found}", file=sys.stderr, flush=True)
+        write(result, out)
+
+    is_whole = run_part([*command, "--part", part], clock, take)
+    print(f"{part}: {'done' if is_whole else 'cut short'}", file=sys.stderr, flush=True)
+    return is_whole
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,7 +28,7 @@ def on_its_device(launcher: Callable[Concatenate[Tensor, P], T]) -> Callable[Con
     """Have kernels run where the first tensor is: Triton launches on the current device, whatever it is given."""
 
     @wraps(launcher)
-    def launch(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+    def launch(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with torch.cuda.device_of(x):
             return launcher(x, *args, **kwargs)
 

@@ -79,7 +79,8 @@ def _machine_failure(error: BaseException) -> str | None:
     # torch has a class for CUDA alone; on a CPU only the text says it.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "not enough memory" in str(error) or "can't allocate memory" in str(error):
-        return "out of memory: use a smaller size, runtime.dtype=bfloat16, or fewer queue.chunk_latents"
+        remedies = "a smaller size, runtime.dtype=bfloat16, fewer queue.chunk_latents, memory.* settings or more ranks"
+        return f"out of memory: use {remedies}; longvid plan says what a rank holds, and with --gpu what would fit"
     return None
 
 

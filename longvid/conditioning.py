@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from longvid.models.checkpoint import Condition, FilmInputs, Prompt
 from longvid.plan import Plan
 from longvid.rank_model import RankModel
 from longvid.ranks import on_leader
+
+HOST = torch.device("cpu")
+"""What ranks tell each other lies here: a tensor on one's GPU would come to the first GPU of each other's machine."""
+
+
+def moved(values: Sequence[Any], device: torch.device) -> list[Any]:
+    """Prompts or conditions on a device. What is shared stays so, for a stage computes its K/V once."""
+    known = {id(value): value.to(device) for value in values}
+    return [known[id(value)] for value in values]
 
 
 class Conditioning:
@@ -26,11 +38,11 @@ class Conditioning:
         Prompts that come later are at most so many more in a chunk: its own, and one in its left context.
         """
         texts = [*plan.prompts, *(plan.negatives if self._model.settings.sampler.num_branches == 2 else ())]
-        prompts = on_leader(self._model.mesh, lambda: self._model.prompts.encode(texts))
-        prompts = [prompt.to(self._model.device) for prompt in prompts]
+        prompts = on_leader(self._model.mesh, lambda: moved(self._model.prompts.encode(texts), HOST))
+        prompts = moved(prompts, self._model.device)
         files = dict.fromkeys(shot.image for shot in plan.shots if shot.image)
-        encoded = on_leader(self._model.mesh, lambda: [self.encode_image(file, plan) for file in files])
-        images = {file: image.to(self._model.device) for file, image in zip(files, encoded, strict=True)}
+        encoded = on_leader(self._model.mesh, lambda: moved([self.encode_image(file, plan) for file in files], HOST))
+        images = dict(zip(files, moved(encoded, self._model.device), strict=True))
         of_shot = [images[shot.image] if shot.image else None for shot in plan.shots]
         most = max(len({x for blend in chunk.prompts for x in (blend.a, blend.b)}) for chunk in plan.chunks)
         count = len(plan.prompts)

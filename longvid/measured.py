@@ -168,6 +168,8 @@ def _messages(film: Film, num_ranks: int, device: torch.device, comm: Comm) -> t
         comm.send(Header(0, 0), payload, (comm.rank + 1) % num_ranks, window=settings.mesh.buffers)
         incoming.wait()
         comm.flush()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     caches, busy, wall, packing = _Caches(), 0.0, 0.0, 0.0
     for index in range(EXCHANGES):

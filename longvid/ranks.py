@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from longvid.launch.env import rank_of
 from longvid.meshes import choose_mesh
 from longvid.models.configs import Configs
 from longvid.models.families import known_sizes
-from longvid.parallel.comm import broadcast, connect
+from longvid.parallel.comm import broadcast, connect, gather
 from longvid.parallel.mesh import Mesh, lone_mesh, make_mesh
 from longvid.plan import ModelFacts
 from longvid.settings import Settings
@@ -76,6 +77,14 @@ def on_leader(mesh: Mesh, work: Callable[[], T]) -> T:
     return result
 
 
+def require_own(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError where two ranks have one GPU, by each rank's (host, GPU): NCCL would end all with a riddle."""
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) != rank:
+            own = "start as many ranks a machine as it has GPUs, or give each its own by CUDA_VISIBLE_DEVICES"
+            raise InputError(f"runtime.device: ranks {first} and {rank} have the same GPU of {gpu[0]}: {own}")
+
+
 def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
     """This process's place among the ranks that a launcher started; a lone one without a launcher."""
     environment = rank_of(os.environ)
@@ -96,5 +105,8 @@ def join_mesh(settings: Settings, facts: ModelFacts, configs: Configs) -> Mesh:
         raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
     timeout = settings.runtime.timeout_s
     connect(device, timeout)
+    if device.type == "cuda":
+        gpu = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+        require_own(broadcast(gather(gpu)))
     topology = broadcast(topology)  # the leader's, where ranks have chips of several kinds
     return make_mesh(topology, environment.rank, device, timeout, shares_memory=settings.mesh.shares_memory)

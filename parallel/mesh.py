@@ -57,12 +57,21 @@ def lone_mesh() -> Mesh:
 
 
 def make_mesh(
-    topology: Topology, rank: int, device: torch.device, timeout: float, *, shares_memory: bool = True
+    topology: Topology,
+    rank: int,
+    device: torch.device,
+    timeout: float,
+    *,
+    shares_memory: bool = True,
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Mesh:
-    """Build groups and channels; all ranks call it together, after `connect`. See `DistComm`."""
+    """Build groups and channels; all ranks call it together, after `connect`. See `DistComm`.
+
+    `pairs`: None for all that programs of this topology need.
+    """
     if topology.num_ranks == 1:
         return lone_mesh()
-    pairs = talking_pairs(topology)
+    pairs = talking_pairs(topology) if pairs is None else pairs
     comm = DistComm(device, timeout, lambda other: describe(topology, other), shares_memory=shares_memory, pairs=pairs)
 
     def group(members: Sequence[int]) -> Group | None:
@@ -73,11 +82,17 @@ def make_mesh(
     for first in range(0, topology.num_ranks, topology.seq):
         members = range(first, first + topology.seq)
         seq = group(members) or seq
+        if 1 in (topology.ulysses, topology.ring):
+            continue
         # Neighbours exchange heads; rings go over them in strides.
         for start in range(first, first + topology.seq, topology.ulysses):
             ulysses = group(range(start, start + topology.ulysses)) or ulysses
         for offset in range(topology.ulysses):
             ring = group(range(first + offset, first + topology.seq, topology.ulysses)) or ring
+    if topology.ring == 1:  # a group more would be memory of NCCL's more
+        ulysses = seq
+    elif topology.ulysses == 1:
+        ring = seq
     owners = group(topology.group(0, "chunk")) or Group((rank,), 0)
     return Mesh(topology, rank, comm, seq, ulysses, ring, owners)
 

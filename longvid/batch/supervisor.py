@@ -91,7 +91,8 @@ class LocalCrew:
         return [len(os.sched_getaffinity(0))]
 
     def hire(self, slot: int, owner: str) -> Worker:
-        task = Task(self.plan.folder.absolute(), owner, os.getpid(), self.plan.ranks, self.plan.max_retries)
+        plan = self.plan
+        task = Task(plan.folder.absolute(), owner, os.getpid(), plan.ranks, plan.max_retries, slot=slot)
         file = BatchFolder(self.plan.folder).log(slot).open("ab")
         # A session of its own: Ctrl-C is for us, and its whole group can be ended.
         process = subprocess.Popen(

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from longvid.settings import Settings
 if TYPE_CHECKING:
     from longvid.engine import Engine
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 BEAT_S = 2.0
 """How often a lease is renewed."""
 
@@ -39,7 +41,7 @@ class Task:
     """What a worker is told: the batch's folder, its own name in the table, its supervisor's process, its ranks.
 
     The ranks of a gang are told the key of their `settings`, for they must agree before they can talk. In a Ray cluster
-    the environment says who the supervisor is.
+    the environment says who the supervisor is, and Ray which GPUs are whose; on one machine `slot` tells workers apart.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Task:
     ranks: int = 1
     max_retries: int = 3
     settings: str | None = None
+    slot: int = 0
 
     def command(self) -> list[str]:
         """The command line that does it."""
@@ -72,12 +75,26 @@ def run_task(task: Task) -> int:
         return _run_rank(task, task.settings)
     seated = rank_of(os.environ) if task.supervisor is None else None
     end_with_supervisor(seated or RankEnv(0, 1, 0, 1, "local", None, task.supervisor))
+    if task.supervisor is not None and (gpus := own_gpus(visible_gpus(), task.slot, task.ranks)):
+        os.environ[VISIBLE] = ",".join(gpus)  # for its ranks, too; CUDA reads it when it is first used
     table = find_table(task)
     while (key := table.next_settings()) is not None:
         code = _run_gang(task, key) if task.ranks > 1 else _run_alone(task, key, table)
         if code:
             return code
     return 0
+
+
+def visible_gpus() -> list[str]:
+    """The names of this machine's NVIDIA GPUs, or of those that whoever started us left us."""
+    if VISIBLE in os.environ:
+        return [name for name in os.environ[VISIBLE].split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def own_gpus(names: Sequence[str], slot: int, ranks: int) -> list[str]:
+    """Those for a worker's ranks: each worker has others, as far as there are enough."""
+    return list(dict.fromkeys(names[(slot * ranks + rank) % len(names)] for rank in range(ranks))) if names else []
 
 
 def find_table(task: Task) -> JobTable:

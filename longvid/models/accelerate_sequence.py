@@ -50,7 +50,8 @@ def join_sequence(seq: int, ring: int, device: torch.device) -> Mesh:
         if environment.rendezvous is None:
             raise InputError(f"MASTER_ADDR and MASTER_PORT are not set: {environment.how_to_meet()}")
         connect(device, TIMEOUT_S)
-    return make_mesh(Topology(seq=seq, ring=ring), environment.rank, device, TIMEOUT_S)
+    # Ranks of a pipeline exchange tokens in groups, and send each other no messages.
+    return make_mesh(Topology(seq=seq, ring=ring), environment.rank, device, TIMEOUT_S, pairs=())
 
 
 class PipelineSequence:

@@ -47,7 +47,7 @@ class SparseRuntime:
         self._num_layers, self._num_steps, self._always = num_layers, num_steps, always
         self._memories: dict[tuple[int, int, int], tuple[TokenMap, Memory]] = {}
         self._pays: dict[TokenMap, bool] = {}
-        self._parts: dict[tuple[int, int, int, tuple[range, ...]], tuple[BlockLayout, BlockLayout]] = {}
+        self._parts: dict[tuple[int, int, int, tuple[range, ...]], tuple[BlockLayout, BlockLayout | None]] = {}
 
     def at(self, place: Place, tokens: TokenMap, device: torch.device) -> PolicyAttention | None:
         """Attention at a place; None where it is to be dense."""
@@ -77,15 +77,17 @@ class SparseRuntime:
         if step == self._num_steps - 1:
             self._memories = {key: kept for key, kept in self._memories.items() if key[0] != chunk}
 
-    def part(self, layout: BlockLayout, queries: slice, keys: tuple[range, ...]) -> BlockLayout:
-        """A layout for some of the queries and keys, in that order."""
+    def part(self, layout: BlockLayout, queries: slice, keys: tuple[range, ...]) -> BlockLayout | None:
+        """A layout for some of the queries and keys, in that order; None where it has no tile."""
         name = (id(layout), queries.start, queries.stop, keys)
         if name not in self._parts:
             if len(self._parts) >= MAX_PARTS:
                 self._parts.clear()
             index = [torch.arange(span.start, span.stop, device=layout.device) for span in keys]
             rows = torch.arange(queries.start, queries.stop, device=layout.device)
-            self._parts[name] = (layout, layout.keep(rows, torch.cat(index)))  # the first keeps its id taken
+            here = layout.keep(rows, torch.cat(index))
+            # The first keeps its id taken. Whether there are tiles is asked once: the device is waited for.
+            self._parts[name] = (layout, here if int(here.row_ptr[-1, -1]) else None)
         return self._parts[name][1]
 
     def state(self) -> dict[tuple[int, int, int], Memory]:
@@ -95,7 +97,11 @@ class SparseRuntime:
     def load_state(self, state: Mapping[tuple[int, int, int], Memory]) -> None:
         """Go on from what `state` gave; without anything, a new film begins."""
         self._memories = {
-            key: (_as_tokens(kept["tokens"]), {name: x for name, x in kept.items() if name != "tokens"})
+            # Single numbers, such as steps, are read by the program: on the host it need not wait for them.
+            key: (
+                _as_tokens(kept["tokens"]),
+                {name: x if x.dim() else x.cpu() for name, x in kept.items() if name != "tokens"},
+            )
             for key, kept in state.items()
         }
 
@@ -136,9 +142,7 @@ class PolicyAttention:
         if layout is None:
             return attend_lse(q_BlHD, k_BtHD, v_BtHD)
         here = self.runtime.part(layout, queries, keys)
-        if int(here.row_ptr[-1, -1]) == 0:
-            return None
-        return sparse_attention(q_BlHD, k_BtHD, v_BtHD, here)
+        return None if here is None else sparse_attention(q_BlHD, k_BtHD, v_BtHD, here)
 
 
 def _as_tensor(tokens: TokenMap) -> Tensor:

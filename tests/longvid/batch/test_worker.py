@@ -10,7 +10,7 @@ from longvid.batch.folder import BatchFolder, can_resume
 from longvid.batch.jobs import Defaults, Job
 from longvid.batch.submit import plan_jobs, submit
 from longvid.batch.table import Lease, Table
-from longvid.batch.worker import Desk, Heartbeat, Task, reason_of
+from longvid.batch.worker import Desk, Heartbeat, Task, own_gpus, reason_of
 from longvid.errors import InputError, RuntimeFailure
 from longvid.manifest import MANIFEST, state_folder
 
@@ -124,3 +124,10 @@ def test_what_the_model_cannot_do_is_told_before_a_worker_starts(tmp_path: Path)
     planned = plan_jobs([tmp_path], Defaults())
     assert [job.name for job, _ in planned.jobs] == ["dog"]
     assert planned.refused[0].reason.startswith(f"{tmp_path / 'cat.yaml'}:1: ")
+
+
+def test_workers_of_a_machine_have_gpus_of_their_own_as_far_as_there_are_enough() -> None:
+    names = ["4", "5", "6", "7"]
+    assert [own_gpus(names, slot, 2) for slot in range(3)] == [["4", "5"], ["6", "7"], ["4", "5"]]
+    assert [own_gpus(names[:1], slot, 2) for slot in range(2)] == [["4"], ["4"]]
+    assert own_gpus([], 0, 1) == []
