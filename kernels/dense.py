@@ -19,7 +19,7 @@ Partial = tuple[Tensor, Tensor]
 """Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
 
 MIN_KEYS = {torch.float32: 1, torch.bfloat16: 1}
-"""Keys from which on our kernel for matrix units serves: the text of a prompt, too, since a whole layer is one call then.
+"""Keys from which on our kernel for matrix units serves: those of a prompt, too, for then a whole layer is one call.
 Queries do not count: which kernel computes a row, and so its bits, must not depend on how many others there are."""
 
 
