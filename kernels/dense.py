@@ -19,8 +19,8 @@ Partial = tuple[Tensor, Tensor]
 """Attention to some of the keys: output [B, L, H, D], and the logarithm of the softmax's sum [B, L, H]."""
 
 MIN_KEYS = {torch.float32: 1, torch.bfloat16: 1}
-"""Keys from which on our kernel for matrix units is faster than torch's. Queries do not count: which kernel computes a
-row, and so its bits, must not depend on how many others there are."""
+"""Keys from which on our kernel for matrix units serves: those of a prompt, too, for then a whole layer is one call.
+Queries do not count: which kernel computes a row, and so its bits, must not depend on how many others there are."""
 
 
 def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, bias_BHLT: Tensor | None = None) -> Tensor:

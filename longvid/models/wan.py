@@ -303,7 +303,8 @@ class WanStage(LayerStage):
         """The noise level of each token of ``part``, int32 [l], by those of the unit's latents."""
         key = (of_latents, per_latent, part.start, part.stop)
         if key not in self._token_kinds:
-            kinds = torch.tensor(of_latents, dtype=torch.int32, device=self.dit.scale_shift_table.device)
+            device = self.dit.condition_embedder.time_embedder.linear_1.weight.device
+            kinds = torch.tensor(of_latents, dtype=torch.int32, device=device)
             self._token_kinds[key] = kinds.repeat_interleave(per_latent)[part].contiguous()
         return self._token_kinds[key]
 
