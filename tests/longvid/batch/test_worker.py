@@ -8,7 +8,7 @@ import pytest
 
 from longvid.batch.folder import BatchFolder, can_resume
 from longvid.batch.jobs import Defaults, Job
-from longvid.batch.submit import plan_jobs, submit
+from longvid.batch.submit import from_anywhere, plan_jobs, submit
 from longvid.batch.table import Lease, Table
 from longvid.batch.worker import Desk, Heartbeat, Task, reason_of
 from longvid.errors import InputError, RuntimeFailure
@@ -124,3 +124,19 @@ def test_what_the_model_cannot_do_is_told_before_a_worker_starts(tmp_path: Path)
     planned = plan_jobs([tmp_path], Defaults())
     assert [job.name for job, _ in planned.jobs] == ["dog"]
     assert planned.refused[0].reason.startswith(f"{tmp_path / 'cat.yaml'}:1: ")
+
+
+def test_a_batch_may_go_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scenes = [{"prompt": "a cat", "for": "1s", "image": "cat.png"}, {"prompt": "a dog", "for": "1s"}]
+    own = ("attention.policy=sta", "attention.profile=heads.json", "model.lora=[{path: style.safetensors}]")
+    job = from_anywhere(
+        Job("cat", "stories/cat.yaml", {"image": "first.png", "scenes": scenes}, Defaults().settings(own))
+    )
+    assert job.settings.attention.model_dump()["profile"] == str(tmp_path / "heads.json")
+    assert job.settings.model.lora[0].path == str(tmp_path / "style.safetensors")
+    assert (job.settings.model.path, job.settings.vin.path) == ("mini", None)
+    assert [scene.image for scene in job.script.scenes] == [
+        tmp_path / "stories" / "cat.png",
+        tmp_path / "stories" / "first.png",
+    ]
