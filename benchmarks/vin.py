@@ -42,6 +42,7 @@ from longvid.training import world
 KINDS = {
     "chunks": ("schedule=chunks",),
     "chunks + VIN": ("schedule=chunks", "vin.policy=on"),
+    "chunks fused + VIN": ("schedule=chunks", "vin.policy=on", "chunks.fuse=1"),
     "queue": (),
     "queue + VIN": ("vin.policy=on",),
     "whole clip": ("schedule=sequential",),
@@ -54,6 +55,7 @@ FIGURES = {
     "seam_ratio": "seam ratio",
     "joint_adherence": "joint adherence",
     "subject_consistency": "subject consistency",
+    "drift_background": "drift of background, levels",
     "jolt": "jolt, px",
     "drift_size": "drift of size, %",
     "drift_speed": "of speed, %",
@@ -63,7 +65,7 @@ FIGURES = {
     "wander_path": "of path, px",
 }
 PAIRS = (("chunks", "chunks + VIN"), ("queue", "queue + VIN"))
-LESS_IS_BETTER = ("seam_ratio", "jolt", "drift_size", "drift_speed", "drift_path")
+LESS_IS_BETTER = ("seam_ratio", "jolt", "drift_background", "drift_size", "drift_speed", "drift_path")
 LESS_IS_BETTER += ("wander_size", "wander_speed", "wander_path")
 
 

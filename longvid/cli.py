@@ -304,16 +304,26 @@ def _render_on(
 
 
 def _check_files(films: list[Path], others: dict[str, Path | None], resume: bool) -> None:
-    """Refuse files that cannot be written, and a resume of a single film that cannot be."""
+    """Refuse files that cannot be written, and a resume of a single film that cannot be; make the folder of several."""
     from longvid.manifest import find_manifest
     from longvid.writer import check_file, check_path
 
+    if len(films) > 1:
+        _make_folder(films[0].parent)
     for film in films:
         check_path(film)
     for option, path in others.items():
         check_file(f"--{option}", path)
     if resume and len(films) == 1:
         find_manifest(films[0])
+
+
+def _make_folder(folder: Path) -> None:
+    """The folder of several films, if it is not there."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {folder}: cannot be made a folder: {error.strerror}") from None
 
 
 def _own_rank(ranks: int | None, ray: str | None) -> Any:

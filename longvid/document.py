@@ -239,6 +239,8 @@ def validate(model: type[SectionT], document: Document) -> SectionT:
         first = error.errors()[0]
         first["loc"] = _in_document(first["loc"], document.data)
         loc = (*first["loc"], first["ctx"]["key"]) if first["type"] == "unknown_key" else first["loc"]
+        if first["type"] == "too_much_beside" and loc not in document.origins:  # it is the other that somebody set
+            loc = (*loc[:-1], first["ctx"]["beside"])
         raise InputError(f"{document.place(loc)}: {_describe(first)}") from None
 
 
@@ -263,7 +265,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _describe(error: ErrorDetails) -> str:
     name, kind = _name(error["loc"]), error["type"]
-    if kind in ("unknown_key", "unknown_policy"):
+    if kind in ("unknown_key", "unknown_policy", "too_much_beside"):
         return f"{name}: {error['msg']}" if name else error["msg"]
     if kind == "missing":
         return f"{name!r} is missing"

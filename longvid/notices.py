@@ -31,6 +31,8 @@ def notices(
             if plan.joined:
                 place = f"film {1 + plan.film_of(plan.chunks[plan.shots[scene.shot].first_chunk])}, {place}"
             yield f"{place}{not_known}"
+    if any(plan.negatives) and settings.sampler.num_branches == 1:
+        yield "negative prompts do nothing without guidance: set sampler.guidance above 1"
     if attention:
         tokens = largest_tokens(plan, settings, facts)
         if not attention.pays(tokens, device):

@@ -453,11 +453,9 @@ def _check_share(script: Script, settings: Settings, facts: ModelFacts) -> None:
         reason = (
             f"attention.policy must be dense, not {settings.attention.policy}, whose layouts hold one chunk's tokens"
         )
-    elif plan_cache(settings.cache, steps, facts.num_layers).is_inside:
-        reason = (
-            f"cache.policy {settings.cache.policy} leaves out layers or tokens whose K/V are to be shared;"
-            " whole steps may be"
-        )
+    elif (cache := plan_cache(settings.cache, steps, facts.num_layers)).is_inside:
+        what = "negative_every" if cache.skips_negatives else f"policy {settings.cache.policy}"
+        reason = f"cache.{what} leaves out layers or tokens whose K/V are to be shared; whole steps may be"
     if reason:
         raise InputError(f"{script.place(sharing.line)}: the transition `share` cannot be: {reason}; or use blend")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from longvid.cache.settings import CacheSettings, NoCache
 from longvid.document import Document, Section, nearest, parse_document, parse_scalar, read_document, validate
@@ -94,7 +95,11 @@ class QueueSettings(Section):
     def _context_fits_a_chunk(cls, context: int, info: ValidationInfo) -> int:
         chunk = info.data.get("chunk_latents", context)
         if context > chunk:
-            raise ValueError(f"must be at most chunk_latents ({chunk}), not {context}")
+            raise PydanticCustomError(
+                "too_much_beside",
+                "must be at most chunk_latents ({chunk}), not {context}",
+                {"chunk": chunk, "context": context, "beside": "chunk_latents"},
+            )
         return context
 
 

@@ -33,7 +33,7 @@ def plan_jobs(paths: Sequence[Path], defaults: Defaults) -> Planned:
             if isinstance(item, Refused):
                 planned.refused.append(item)
             else:
-                job = _with_whole_paths(item)
+                job = from_anywhere(item)
                 planned.jobs.append((job, shape_of(job)))
         except InputError as error:
             planned.refused.append(Refused(item.name, item.place, _with_place(str(error), item.place)))
@@ -60,7 +60,7 @@ def shape_of(job: Job) -> str:
     return f"{plan.width}x{plan.height}, {max(chunk.num_latents for chunk in plan.chunks)} latents"
 
 
-def _with_whole_paths(job: Job) -> Job:
+def from_anywhere(job: Job) -> Job:
     """The same from any folder: a batch may go on elsewhere than where it began."""
     settings, name = with_whole_paths(job.settings), job.settings.model.path
     if name not in NAMES:

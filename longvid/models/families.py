@@ -129,11 +129,10 @@ def require(facts: ModelFacts, settings: Settings, cache: CachePlan) -> None:
         if settings.sampler.guidance_low is not None:
             raise InputError(f"sampler.guidance_low is of models with two experts, and {facts.name} has one")
     elif cache.is_inside or not isinstance(settings.cache, NoCache):
-        chosen, reason = (
-            settings.cache.policy,
-            "a forecast would go on with one's velocities where the other takes over",
-        )
-        raise InputError(f"cache.policy must be none, not {chosen}: {facts.name} has two experts, and {reason}")
+        is_plain = isinstance(settings.cache, NoCache)
+        what = "negative_every must be 1" if is_plain else f"policy must be none, not {settings.cache.policy}"
+        reason = "a forecast would go on with one's velocities where the other takes over"
+        raise InputError(f"cache.{what}: {facts.name} has two experts, and {reason}")
 
 
 def _require_joint(facts: ModelFacts, settings: Settings) -> None:

@@ -166,3 +166,11 @@ def test_attention_that_stays_dense_is_told_of_models_with_any_vocabulary(engine
         facts = replace(engine.facts, vocabulary=vocabulary)
         told = list(notices(plan, settings, facts, sparse, None, torch.device("cpu")))
         assert any("it stays dense" in text for text in told)
+
+
+def test_negatives_that_nobody_follows_are_told(engine: Engine) -> None:
+    plan = engine.plan(parse_script(f"negative: a blue square{LONG}", "story.yaml"))
+    for guidance, count in ((1, 1), (3, 0)):
+        settings = load_settings(None, [f"sampler.guidance={guidance}"])
+        told = list(notices(plan, settings, engine.facts, None, None, torch.device("cpu")))
+        assert sum("negative prompts do nothing" in text for text in told) == count

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from longvid.cli import app
 from longvid.errors import InputError, Preempted
 from longvid.films import first_rounds, join, num_lanes
 from longvid.geometry import LatentGrid
@@ -189,3 +191,14 @@ def test_a_preemption_waits_for_every_film_to_be_saved():
     two.savers[1].is_saved_for_preemption = True
     with pytest.raises(Preempted):
         two.is_due(4)
+
+
+def test_the_folder_of_several_films_is_made_once_nothing_is_wrong(tmp_path: Path, tiny_model: Path) -> None:
+    stories = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for story in stories:
+        story.write_text("scenes: [{prompt: a red circle, for: 1f}]")
+    command = [*map(str, stories), "-o", str(tmp_path / "films"), "--model", str(tiny_model), "--set"]
+    assert CliRunner().invoke(app, ["render", *command, "sampler.stops=1"]).exit_code == 2
+    assert not (tmp_path / "films").exists()
+    assert CliRunner().invoke(app, ["render", *command, "sampler.steps=1"]).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "films").iterdir()) == ["a.mp4", "b.mp4"]

@@ -120,3 +120,11 @@ def test_no_text_gives_anything_but_settings_or_a_message(preset, overrides):
             assert isinstance(load_settings(name, overrides), Settings)
         except InputError as error:
             assert str(error)
+
+
+def test_what_does_not_fit_together_is_told_where_it_was_set() -> None:
+    message = r"--set queue.chunk_latents=1: queue.context_latents: must be at most chunk_latents \(1\), not 2"
+    with pytest.raises(InputError, match=message):
+        load_settings(None, ["queue.chunk_latents=1", "queue.gap=2"])
+    with pytest.raises(InputError, match=r"--set queue.context_latents=3: queue.context_latents: must be at most"):
+        load_settings(None, ["queue.context_latents=3", "queue.chunk_latents=1", "queue.gap=2"])

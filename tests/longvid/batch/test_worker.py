@@ -8,7 +8,7 @@ import pytest
 
 from longvid.batch.folder import BatchFolder, can_resume
 from longvid.batch.jobs import Defaults, Job
-from longvid.batch.submit import plan_jobs, submit
+from longvid.batch.submit import from_anywhere, plan_jobs, submit
 from longvid.batch.table import Lease, Table
 from longvid.batch.worker import Desk, Heartbeat, Task, own_gpus, reason_of
 from longvid.errors import InputError, RuntimeFailure
@@ -131,3 +131,19 @@ def test_workers_of_a_machine_have_gpus_of_their_own_as_far_as_there_are_enough(
     assert [own_gpus(names, slot, 2) for slot in range(3)] == [["4", "5"], ["6", "7"], ["4", "5"]]
     assert [own_gpus(names[:1], slot, 2) for slot in range(2)] == [["4"], ["4"]]
     assert own_gpus([], 0, 1) == []
+
+
+def test_a_batch_may_go_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scenes = [{"prompt": "a cat", "for": "1s", "image": "cat.png"}, {"prompt": "a dog", "for": "1s"}]
+    own = ("attention.policy=sta", "attention.profile=heads.json", "model.lora=[{path: style.safetensors}]")
+    job = from_anywhere(
+        Job("cat", "stories/cat.yaml", {"image": "first.png", "scenes": scenes}, Defaults().settings(own))
+    )
+    assert job.settings.attention.model_dump()["profile"] == str(tmp_path / "heads.json")
+    assert job.settings.model.lora[0].path == str(tmp_path / "style.safetensors")
+    assert (job.settings.model.path, job.settings.vin.path) == ("mini", None)
+    assert [scene.image for scene in job.script.scenes] == [
+        tmp_path / "stories" / "cat.png",
+        tmp_path / "stories" / "first.png",
+    ]
