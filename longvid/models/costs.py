@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from longvid.geometry import EACH_ALONE
 from longvid.machines import unit_tokens
 from longvid.models.checkpoint import Checkpoint, FamilyStage, StageOptions, StreamDecoder
 from longvid.models.families import known_sizes
@@ -165,8 +166,7 @@ class _Bench:
         facts, settings = self._checkpoint.facts, self._settings
         unit, passes = typical_unit(facts, settings, self._device, size), facts.decoder_passes
         assert unit.latents is not None
-        # Some decoders wait for the latents of a pass, so that a push takes longer than another.
-        count = max(settings.queue.chunk_latents, passes.step)
+        count = self._pushed
         own = unit.latents[:, -1:].expand(-1, count, -1, -1)
         self._decoder.push(unit.latents[:, -1:].expand(-1, passes.first, -1, -1))
         times = self._times(lambda: self._decoder.push(own), repeats)
@@ -178,11 +178,20 @@ class _Bench:
         nothing = (0.0,) * facts.num_layers
         return Costs(nothing, decode=seconds * of_chunk / settings.sampler.steps)
 
+    @property
+    def _pushed(self) -> int:
+        """Latents that the decoder is given at a time: a chunk, or a pass's where each is a call of its own. A smaller
+        picture would tell less of the film's than fewer latents do.
+        """
+        passes = self._checkpoint.facts.decoder_passes
+        return self._settings.queue.chunk_latents if passes == EACH_ALONE else passes.step
+
     def seconds_of(self, costs: Costs) -> float:
         """What a run takes that finds such costs."""
         some_of_each = sum(costs.layers[layer] for some in self._some for layer in some)
         ends = (1 + len(self._kinds)) * (costs.first + costs.last)
-        return some_of_each + ends + costs.decode * self._settings.sampler.steps
+        part = self._pushed / self._settings.queue.chunk_latents
+        return some_of_each + ends + part * costs.decode * self._settings.sampler.steps
 
     def _stage(self, layers: range) -> FamilyStage:
         dtype = getattr(torch, self._settings.runtime.dtype)
