@@ -294,7 +294,7 @@ def test_the_command_line_refuses_and_a_resume_refuses_another(
     assert f"{path}: is for another model" in done.output
 
     save_file(tensors, path)
-    overrides = ["runtime.checkpoint_s=0", "sampler.steps=2", "queue.chunk_latents=2", "queue.context_latents=1"]
+    overrides = ["runtime.checkpoint_s=0", "sampler.steps=12", "queue.chunk_latents=2", "queue.context_latents=1"]
     chosen = [*overrides, *all_overrides(None, None, [f"{path}:0.5"])]
 
     def stop(event: Any) -> None:
