@@ -597,6 +597,7 @@ class Film:
             for finished in self.executor.run(actions, self.plan, on_unit, live, done):
                 self.write(writer, finished)
         except KeyboardInterrupt:
+            writer._lock.release()  # as the kernel does when it ends a process
             return False
         saver.close()
         writer.finish()
