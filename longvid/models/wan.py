@@ -84,7 +84,8 @@ class WanStage(LayerStage):
             linear=linear,
         )
         self.dit = dit.eval()
-        self.dtype = dit.condition_embedder.text_embedder.linear_1.weight.dtype
+        weight = dit.condition_embedder.text_embedder.linear_1.weight  # every stage has it
+        self.dtype, self.device = weight.dtype, weight.device
         for index, block in enumerate(dit.blocks):
             take_layer(block)
             block.attn1.set_processor(QueueSelfAttention(index, self.sequence))
@@ -236,7 +237,7 @@ class WanStage(LayerStage):
         return SelfContext(
             **context_of(unit, index, math.prod(grid)),
             rope=self._rope(before + len(unit.timesteps) + after, *grid),
-            attention=self.layer_attention(unit, self.branches[index], tokens, self.dit.scale_shift_table.device),
+            attention=self.layer_attention(unit, self.branches[index], tokens, self.device),
             head_costs=self.layer_costs,
             run=run,
             queries=active.tokens if active is not None else None,

@@ -8,12 +8,20 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from longvid.engine import Engine
+from longvid.models.parts import ModelPart
 from longvid.models.wan import WanStage
+from longvid.models.wan_facts import WAN_PARTS
+from longvid.models.weights import load_part
 from longvid.parallel.stage import Unit
 from longvid.plan import Chunk, PromptBlend
 from longvid.script import parse_script
+from longvid.settings import load_settings
+from longvid.sparsity.make import make_policy
+from longvid.sparsity.runtime import Place, PolicyAttention, SparseRuntime
+from longvid.sparsity.tokens import TokenMap
 
 STORY = """
 size: [32, 48]
@@ -126,3 +134,31 @@ def test_neighbours_kv_act_as_tokens_beside_the_input(stage: WanStage) -> None:
     assert (got - joined).abs().max() <= 1e-5
     for missing in (replace(alone, right=stored(right)), replace(alone, left=stored(left))):
         assert (stage.forward(missing).velocity[0] - joined).abs().max() > 1e-4
+
+
+class DevicesSeen(SparseRuntime):
+    """Remembers where attention was said to be computed."""
+
+    def at(self, place: Place, tokens: TokenMap, device: torch.device) -> PolicyAttention | None:
+        self.seen = device
+        return super().at(place, tokens, device)
+
+
+@pytest.mark.parametrize("part", [ModelPart(range(1), is_last=False), ModelPart(range(1, 2), is_first=False)])
+def test_every_part_of_the_layers_has_its_attention_planned_for_the_device(
+    euler_checkpoint: Path, part: ModelPart
+) -> None:
+    policy = make_policy(load_settings(None, ["attention.policy=sta"]).attention)
+    runtime, device = DevicesSeen(policy, 2, 2), torch.device("cpu")
+    dit = load_part(WanTransformer3DModel, euler_checkpoint / "transformer", part, WAN_PARTS, torch.float32, device)
+    stage = WanStage(dit, is_first=part.is_first, is_last=part.is_last, attention=runtime)
+    stage.set_prompts([torch.zeros(3, 16)], [])
+    unit = unit_of(2, [500.0] * 2, [PromptBlend(0, 0)] * 2, torch.zeros(4, 2, 6, 4))
+    if not part.is_first:
+        unit = replace(
+            unit,
+            latents=None,
+            hidden=torch.zeros(1, 2 * 6, dit.config.num_attention_heads * dit.config.attention_head_dim),
+        )
+    stage.forward(unit)
+    assert runtime.seen == device
