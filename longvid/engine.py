@@ -288,6 +288,9 @@ class Engine:
             names = ", ".join(map(str, films))
             raise InputError(f"each of the {len(stories)} storyboards needs a film of its own, not {names or 'none'}")
         to_make = on_leader(self.mesh, lambda: list(self._orders.films_to_make(stories, films, resume)))
+        if self.mesh.is_leader:
+            for path in sorted(set(films) - {film.path for film in to_make}):
+                on_event(Notice(f"{path} is complete: left as it is"))
         if to_make:
             self._renderer.render(self._orders.join(to_make), on_event, trace, ledger, preemption)
         return films

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from longvid.ending import Ending
 from longvid.engine import Engine
 from longvid.errors import InputError, Interrupted
-from longvid.events import ChunkDone, Event, RoundDone
+from longvid.events import ChunkDone, Event, Notice, RoundDone
 from longvid.manifest import working_folder
 from longvid.script import Duration, Scene, Transition, parse_script
 
@@ -119,7 +119,9 @@ def test_films_that_are_made_together_end_as_they_do_alone(tiny_model: Path, fil
     assert paths[1].read_bytes() == film.read_bytes()
     kept = [working_folder(path) / "state" / Ending.read(path).tensors for path in (film, *paths)]
     assert kept[0].read_bytes() == kept[2].read_bytes() != kept[1].read_bytes()
-    assert engine.render_films(stories, paths, resume=True) == paths  # both are complete
+    said: list[Event] = []
+    assert engine.render_films(stories, paths, said.append, resume=True) == paths
+    assert said == [Notice(f"{path} is complete: left as it is") for path in paths]
 
 
 def test_what_has_no_queue_cannot_go_on_or_change(tiny_model: Path, film: Path, tmp_path: Path) -> None:
