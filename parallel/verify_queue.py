@@ -51,7 +51,7 @@ class QueueSimulation:
     gated: Forward | None = None  # what the gate that was passed last leads to
     tokens: dict[GlobalVersion, bool] = field(default_factory=dict)  # whether they were read
 
-    shots: dict[int, list[Chunk]] = field(default_factory=dict)
+    shots: dict[int, range] = field(default_factory=dict)
 
     num_admitted: int = 0
     num_finished: int = 0
@@ -127,27 +127,30 @@ class QueueSimulation:
 
     def snapshot(self, shot: int, n: int) -> tuple[tuple[int, int], ...]:
         """How a shot stood as the round before n began: its long memory, then the chunks in flight."""
-        members = [chunk.index for chunk in self.members(shot)]
-        stood = {i: min(n - 1 - self.rules.gap * i, self.steps) for i in members}
-        waiting = [i for i in members if stood[i] < self.steps]
-        done, oldest = [i for i in members if stood[i] == self.steps], min(waiting, default=members[-1] + 1)
+        members, gap = self.members(shot), self.rules.gap
+        oldest = min(max(members.start, (n - 1 - self.steps) // gap + 1), members.stop)  # of those with steps to take
+        done, in_flight = range(members.start, oldest), range(oldest, min(members.stop, (n - 2) // gap + 1))
         memory = set(done[:1]) if self.rules.memory else set()
         for octave in range(self.rules.memory):
             nearer, farther = oldest - 2**octave, oldest - 2 ** (octave + 1)
-            memory |= {i for i in done if farther < i <= nearer and (i - members[0]) % 2**octave == 0}
-        return (*((i, self.steps) for i in sorted(memory)), *((i, stood[i]) for i in waiting if stood[i] > 0))
+            near = range(max(farther + 1, done.start), nearer + 1)
+            memory |= {i for i in near if (i - members.start) % 2**octave == 0}
+        return (*((i, self.steps) for i in sorted(memory)), *((i, n - 1 - gap * i) for i in in_flight))
 
-    def members(self, shot: int) -> list[Chunk]:
+    def members(self, shot: int) -> range:
+        """The chunks of a shot."""
         if shot not in self.shots:
-            self.shots[shot] = [chunk for chunk in self.chunks if chunk.shot == shot]
+            found = [chunk.index for chunk in self.chunks if chunk.shot == shot]
+            self.shots[shot] = range(found[0], found[-1] + 1) if found else range(0)
         return self.shots[shot]
 
     def has_tokens(self, shot: int, n: int) -> bool:
         """Whether anybody is to read a shot's tokens in a round, and there is what to make them of."""
         if not self.rules.tokens:
-            return False  # at once: films are long, and this is asked of every unit
-        taken = [n - self.rules.gap * chunk.index for chunk in self.members(shot)]
-        is_read = any(0 <= k < self.steps and k not in self.rules.forecast for k in taken)
+            return False
+        members, gap = self.members(shot), self.rules.gap
+        in_flight = range(max(members.start, (n - self.steps) // gap + 1), min(members.stop, n // gap + 1))
+        is_read = any(n - gap * i not in self.rules.forecast for i in in_flight)
         return is_read and bool(self.snapshot(shot, n))
 
     def require_tokens(self, action: Forward) -> None:
@@ -308,7 +311,7 @@ class QueueSimulation:
             return False
         i, v, shot = latents.chunk, latents.version, self.chunks[latents.chunk].shot
         first = self.rules.gap * i + v + 1
-        last = self.rules.gap * self.members(shot)[-1].index + self.steps - 1
+        last = self.rules.gap * self.members(shot)[-1] + self.steps - 1
         rounds = range(max(first, self.round + 1), (first if v < self.steps else last) + 1)
         then = next((n for n in rounds if self.has_tokens(shot, n)), None)
         return then is not None and (i, v) in self.snapshot(shot, then)

@@ -393,7 +393,8 @@ def test_the_grid_shows_rounds_by_chunks(make_film):
     assert grid(queue_schedule(chunks, 3, FRESHER)) == GRID
 
 
-def test_the_work_of_a_proof_grows_with_the_film_and_no_faster(make_film):
+@pytest.mark.parametrize("rules", [FRESHER, replace(FRESHER, tokens=True, memory=4)], ids=["plain", "tokens"])
+def test_the_work_of_a_proof_grows_with_the_film_and_no_faster(make_film, rules):
     def calls(latents):
         chunks, count = make_film([latents], 2, 1).chunks, 0
 
@@ -403,7 +404,7 @@ def test_the_work_of_a_proof_grows_with_the_film_and_no_faster(make_film):
 
         sys.setprofile(on_call)
         try:
-            simulate(queue_schedule(chunks, 2, FRESHER), chunks, 2, FRESHER)
+            simulate(queue_schedule(chunks, 2, rules), chunks, 2, rules)
         finally:
             sys.setprofile(None)
         return count
