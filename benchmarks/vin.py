@@ -47,7 +47,7 @@ KINDS = {
     "queue + VIN": ("vin.policy=on",),
     "whole clip": ("schedule=sequential",),
 }
-FILMS = {24.0: 8, 60.0: 8, 300.0: 2}
+FILMS = {24.0: 8, 60.0: 8, 300.0: 10}
 """Films of each length."""
 FITS = 60.0
 """Seconds up to which a whole clip fits the model's positions."""
