@@ -80,7 +80,7 @@ def test_where_tiles_are_slower_it_stays_dense_and_warns_once(pipe: Any) -> None
     with pytest.warns(UserWarning, match="faster dense") as caught:
         found = run(pipe)
     assert len([warning for warning in caught if "faster dense" in str(warning.message)]) == 1
-    assert torch.equal(found, expected)
+    assert (found - expected).abs().max() <= 1e-4  # by our own dense attention
 
 
 CACHES = {
