@@ -20,7 +20,7 @@ from longvid.engine import Engine
 from longvid.launch.local import run_local
 from longvid.memory import Dealt, stage_memory
 from longvid.models.facts import facts_of, weight_bytes
-from longvid.parallel.comm import gather
+from longvid.parallel.collectives import gather
 from longvid.parallel.rules import QueueRules
 from longvid.parallel.schedule import make_schedule
 from longvid.parallel.topology import Topology

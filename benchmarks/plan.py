@@ -41,7 +41,7 @@ from longvid.launch.local import run_local
 from longvid.measured import measure_machine
 from longvid.meshes import Film, options
 from longvid.models.facts import find_model, sizes_of
-from longvid.parallel.comm import gather, meet
+from longvid.parallel.collectives import gather, meet
 from longvid.plan import make_plan
 from longvid.script import Script, parse_script
 

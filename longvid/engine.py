@@ -31,7 +31,8 @@ from longvid.models.vin_config import find_vin
 from longvid.noise import chunk_noise
 from longvid.notices import notices, unknown_in
 from longvid.orders import Orders
-from longvid.parallel.comm import DistComm, StoreBulletin, disconnect
+from longvid.parallel.collectives import StoreBulletin, disconnect
+from longvid.parallel.comm import DistComm
 from longvid.parallel.executor import Executor, OnAction
 from longvid.parallel.lending import Lending
 from longvid.parallel.mesh import Mesh, describe

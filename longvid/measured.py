@@ -31,7 +31,8 @@ from longvid.models.checkpoint import Checkpoint
 from longvid.models.costs import measure_costs
 from longvid.models.facts import facts_of, sizes_of
 from longvid.models.loader import open_checkpoint
-from longvid.parallel.comm import Comm, DistComm, Header, connect, disconnect, meet
+from longvid.parallel.collectives import connect, disconnect, meet
+from longvid.parallel.comm import Comm, DistComm, Header
 from longvid.parallel.executor import Executor
 from longvid.parallel.partition import Costs
 from longvid.parallel.schedule import queue_schedule

@@ -29,7 +29,7 @@ from longvid.models.costs import measure_costs
 from longvid.models.loader import open_loading
 from longvid.models.parts import ModelPart
 from longvid.models.prompt_cache import open_prompts
-from longvid.parallel.comm import broadcast
+from longvid.parallel.collectives import broadcast
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares, deal_work
 from longvid.parallel.mesh import Mesh

@@ -17,7 +17,7 @@ from longvid.launch.env import rank_of
 from longvid.meshes import choose_mesh
 from longvid.models.configs import Configs
 from longvid.models.families import known_sizes
-from longvid.parallel.comm import broadcast, connect, gather
+from longvid.parallel.collectives import broadcast, connect, gather
 from longvid.parallel.mesh import Mesh, lone_mesh, make_mesh
 from longvid.plan import ModelFacts
 from longvid.settings import Settings

@@ -19,7 +19,7 @@ from longvid.film_stream import OnEvent
 from longvid.ledger import Ledger
 from longvid.orders import Orders
 from longvid.parallel.chunk_runs import owners_of, readers_of
-from longvid.parallel.comm import StoreBulletin, gather
+from longvid.parallel.collectives import StoreBulletin, gather
 from longvid.parallel.mesh import describe
 from longvid.parallel.schedule import last_round
 from longvid.plan import Plan

@@ -1,4 +1,4 @@
-"""Messages and collectives between ranks: the only file that calls torch.distributed for them.
+"""Messages between ranks, over torch.distributed or the memory that ranks of a machine share (`link.py`).
 
 A message is a header of eight 64-bit numbers and a tensor. Its receiver knows the shape from the schedule, so there is
 no handshake; of a *sized* message the header says how many rows the tensor has, if any. Everything is asynchronous: a
@@ -13,24 +13,24 @@ import queue
 import struct
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longvid.errors import RuntimeFailure
+from longvid.parallel.collectives import first_line
 from longvid.parallel.link import Address, Link, Meeting
+from longvid.parallel.ways import Mark, Ways
 
 _HEADER = struct.Struct("=8q")
 HEADER_BYTES = _HEADER.size
 _TAGS = 1 << 30
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class DistComm:
 
     On a CPU messages between ranks of one machine go through memory that they share (`longvid.parallel.link`), unless
     `shares_memory` is False. Between others header and tensor travel as one buffer, or one after the other
-    where the message is sized. On CUDA the header goes through gloo ahead of the tensor (`_Ways`), so that it can be
+    where the message is sized. On CUDA the header goes through gloo ahead of the tensor (`Ways`), so that it can be
     read without waiting for the device, and what lies in the host's memory goes as on a CPU. `timeout` (seconds) bounds
     every wait. `name` says which rank is meant in errors.
 
@@ -142,7 +142,7 @@ class DistComm:
         self.rank = dist.get_rank()
         by_device = device.type == "cuda" if by_device is None else by_device
         self._links = link_up(timeout) if not by_device and shares_memory else {}
-        self._ways = _Ways(device, timeout, pairs) if by_device else None
+        self._ways = Ways(device, timeout, pairs) if by_device else None
         self._device, self._timeout, self._name = device, timeout, name
         self._outgoing: dict[int, deque[_Handle]] = defaultdict(deque)
         self._sent: dict[int, int] = defaultdict(int)
@@ -190,7 +190,7 @@ class DistComm:
         except TimeoutError:
             raise RuntimeFailure(f"{complaint} for {self._timeout:g} s") from None
         except OSError as error:
-            raise RuntimeFailure(f"{complaint}: the connection is gone ({_first_line(error)})") from error
+            raise RuntimeFailure(f"{complaint}: the connection is gone ({first_line(error)})") from error
 
     @staticmethod
     def _next_tag(counts: dict[int, int], other: int) -> int:
@@ -207,7 +207,7 @@ class DistComm:
 
         return self._handle("to", to, self._start(to, begin), (packed, body))
 
-    def _send_by_device(self, ways: _Ways, header: Header, payload: Tensor, to: int, tag: int) -> _Handle:
+    def _send_by_device(self, ways: Ways, header: Header, payload: Tensor, to: int, tag: int) -> _Handle:
         """Header and tensor leave when the device has made the tensor."""
         packed, body = header.pack(), payload.contiguous()
 
@@ -266,7 +266,7 @@ class DistComm:
         try:
             return begin()
         except RuntimeError as error:
-            raise RuntimeFailure(f"{self._name(other)}: the connection is gone ({_first_line(error)})") from error
+            raise RuntimeFailure(f"{self._name(other)}: the connection is gone ({first_line(error)})") from error
 
     def _handle(
         self,
@@ -300,7 +300,7 @@ class DistComm:
         except RuntimeFailure:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
-            raise RuntimeFailure(f"{complaint}: the connection is gone ({_first_line(error)})") from error
+            raise RuntimeFailure(f"{complaint}: the connection is gone ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ class _Sized:
 class _OnDevice(_Sized):
     """One whose body comes on a device. Whoever computes with it waits there."""
 
-    arrived: _Mark | None = None
+    arrived: Mark | None = None
 
     def begin_body(self) -> list[Any]:
         assert self.comm._ways
@@ -406,86 +406,6 @@ class _OnDevice(_Sized):
         assert self.arrived
         self.arrived.before_use_of(body)
         return header, body
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """A place in the work of a CUDA stream; `event` None: on a CPU, where all is done that was asked for."""
-
-    event: Any = None
-
-    def wait(self) -> None:
-        """Until the device has come there."""
-        if self.event is not None:
-            self.event.synchronize()
-
-    def before_use_of(self, tensor: Tensor) -> None:
-        """What the caller asks of the device from here on waits for it there. The tensor is of that stream's memory."""
-        if self.event is not None:
-            stream = torch.cuda.current_stream(tensor.device)
-            stream.wait_event(self.event)
-            tensor.record_stream(stream)
-
-
-class _Ways:
-    """Tensors on a device on their way to and from other ranks, each way with a stream and a communicator of its own.
-
-    A send of NCCL runs on the device until the receive does, and the other way round. Those of a pair of ranks share a
-    stream, in which a receive that is posted ahead would hold up sends for ever. So each direction has a process group,
-    and nobody waits on the device for long: a send begins when its tensor is made, and a receive when a header told of
-    that. A thread a way does both, so that the program goes on.
-
-    For the same reason the world's group must not be bound to a device (`device_id`): all messages would share a
-    stream. Instead a pair's first message connects it, while both ranks wait, and two threads may not do that at once:
-    `pairs` are connected here, in their order on all ranks.
-    """
-
-    def __init__(self, device: torch.device, timeout: float, pairs: Sequence[tuple[int, int]]) -> None:
-        self._device, self._rank = device, dist.get_rank()
-        backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
-        self._to_higher = dist.new_group(backend=backend, timeout=limit)
-        self._to_lower = dist.new_group(backend=backend, timeout=limit)
-        self._streams: dict[tuple[str, int], Any] = {}
-        for source, to in pairs:
-            if self._rank == source:
-                self.send(torch.zeros(1, device=device), to).wait()
-            elif self._rank == to:
-                self.receive((1,), torch.float32, source)[1].wait()
-
-    def mark(self) -> _Mark:
-        """Behind all that the calling thread has asked of the device."""
-        if self._device.type != "cuda":
-            return _Mark()
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return _Mark(event)
-
-    def send(self, body: Tensor, to: int) -> _Mark:
-        """Give a tensor that is made, and stays, to a rank; it has it at the mark."""
-        with self._on_stream("to", to):
-            work: Any = dist.isend(body, to, group=self._group(self._rank, to))
-            work.wait()  # by NCCL the stream waits
-            return self.mark()
-
-    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> tuple[Tensor, _Mark]:
-        """A tensor of a rank that gives it now; it is there at the mark."""
-        with self._on_stream("from", source):
-            body = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-            if body.numel():
-                work: Any = dist.irecv(body, source, group=self._group(source, self._rank))
-                work.wait()
-            return body, self.mark()
-
-    def _group(self, source: int, to: int) -> Any:
-        return self._to_higher if source < to else self._to_lower
-
-    def _on_stream(self, way: str, other: int) -> AbstractContextManager[Any]:
-        """What the thread asks of the device, on the stream of a way."""
-        if self._device.type != "cuda":
-            return nullcontext()
-        if (way, other) not in self._streams:
-            self._streams[way, other] = torch.cuda.Stream(self._device)
-        return torch.cuda.stream(self._streams[way, other])
 
 
 class _Waiter:
@@ -526,111 +446,6 @@ def _settle(future: Future[None], error: Exception | None = None) -> None:
         """It was aborted, or came after all."""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-# --------------------------------------------------------------------------------------------------------- collectives
-
-
-@dataclass(frozen=True)
-class Group:
-    """Some ranks that act together, in the order of their axis. `handle` None: the rank alone, where all is free.
-
-    Every member calls the same methods in the same order, with shapes that fit the others'; tensors without elements
-    are sent like any other. Raises RuntimeFailure when a member is gone.
-    """
-
-    ranks: tuple[int, ...]
-    index: int
-    handle: Any = None
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Give part r to member r; what each gives this one, in order, of the given shapes."""
-        if self.handle is None:
-            return list(parts)
-        sizes = [part.numel() for part in parts]
-        sent = parts[0].new_empty(sum(sizes))
-        for place, part in zip(sent.split(sizes), parts, strict=True):
-            place.view(part.shape).copy_(part)
-        new_sizes = [math.prod(shape) for shape in shapes]
-        received = sent.new_empty(sum(new_sizes))
-        with self._together():
-            dist.all_to_all_single(received, sent, new_sizes, sizes, group=self.handle)
-        return [part.view(tuple(shape)) for part, shape in zip(received.split(new_sizes), shapes, strict=True)]
-
-    def all_gather(self, part: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Everybody's part, of the given shapes, which may differ."""
-        if self.handle is None:
-            return [part]
-        # gloo gathers equal shapes alone; an exchange in which everybody gets the same serves all.
-        if len({tuple(shape) for shape in shapes}) > 1:
-            return self.all_to_all([part] * self.size, shapes)
-        parts = [part.new_empty(part.shape) for _ in shapes]
-        with self._together():
-            dist.all_gather(parts, part.contiguous(), group=self.handle)
-        return parts
-
-    def rotate(self, tensor: Tensor, shape: Sequence[int]) -> Callable[[], Tensor]:
-        """Begin to pass a tensor to the next member and to take that of the one before; call it to have that."""
-        assert self.handle is not None
-        after, before = self.ranks[(self.index + 1) % self.size], self.ranks[self.index - 1]
-        sent, received = tensor.contiguous(), tensor.new_empty(tuple(shape))
-        with self._together():
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, sent, after, group=self.handle),
-                    dist.P2POp(dist.irecv, received, before, group=self.handle),
-                ]
-            )
-        return lambda: self._finish(works, received, sent)
-
-    def trade(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Callable[[], None]:
-        """Begin to give tensors to members, and to fill contiguous ones with what members give; call it to wait.
-
-        Only those named here take part, each with what the other expects.
-        """
-        sent = {member: tensor.contiguous() for member, tensor in gives.items()}
-        ops = [dist.P2POp(dist.isend, tensor, self.ranks[member], group=self.handle) for member, tensor in sent.items()]
-        ops += [
-            dist.P2POp(dist.irecv, tensor, self.ranks[member], group=self.handle) for member, tensor in takes.items()
-        ]
-        if not ops:
-            return lambda: None
-        with self._together():
-            works = dist.batch_isend_irecv(ops)
-        return lambda: self._finish(works, None, sent, takes)
-
-    def library_handle(self) -> Any:
-        """The process group for a library that makes its own calls; a lone rank gets one in which it is alone."""
-        if self.handle is not None:
-            return self.handle
-        return dist.new_group(list(self.ranks), use_local_synchronization=True)
-
-    def _finish(self, works: Sequence[Any], result: T, *_kept: object) -> T:
-        """Wait for both ways: what is sent and received must not be freed before."""
-        with self._together():
-            for work in works:
-                work.wait()
-        return result
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # what gloo and NCCL raise
-            ranks = ", ".join(map(str, self.ranks))
-            raise RuntimeFailure(f"an exchange between the ranks {ranks} failed ({_first_line(error)})") from error
-
-
-LONE = Group((0,), 0)
-"""That of a rank without others."""
-
-
 def link_up(timeout: float) -> dict[int, Link]:
     """Links to the other ranks of this machine; all ranks call it together. None where the system has no such thing.
 
@@ -650,77 +465,3 @@ def link_up(timeout: float) -> dict[int, Link]:
         raise RuntimeFailure(
             f"the ranks of this machine cannot share memory ({error}): set mesh.shares_memory=false"
         ) from error
-
-
-def connect(device: torch.device, timeout: float) -> None:
-    """Join the process group that the launcher's environment describes; on CUDA with this rank's device, which becomes
-    the current one.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
-
-def is_connected() -> bool:
-    """Whether this process has joined one."""
-    return dist.is_initialized()
-
-
-def disconnect() -> None:
-    """Leave it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def new_group(
-    ranks: Sequence[int], rank: int, device: torch.device | None = None, timeout: float = 300.0
-) -> Group | None:
-    """A group, made by all ranks together; None on the ranks outside. `timeout` (seconds) bounds every wait in it."""
-    handle = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) if len(ranks) > 1 else None
-    if rank not in ranks:
-        return None
-    if handle is not None and device is not None and device.type == "cuda":
-        # NCCL connects a group at its first exchange, in which all members must take part; in a trade only some do.
-        dist.all_reduce(torch.zeros(1, device=device), group=handle)
-    return Group(tuple(ranks), ranks.index(rank), handle)
-
-
-def broadcast(value: Any, source: int = 0) -> Any:
-    """The source's plain data, on every rank of the world."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def gather(value: Any, to: int = 0) -> list[Any]:
-    """Everybody's plain data in the order of ranks, on one rank; nothing on the others."""
-    box = [None] * dist.get_world_size() if dist.get_rank() == to else None
-    dist.gather_object(value, box, dst=to)
-    return box or []
-
-
-def meet() -> None:
-    """Wait until all ranks of the world have come here."""
-    gather(None)
-    broadcast(None)
-
-
-class StoreBulletin:
-    """Small texts that any rank may post and any may wait for, from any thread, through the process group's store."""
-
-    def __init__(self) -> None:
-        # A connection of its own, for a wait holds it.
-        c10d: Any = dist  # torch does not say that it exports its stores
-        self._store = c10d.PrefixStore("longvid/bulletin", c10d.distributed_c10d._get_default_store().clone())
-
-    def post(self, key: str, value: str) -> None:
-        self._store.set(key, value)
-
-    def wait(self, keys: Sequence[str], timeout_s: float) -> list[str] | None:
-        """The values of all keys; None where one of them is not posted in that time."""
-        try:
-            self._store.wait(list(keys), timedelta(seconds=timeout_s))
-        except dist.DistStoreError:
-            return None
-        return [value.decode() for value in self._store.multi_get(list(keys))]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longvid.parallel.comm import Comm, DistComm, Group, LoneComm, new_group
+from longvid.parallel.collectives import Group, new_group
+from longvid.parallel.comm import Comm, DistComm, LoneComm
 from longvid.parallel.topology import Coordinate, Topology, talking_pairs
 
 _ALONE = Group((0,), 0)

@@ -18,7 +18,7 @@ from longvid.kernels.dense import Partial
 from longvid.kernels.merge import merge_partials
 from longvid.parallel.around import Around, KvPart, neighbours, rotate, rows
 from longvid.parallel.attention import join_text, merge_parts
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.spans import length, overlap
 from longvid.sparsity.policy import Heads
 

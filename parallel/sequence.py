@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longvid.errors import InputError
 from longvid.parallel.around import Around, KvPart, attend_around, store_whole
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.sequence_libraries import DeepSpeedAttention, XfuserAttention
 from longvid.parallel.usp import UspAttention
 from longvid.settings import SequenceBackend

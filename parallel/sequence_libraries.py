@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longvid.errors import InputError
 from longvid.parallel.around import Around, KvPart, attend_around, neighbours, own_tokens, rotate, rows, store_whole
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.spans import length, overlap, split
 from longvid.parallel.ulysses import around_heads, beside, gather_heads, share_of_heads, to_heads
 from longvid.settings import SequenceBackend

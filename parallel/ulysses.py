@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longvid.parallel.around import Around
 from longvid.parallel.attention import of_heads
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.sparsity.policy import Heads
 
 

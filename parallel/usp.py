@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longvid.parallel.around import Around, KvPart, attend_around, own_tokens, store_whole
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.ring import RingAttention
 from longvid.parallel.spans import length, split
 from longvid.parallel.ulysses import around_heads, beside, deal_heads, gather_heads, share_of_heads, to_heads, to_tokens

@@ -20,7 +20,7 @@ LEVELS = {
     " parallel.findings parallel.verify parallel.verify_queue parallel.verify_chunks parallel.verify_decoding"
     " parallel.decoding parallel.decode_program parallel.rank_actions",
     1: "kernels",
-    2: "parallel.mesh parallel.comm parallel.link launch.watch",
+    2: "parallel.mesh parallel.comm parallel.collectives parallel.ways parallel.link launch.watch",
     3: "parallel.attention parallel.spans parallel.around parallel.ulysses parallel.ring parallel.usp"
     " parallel.sequence_libraries parallel.sequence parallel.vin sampler noise sparsity cache",
     4: "models parallel.stage parallel.run_state parallel.stage_inputs parallel.message_shapes parallel.decisions"
@@ -117,8 +117,8 @@ def test_only_models_and_training_know_the_model_libraries():
         assert not known or is_in(module, *homes), f"{module} imports {known}"
 
 
-def test_collectives_live_in_one_file():
-    home = ("longvid.parallel.comm", "longvid.parallel.mesh", "longvid.launch")
+def test_few_files_know_how_processes_talk():
+    home = (*(f"longvid.parallel.{name}" for name in ("collectives", "comm", "ways", "mesh")), "longvid.launch")
     for module in MODULES:
         if any(is_in(target, "torch.distributed") for target in IMPORTS[module]):
             assert is_in(module, *home), f"{module} imports torch.distributed"

@@ -163,7 +163,7 @@ class Order:
 
 def serve(engine: Engine, task: Task, key: str) -> None:
     """Render all jobs of one key of settings that wait. All ranks of a gang make this call."""
-    from longvid.parallel.comm import broadcast
+    from longvid.parallel.collectives import broadcast
 
     desk = Desk(task, key) if engine.mesh.is_leader else None
     is_gang = engine.mesh.topology.num_ranks > 1

@@ -21,7 +21,7 @@ from longvid.launch.env import rank_of
 from longvid.models.accelerate_subjects import Call, Subject
 from longvid.parallel.around import Around
 from longvid.parallel.attention import Attention, JointSpan, Text
-from longvid.parallel.comm import connect, is_connected
+from longvid.parallel.collectives import connect, is_connected
 from longvid.parallel.mesh import Mesh, lone_mesh, make_mesh
 from longvid.parallel.sequence import make_sequence
 from longvid.parallel.spans import length

@@ -14,7 +14,7 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.models.configs import Configs
 from longvid.models.parts import ModelPart
 from longvid.models.weights import Loading
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.sequence import SequenceAttention
 from longvid.parallel.stage import Stage
 from longvid.plan import ModelFacts

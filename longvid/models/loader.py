@@ -18,7 +18,7 @@ from longvid.models.lora import open_loras
 from longvid.models.offload import require_zero
 from longvid.models.quantize import require_torchao
 from longvid.models.weights import Loading
-from longvid.parallel.comm import LONE, Group
+from longvid.parallel.collectives import LONE, Group
 from longvid.settings import Settings
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from longvid.errors import InputError
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.settings import MemorySettings
 
 FillLayer = Callable[[int, nn.Module, torch.device], None]

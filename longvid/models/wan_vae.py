@@ -15,7 +15,7 @@ from longvid.models.wan_vae_bands import BandedDecoder
 from longvid.models.wan_vae_layers import REPEAT, ChannelsLastDecoder, State
 from longvid.models.wan_vae_line import PartDecoder
 from longvid.models.wan_vae_shared import SharedDecoder, rows_of
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 
 _NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longvid.kernels.convolve import Around
 from longvid.models.wan_vae_layers import Cache, ChannelsLastDecoder, State, as_ncthw
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 
 
 @dataclass(frozen=True)

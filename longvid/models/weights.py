@@ -21,7 +21,7 @@ from longvid.models.lora import Lora
 from longvid.models.offload import FillLayer, ZeroLayers, offload_layers
 from longvid.models.parts import ModelPart, PartNames, read_shapes
 from longvid.models.quantize import quantize_layer
-from longvid.parallel.comm import LONE, Group
+from longvid.parallel.collectives import LONE, Group
 from longvid.settings import MemorySettings
 
 

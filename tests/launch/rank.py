@@ -18,7 +18,8 @@ from longvid.errors import InputError, Interrupted, LongvidError, RuntimeFailure
 from longvid.launch.env import RankEnv, rank_of
 from longvid.launch.local import end_with_supervisor
 from longvid.launch.watch import Limits, Watch
-from longvid.parallel.comm import DistComm, Header, connect, disconnect
+from longvid.parallel.collectives import connect, disconnect
+from longvid.parallel.comm import DistComm, Header
 
 UNIT_S = 0.02
 LIMITS = Limits(beat_s=0.25, lost_s=4.0, settle_s=1.0)

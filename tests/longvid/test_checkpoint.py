@@ -37,7 +37,8 @@ from longvid.models.wan_vae import WanStreamDecoder
 from longvid.noise import chunk_noise
 from longvid.parallel.actions import KvVersion, LatentVersion
 from longvid.parallel.around import KvPart
-from longvid.parallel.comm import Group, LoneComm
+from longvid.parallel.collectives import Group
+from longvid.parallel.comm import LoneComm
 from longvid.parallel.executor import Executor
 from longvid.parallel.mesh import Mesh
 from longvid.parallel.run_state import Live

@@ -34,7 +34,7 @@ from longvid.parallel.actions import (
     Step,
 )
 from longvid.parallel.chunk_runs import owners_of, readers_of
-from longvid.parallel.comm import Group
+from longvid.parallel.collectives import Group
 from longvid.parallel.decoding_roles import DecodingOwners
 from longvid.parallel.executor import Executor
 from longvid.parallel.findings import ScheduleError

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from longvid.parallel import comm
 from longvid.parallel.actions import LatentVersion
-from longvid.parallel.comm import DistComm, Header, connect, disconnect, new_group
+from longvid.parallel.collectives import connect, disconnect, new_group
+from longvid.parallel.comm import DistComm, Header
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares
 from longvid.parallel.decoding_roles import DecodingOwners

@@ -25,7 +25,8 @@ from longvid.cache.runtime import CacheRuntime
 from longvid.errors import RuntimeFailure
 from longvid.geometry import LatentGrid
 from longvid.parallel.actions import Step
-from longvid.parallel.comm import Group, Header
+from longvid.parallel.collectives import Group
+from longvid.parallel.comm import Header
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares
 from longvid.parallel.executor import Executor

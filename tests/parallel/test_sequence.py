@@ -25,7 +25,7 @@ from longvid.errors import InputError, RuntimeFailure
 from longvid.kernels.dense import attend
 from longvid.parallel.around import Around, KvPart, rotate
 from longvid.parallel.attention import JointSpan, Text
-from longvid.parallel.comm import Group, new_group
+from longvid.parallel.collectives import Group, new_group
 from longvid.parallel.mesh import make_mesh
 from longvid.parallel.sequence import WholeSequence, make_sequence
 from longvid.parallel.sequence_libraries import DeepSpeedAttention, even_part

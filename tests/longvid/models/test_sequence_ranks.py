@@ -32,7 +32,7 @@ from longvid.manifest import has_checkpoint, state_folder
 from longvid.models.facts import facts_of
 from longvid.models.families import require
 from longvid.models.loader import open_checkpoint, open_loading
-from longvid.parallel.comm import Group, disconnect
+from longvid.parallel.collectives import Group, disconnect
 from longvid.parallel.pipeline import SAVE_NOTICE
 from longvid.settings import load_settings
 from longvid.sparsity.make import make_attention

@@ -27,7 +27,7 @@ from longvid.kernels import convolve
 from longvid.models.wan_vae import WanStreamDecoder
 from longvid.models.wan_vae_layers import ChannelsLastDecoder
 from longvid.models.wan_vae_shared import Bands
-from longvid.parallel.comm import Group, new_group
+from longvid.parallel.collectives import Group, new_group
 
 NUM_RANKS = 4
 LAYOUTS: dict[str, dict[str, Any]] = {
