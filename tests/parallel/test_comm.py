@@ -19,9 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvid.parallel import comm
 from longvid.parallel.actions import LatentVersion
-from longvid.parallel.collectives import connect, disconnect, new_group
+from longvid.parallel.collectives import connect, disconnect, meet, new_group
 from longvid.parallel.comm import DistComm, Header
 from longvid.parallel.decode_program import StageDecoding
 from longvid.parallel.decoding import Decoding, Shares
@@ -81,7 +80,7 @@ def run_rank(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
     connect(CPU, PATIENCE_S)
     (folder / f"{rank}.json").write_text(json.dumps({"talk": talk(rank), "limits": limits(rank)}))
-    comm.meet()
+    meet()
     disconnect()
 
 
