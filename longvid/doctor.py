@@ -121,7 +121,7 @@ def _dense_attention(device: str) -> str:
 
     of_torch = f"torch scaled_dot_product_attention, {_dense_kernel(device)}"
     if device == "cpu" and native.isa() == "amx":
-        return f"the C++ kernel for amx where there are many keys, else {of_torch}"
+        return f"the C++ kernel for amx in fp32 and bf16, else {of_torch}"
     return of_torch
 
 
