@@ -12,20 +12,18 @@ from torch import Tensor
 from longvid.engine import Engine
 from longvid.errors import InputError
 from longvid.fingerprint import mark_of
-from longvid.kernels.dense import Partial
-from longvid.kernels.layout import BlockLayout
 from longvid.models.families import require_sparse
 from longvid.models.loader import open_checkpoint
 from longvid.parallel.mesh import lone_mesh
 from longvid.ranks import pick_device, set_threads
 from longvid.script import load_script
 from longvid.settings import Settings
+from longvid.sparsity.listener import Listener
 from longvid.sparsity.option_search import OptionJudge, OptionSearch
 from longvid.sparsity.policy import Call
 from longvid.sparsity.profile import Choices, Profile
 from longvid.sparsity.runtime import SparseRuntime
 from longvid.sparsity.search import Judge, Sample, Search, measure_costs
-from longvid.sparsity.tokens import TokenMap
 
 SAMPLE_AT = (0.25, 0.5, 0.75)
 """Shares of a chunk's steps at which heads are judged: a pattern must hold at all of them."""
@@ -35,41 +33,6 @@ class Judges(Protocol):
     """Takes samples."""
 
     def add(self, sample: Sample) -> None: ...
-
-
-class Listener:
-    """A policy that leaves attention dense and judges what it sees of it."""
-
-    data_dependent = True
-
-    def __init__(self, judge: Judges) -> None:
-        self._judge = judge
-
-    def layout(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> BlockLayout | None:
-        return None
-
-    def finish(
-        self,
-        q_BLHD: Tensor,
-        k_BTHD: Tensor,
-        v_BTHD: Tensor,
-        partial: Partial,
-        layout: BlockLayout | None,
-        call: Call,
-    ) -> Tensor:
-        if call.step in {round(share * call.num_steps) for share in SAMPLE_AT}:
-            progress = call.step / call.num_steps
-            self._judge.add(Sample(call.layer, q_BLHD, k_BTHD, v_BTHD, call.tokens, progress))
-        return partial[0]
-
-    def head_costs(self, layer: int) -> None:
-        return None
-
-    def density(self, tokens: TokenMap) -> float:
-        return 1.0
-
-    def choosing(self, tokens: TokenMap) -> float:
-        return 0.0
 
 
 def tune(story: Path, settings: Settings, *, chunks: int, how: Search, on_chunk: Callable[[int, int], None]) -> Profile:
@@ -103,7 +66,12 @@ def listen(story: Path, settings: Settings, judge: Judges, *, chunks: int, on_ch
     checkpoint = open_checkpoint(settings.model.path)
     require_sparse(checkpoint.facts, "there is nothing to tune")
     assert checkpoint.root is not None
-    listener = SparseRuntime(Listener(judge), checkpoint.facts.num_layers, settings.sampler.steps, always=True)
+
+    def hear(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> None:
+        if call.step in {round(share * call.num_steps) for share in SAMPLE_AT}:
+            judge.add(Sample(call.layer, q_BLHD, k_BTHD, v_BTHD, call.tokens, call.step / call.num_steps))
+
+    listener = SparseRuntime(Listener(hear), checkpoint.facts.num_layers, settings.sampler.steps, always=True)
     engine = Engine(checkpoint, settings, lone_mesh(), attention=listener)
     plan = engine.plan(load_script(story))
     total = min(chunks, len(plan.chunks))

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,55 +14,21 @@ from torch import Tensor
 
 from longvid.bench.policies import Case, Say
 from longvid.engine import Engine
-from longvid.kernels.dense import Partial, attend_lse
+from longvid.kernels.dense import attend_lse
 from longvid.kernels.dispatch import sparse_attention
 from longvid.kernels.layout import BlockLayout
 from longvid.script import Duration, Scene, Script
 from longvid.settings import load_settings
+from longvid.sparsity.listener import Listener
 from longvid.sparsity.make import make_policy
 from longvid.sparsity.policy import Call, Memory, Policy
 from longvid.sparsity.settings import Dense
-from longvid.sparsity.tokens import TokenMap
 
 ResultT = TypeVar("ResultT")
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
 Recorded = tuple[Inputs, Call]
 STEPS = 5
-
-
-@dataclass
-class _Recorder:
-    """A policy that is dense, and keeps the inputs of one layer at every step."""
-
-    layer: int
-    calls: list[Recorded] = field(default_factory=list)
-    data_dependent = True
-
-    def layout(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> BlockLayout | None:
-        return None
-
-    def finish(
-        self,
-        q_BLHD: Tensor,
-        k_BTHD: Tensor,
-        v_BTHD: Tensor,
-        partial: Partial,
-        layout: BlockLayout | None,
-        call: Call,
-    ) -> Tensor:
-        if call.layer == self.layer:
-            self.calls.append(((q_BLHD.clone(), k_BTHD.clone(), v_BTHD.clone()), call))
-        return partial[0]
-
-    def head_costs(self, layer: int) -> tuple[float, ...] | None:
-        return None
-
-    def density(self, tokens: TokenMap) -> float:
-        return 1.0
-
-    def choosing(self, tokens: TokenMap) -> float:
-        return 0.0
 
 
 class _Times:
@@ -97,15 +63,21 @@ def measure_choosing(cases: Sequence[Case], *, frames: int, repeats: int, say: S
 
 
 def _record(frames: int) -> list[Recorded]:
+    """The inputs of one layer at every step of a dense film."""
     common = ["schedule=sequential", f"sampler.steps={STEPS}", "attention.policy=tile", "attention.crossover=always"]
     engine = Engine.load("mini", overrides=common)
     assert engine.attention is not None
-    recorder = _Recorder(engine.facts.num_layers // 2)
-    engine.attention.policy = recorder
+    layer, calls = engine.facts.num_layers // 2, list[Recorded]()
+
+    def keep(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, call: Call) -> None:
+        if call.layer == layer:
+            calls.append(((q_BLHD.clone(), k_BTHD.clone(), v_BTHD.clone()), call))
+
+    engine.attention.policy = Listener(keep)
     scene = Scene("a large red circle moving left", Duration(frames, "f"))
     for _ in engine.denoise(engine.plan(Script((scene,)))):
         pass
-    return recorder.calls
+    return calls
 
 
 def _measure(case: Case, calls: Sequence[Recorded], repeats: int) -> dict[str, Any]:
