@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -19,6 +18,7 @@
 
 #include "attention.h"
 #include "isa.h"
+#include "kept.h"
 
 namespace longvid {
 namespace {
@@ -40,36 +40,17 @@ const Variant *find(int isa) {
     return isa == 0 ? &portable : nullptr;
 }
 
-struct Free {
-    void operator()(float *memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats allocate(size_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
-
-// Memory that the calling thread keeps from call to call, unless it is much: to touch new pages takes as long as to pack keys.
+// Floats that the calling thread keeps from call to call, unless they are many.
 template <typename Owner>
-class Kept {
+class Floats {
   public:
-    explicit Kept(size_t count) {
-        if (count > size_) {
-            size_ = 0;
-            memory_ = nullptr;
-            memory_ = allocate(count);
-            size_ = count;
-        }
+    explicit Floats(size_t count) : memory_(count * sizeof(float)) {
+        if (count && !memory_.get()) throw std::bad_alloc();
     }
-    ~Kept() {
-        if (size_ * sizeof(float) <= PACKED_BYTES) return;
-        memory_ = nullptr;
-        size_ = 0;
-    }
-    Kept(const Kept &) = delete;
-    float *get() const { return memory_.get(); }
+    float *get() const { return reinterpret_cast<float *>(memory_.get()); }
 
   private:
-    static thread_local inline Floats memory_;
-    static thread_local inline size_t size_ = 0;
+    Kept<Owner, PACKED_BYTES> memory_;
 };
 
 // The first panel of each block of keys, and past the last.
@@ -107,7 +88,7 @@ class Packed {
     size_t per_head_;
     PanelSize size_;
     int max_panels_;
-    Kept<Packed> memory_;
+    Floats<Packed> memory_;
     float *first_;  // other threads have memory of their own
 };
 
@@ -119,7 +100,7 @@ class Scratch {
 
   private:
     size_t each_;
-    Kept<Scratch> memory_;
+    Floats<Scratch> memory_;
     float *first_;
 };
 
